@@ -1,0 +1,18 @@
+// Which instruction sets this build has, and which one a graph uses.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "bitstrata/kernels.h"
+
+namespace bitstrata {
+
+// Names of the table's rows that this processor and operating system can run, slowest first.
+std::vector<std::string> available_isas();
+
+// The row named `isa`; if empty, the one that the environment variable BITSTRATA_ISA names; if that is unset or empty
+// too, the fastest available. Throws std::invalid_argument if the name is unknown to this build or cannot run here.
+const Kernels& select_kernels(const std::string& isa);
+
+}  // namespace bitstrata

@@ -1,0 +1,122 @@
+// A graph of integer operations over NHWC tensors, built one operation at a time and then run on batches.
+//
+//   Graph g("", 1);
+//   int x = g.input({32, 32, 3}, DType::u8, 0, 255);
+//   int y = g.conv("stem", x, {...});
+//   g.finish(y);
+//   g.run(pixels, batch, destinations);
+//
+// Everything given is checked when it is given: std::invalid_argument names the operation, the argument and the cause.
+// A finished graph is immutable; `run` may be called from several threads, and takes turns.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "bitstrata/kernels.h"
+#include "bitstrata/types.h"
+
+namespace bitstrata {
+
+class Op;
+class ThreadPool;
+struct Made;
+struct Operand;
+
+using Pair = std::array<int64_t, 2>;    // height, width; or before, after
+using Triple = std::array<int64_t, 3>;  // start, stop, step
+using Sides = std::array<int64_t, 4>;   // top, bottom, left, right
+
+struct ConvParams {
+  const int8_t* codes;          // (out, in / groups, kernel_h, kernel_w), copied
+  std::array<int64_t, 4> dims;  // of codes
+  const int32_t* pad_code;      // (in,), copied
+  int64_t pad_codes;            // length of pad_code
+  int64_t mul, add;
+  Pair stride;
+  Sides padding;
+  Pair dilation;
+  int64_t groups;
+};
+
+struct RequantParams {
+  const int32_t* multiplier;  // (channels,), copied, as are the next two
+  const int64_t* bias;
+  const uint8_t* shift;
+  int64_t channels;
+  int64_t lo, hi;
+  DType dtype;  // of the result
+};
+
+struct PoolParams {
+  Pair kernel, stride;
+  Sides padding;
+};
+
+class Graph {
+ public:
+  // isa: see select_kernels. threads: 1..256; more than one starts threads - 1 workers.
+  Graph(const std::string& isa, int threads);
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  // Each adds an operation and returns the index of its result. `name` is for messages.
+  int input(Shape shape, DType dtype, int64_t lo, int64_t hi);  // exactly once, first
+  int conv(const std::string& name, int x, const ConvParams& p);
+  int requant(const std::string& name, int x, const RequantParams& p);
+  int add(const std::string& name, int a, int b, int64_t shift_a, int64_t shift_b);
+  int clip(const std::string& name, int x, int64_t lo, int64_t hi);
+  int max_pool(const std::string& name, int x, const PoolParams& p);
+  int sum_pool(const std::string& name, int x, const PoolParams& p, int64_t shift);
+  int slice(const std::string& name, int x, Triple h, Triple w, Triple c);
+  int pad(const std::string& name, int x, Pair h, Pair w, Pair c);
+  int flatten(const std::string& name, int x);
+
+  // Closes the graph: lays out its memory and allows `run`.
+  void finish(int output);
+
+  // destinations[v], if not null, receives value v: batch images of value(v). Other values live in the arena while
+  // they are needed. Throws std::invalid_argument if an input element is outside the input's bounds.
+  void run(const void* input, int64_t batch, const std::vector<void*>& destinations);
+
+  const Value& value(int index) const;
+  const char* kernel(int index) const;  // name of the convolution kernel that computes the value, or ""
+  int values() const { return static_cast<int>(values_.size()); }
+  int output() const { return output_; }
+  const char* isa() const { return kernels_.isa; }
+  int threads() const { return threads_; }
+  int64_t arena_bytes() const { return arena_bytes_; }  // of one thread
+
+ private:
+  struct Worker;
+  struct Call {
+    const uint8_t* input;
+    int64_t batch;
+    const std::vector<void*>& destinations;
+  };
+
+  Operand operand(const std::string& name, int index) const;
+  int append(const std::string& name, Made made);
+  void lay_out_arena(int output, int64_t images);
+  void check_input(const void* input, int64_t batch) const;
+  void run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker, bool share_rows);
+
+  const Kernels& kernels_;
+  const int threads_;
+  int output_ = -1;
+  std::vector<Value> values_;             // 0 is the input; operation i makes value i + 1
+  std::vector<std::unique_ptr<Op>> ops_;
+  int64_t chunk_ = 1;                     // images that pass through the graph together
+  int64_t arena_bytes_ = 0;
+  std::vector<int64_t> offsets_;          // in the arena: of each value, then of each operation's scratch
+  std::vector<Worker> workers_;           // one a thread
+  std::unique_ptr<ThreadPool> pool_;
+  std::mutex running_;
+};
+
+}  // namespace bitstrata

@@ -1,0 +1,88 @@
+// The contract between the graph and its kernels: plain structs, raw pointers, no allocation and no exceptions.
+//
+// One `Kernels` row exists for each instruction set (see src/dispatch.cc). Every kernel of every row computes the same
+// integers; arithmetic wraps modulo 2^32 (accumulators) or 2^64 (requantization), so no input is undefined behaviour.
+// Pointers need no more alignment than their type, except where a comment says otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "bitstrata/types.h"
+
+namespace bitstrata {
+
+// A convolution of one NHWC image. The weight is mul * code + add; it fits int16.
+struct ConvShape {
+  int64_t in_h, in_w, in_c;
+  int64_t out_h, out_w, out_c;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t dilation_h, dilation_w;
+  int64_t pad_top, pad_left;  // bottom and right follow from the output's extent
+  int64_t groups;
+  int32_t mul, add;
+  int32_t code_lo, code_hi;    // actual bounds of the weight codes
+  int32_t input_lo, input_hi;  // proved bounds of the input, pad codes included
+  DType input_dtype;           // u8 or s8
+
+  int64_t group_in() const { return in_c / groups; }
+  int64_t group_out() const { return out_c / groups; }
+  // Rows and columns of the padded input that windows read.
+  int64_t padded_h() const { return (out_h - 1) * stride_h + (kernel_h - 1) * dilation_h + 1; }
+  int64_t padded_w() const { return (out_w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1; }
+};
+
+// One way to convolve. Work on an image has two phases: `stage` copies the input into padded rows of the kernel's own
+// format, `run` computes output rows from them. Rows of either phase may be computed in any order by any thread, but
+// the staged rows under a window must be complete before `run` reads them. A staged row depends on nothing but its
+// input row, so images of one row each may be staged and run as the rows of one image.
+struct ConvKernel {
+  const char* name;
+  int64_t (*packed_bytes)(const ConvShape&);
+  // codes: (out_c, in_c / groups, kernel_h, kernel_w); pad: (in_c,); packed: packed_bytes, aligned to 64.
+  void (*pack)(const ConvShape&, const int8_t* codes, const int32_t* pad, void* packed);
+  int64_t (*staged_row_bytes)(const ConvShape&);  // a multiple of 4; staged rows are padded_h() of these
+  void (*stage)(const ConvShape&, const void* packed, const void* image, void* staged, int64_t row_begin,
+                int64_t row_end);
+  // staged: aligned to 4; out: (out_h, out_w, out_c).
+  void (*run)(const ConvShape&, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
+              int64_t row_end);
+};
+
+// out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.
+struct RequantArgs {
+  const int64_t *multiplier, *bias, *shift;  // (channels,) each
+  int64_t channels;
+  int32_t lo, hi;
+};
+using RequantFn = void (*)(const RequantArgs&, const void* x, void* out, int64_t pixels);
+
+// out = align(a, shift_a) + align(b, shift_b); shifts in -31..62, positive is a right shift, rounding half up.
+using AddFn = void (*)(const int32_t* a, const int32_t* b, int32_t* out, int64_t count, int shift_a, int shift_b);
+
+using ClipFn = void (*)(const void* x, void* out, int64_t count, int32_t lo, int32_t hi);
+
+struct PoolShape {
+  int64_t in_h, in_w, channels;
+  int64_t out_h, out_w;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;
+  int32_t shift;  // of a sum
+};
+// Output rows [row_begin, row_end) of one image. A maximum's windows each hold at least one position of the map.
+using PoolFn = void (*)(const PoolShape&, const void* x, void* out, int64_t row_begin, int64_t row_end);
+
+// A row of the dispatch table. Arrays are indexed by DType.
+struct Kernels {
+  const char* isa;
+  bool (*supported)();                                   // by this processor and its operating system
+  const ConvKernel* (*conv)(const ConvShape&);  // the best kernel that is exact for this convolution
+  RequantFn requant[kDTypes][kDTypes];                   // [input][output]
+  AddFn add;
+  ClipFn clip[kDTypes];
+  PoolFn max_pool[kDTypes];
+  PoolFn sum_pool[kDTypes];  // the result is i32
+};
+
+}  // namespace bitstrata

@@ -1,0 +1,59 @@
+#include "bitstrata/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace bitstrata {
+
+extern const Kernels kGenericKernels;
+#ifdef BITSTRATA_HAVE_AVX2
+extern const Kernels kAvx2Kernels;
+#endif
+
+namespace {
+
+// Slowest first. To add an instruction set: its file, its line here, its line in CMakeLists.txt.
+const Kernels* const kTable[] = {
+    &kGenericKernels,
+#ifdef BITSTRATA_HAVE_AVX2
+    &kAvx2Kernels,
+#endif
+};
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* row : kTable)
+    if (row->supported()) names.emplace_back(row->isa);
+  return names;
+}
+
+const Kernels& select_kernels(const std::string& isa) {
+  const char* env = std::getenv("BITSTRATA_ISA");
+  const bool from_env = isa.empty() && env != nullptr && *env != '\0';
+  const std::string wanted = from_env ? env : isa;
+  const std::string what = (from_env ? "BITSTRATA_ISA=" : "isa=") + wanted;
+  const Kernels* best = nullptr;
+  for (const Kernels* row : kTable) {
+    if (wanted.empty()) {
+      if (row->supported()) best = row;
+    } else if (wanted == row->isa) {
+      if (!row->supported())
+        throw std::invalid_argument(what + ": this processor or its operating system does not support it; available: " +
+                                    join(available_isas()));
+      return *row;
+    }
+  }
+  if (best == nullptr)
+    throw std::invalid_argument(what + ": not an instruction set of this build; available: " + join(available_isas()));
+  return *best;
+}
+
+}  // namespace bitstrata

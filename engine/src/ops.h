@@ -1,0 +1,63 @@
+// Operations of a graph. A maker checks everything it is given, so that running is free of checks.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bitstrata/graph.h"
+
+namespace bitstrata {
+
+// Where an operation finds its operands: values[v] points to `images` images of value v.
+struct Frame {
+  uint8_t* const* values;
+  uint8_t* scratch;  // scratch_bytes(images), aligned
+  int64_t images;
+};
+
+class Op {
+ public:
+  Op(std::vector<int> inputs, int output) : inputs(std::move(inputs)), output(output) {}
+  virtual ~Op() = default;
+
+  // Work comes in phases, each a range of items over all images that may be cut anywhere; a phase starts when the one
+  // before it is complete.
+  virtual int phases() const { return 1; }
+  virtual int64_t items(int phase, int64_t images) const = 0;
+  virtual void run(int phase, const Frame& frame, int64_t begin, int64_t end) const = 0;
+  virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
+  virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
+  virtual const char* kernel() const { return ""; }
+
+  const std::vector<int> inputs;
+  const int output;
+};
+
+// An operation and what is known of its result.
+struct Made {
+  std::unique_ptr<Op> op;
+  Value result;
+};
+
+// An operand: its index and what is known of it.
+struct Operand {
+  int index;
+  const Value& value;
+};
+
+// `output` is the index the result will have.
+Made make_conv(const Kernels&, const std::string& name, Operand x, int output, const ConvParams&);
+Made make_requant(const Kernels&, const std::string& name, Operand x, int output, const RequantParams&);
+Made make_add(const Kernels&, const std::string& name, Operand a, Operand b, int output, int64_t shift_a,
+              int64_t shift_b);
+Made make_clip(const Kernels&, const std::string& name, Operand x, int output, int64_t lo, int64_t hi);
+Made make_max_pool(const Kernels&, const std::string& name, Operand x, int output, const PoolParams&);
+Made make_sum_pool(const Kernels&, const std::string& name, Operand x, int output, const PoolParams&, int64_t shift);
+Made make_slice(const std::string& name, Operand x, int output, Triple h, Triple w, Triple c);
+Made make_pad(const std::string& name, Operand x, int output, Pair h, Pair w, Pair c);
+Made make_flatten(const std::string& name, Operand x, int output);
+
+}  // namespace bitstrata

@@ -1,0 +1,127 @@
+#include <algorithm>
+
+#include "aligned.h"
+#include "checks.h"
+#include "ops.h"
+
+namespace bitstrata {
+namespace {
+
+// A 1x1 convolution of 1x1 maps (a linear layer): the batch takes the place of the image's rows.
+bool is_linear(const ConvShape& s) {
+  return s.in_h == 1 && s.in_w == 1 && s.out_h == 1 && s.out_w == 1 && s.kernel_h == 1 && s.kernel_w == 1 &&
+         s.pad_top == 0 && s.pad_left == 0;
+}
+
+class ConvOp final : public Op {
+ public:
+  ConvOp(const ConvKernel& kernel, const ConvShape& shape, const ConvParams& p, int x, int output)
+      : Op({x}, output),
+        kernel_(kernel),
+        shape_(shape),
+        linear_(is_linear(shape)),
+        row_bytes_(kernel.staged_row_bytes(shape)),
+        packed_(kernel.packed_bytes(shape)) {
+    kernel_.pack(shape_, p.codes, p.pad_code, packed_.data());
+    if (linear_) shape_.in_h = shape_.out_h = kMaxExtent;
+  }
+
+  int phases() const override { return 2; }
+  int64_t rows(int phase) const { return linear_ ? 1 : phase == 0 ? shape_.padded_h() : shape_.out_h; }
+  int64_t items(int phase, int64_t images) const override { return rows(phase) * images; }
+  int64_t scratch_bytes(int64_t images) const override { return rows(0) * row_bytes_ * images; }
+  int64_t cost() const override {
+    return rows(1) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
+  }
+  const char* kernel() const override { return kernel_.name; }
+
+  void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
+    if (linear_) return run_rows(phase, f.values[inputs[0]], f.scratch, f.values[output], begin, end);
+    const int64_t in_bytes = shape_.in_h * shape_.in_w * shape_.in_c;
+    const int64_t out_bytes = shape_.out_h * shape_.out_w * shape_.out_c * 4;
+    const int64_t staged_bytes = shape_.padded_h() * row_bytes_;
+    const int64_t per_image = rows(phase);
+    while (begin < end) {
+      const int64_t i = begin / per_image, first = begin % per_image;
+      const int64_t last = std::min(per_image, first + end - begin);
+      run_rows(phase, f.values[inputs[0]] + i * in_bytes, f.scratch + i * staged_bytes,
+               f.values[output] + i * out_bytes, first, last);
+      begin += last - first;
+    }
+  }
+
+ private:
+  void run_rows(int phase, const uint8_t* image, uint8_t* staged, uint8_t* out, int64_t begin, int64_t end) const {
+    if (phase == 0)
+      kernel_.stage(shape_, packed_.data(), image, staged, begin, end);
+    else
+      kernel_.run(shape_, packed_.data(), staged, reinterpret_cast<int32_t*>(out), begin, end);
+  }
+
+  const ConvKernel& kernel_;
+  ConvShape shape_;
+  bool linear_;
+  int64_t row_bytes_;
+  AlignedBuffer packed_;
+};
+
+// The bounds of the input with its pad codes; checks the pad codes.
+void check_pad_codes(const std::string& name, const Value& x, const ConvParams& p, ConvShape* s) {
+  if (p.pad_codes != s->in_c)
+    fail(name, "pad_code has " + str(p.pad_codes) + " elements, the input " + str(s->in_c) + " channels");
+  s->input_lo = x.lo;
+  s->input_hi = x.hi;
+  const bool pads = std::any_of(p.padding.begin(), p.padding.end(), [](int64_t n) { return n > 0; });
+  for (int64_t c = 0; c < p.pad_codes; ++c) {
+    check_range(name, "pad_code", p.pad_code[c], lowest(x.dtype), highest(x.dtype));
+    if (!pads) continue;
+    s->input_lo = std::min(s->input_lo, p.pad_code[c]);
+    s->input_hi = std::max(s->input_hi, p.pad_code[c]);
+  }
+}
+
+void check_weights(const std::string& name, const ConvParams& p, int64_t count, ConvShape* s) {
+  s->mul = static_cast<int32_t>(check_range(name, "mul", p.mul, INT16_MIN, INT16_MAX));
+  s->add = static_cast<int32_t>(check_range(name, "add", p.add, INT16_MIN, INT16_MAX));
+  const auto [lo, hi] = std::minmax_element(p.codes, p.codes + count);
+  s->code_lo = *lo;
+  s->code_hi = *hi;
+  check_range(name, "weight mul * code + add", s->mul * s->code_lo + s->add, INT16_MIN, INT16_MAX);
+  check_range(name, "weight mul * code + add", s->mul * s->code_hi + s->add, INT16_MIN, INT16_MAX);
+}
+
+}  // namespace
+
+Made make_conv(const Kernels& kernels, const std::string& name, Operand x, int output, const ConvParams& p) {
+  if (x.value.dtype == DType::i32) fail(name, "the input is i32, a convolution takes u8 or s8 codes");
+  for (int64_t d : p.dims) check_range(name, "extent of codes", d, 1, kMaxExtent);
+  for (int64_t v : p.stride) check_range(name, "stride", v, 1, kMaxExtent);
+  for (int64_t v : p.dilation) check_range(name, "dilation", v, 1, kMaxExtent);
+  for (int64_t v : p.padding) check_range(name, "padding", v, 0, kMaxExtent);
+  const Shape& in = x.value.shape;
+  ConvShape s{};
+  s.groups = check_range(name, "groups", p.groups, 1, in.c);
+  s.in_h = in.h, s.in_w = in.w, s.in_c = in.c;
+  s.out_c = p.dims[0];
+  s.kernel_h = p.dims[2], s.kernel_w = p.dims[3];
+  s.stride_h = p.stride[0], s.stride_w = p.stride[1];
+  s.dilation_h = p.dilation[0], s.dilation_w = p.dilation[1];
+  s.pad_top = p.padding[0], s.pad_left = p.padding[2];
+  s.input_dtype = x.value.dtype;
+  if (p.dims[1] * s.groups != in.c)
+    fail(name, "codes take " + str(p.dims[1]) + " input channels in each of " + str(s.groups) +
+                   " groups, the input has " + str(in.c) + " channels");
+  if (s.out_c % s.groups != 0)
+    fail(name, "groups " + str(s.groups) + " does not divide the " + str(s.out_c) + " output channels");
+  s.out_h = check_windows(name, "height", in.h, (s.kernel_h - 1) * s.dilation_h + 1, s.stride_h, p.padding[0],
+                          p.padding[1]);
+  s.out_w =
+      check_windows(name, "width", in.w, (s.kernel_w - 1) * s.dilation_w + 1, s.stride_w, p.padding[2], p.padding[3]);
+  const Shape result = check_shape(name, "result", {s.out_h, s.out_w, s.out_c});
+  check_shape(name, "padded input", {s.padded_h(), s.padded_w(), s.in_c});
+  check_pad_codes(name, x.value, p, &s);
+  check_weights(name, p, p.dims[0] * p.dims[1] * p.dims[2] * p.dims[3], &s);
+  return {std::make_unique<ConvOp>(*kernels.conv(s), s, p, x.index, output), Value{result, DType::i32}};
+}
+
+}  // namespace bitstrata

@@ -1,0 +1,110 @@
+"""bitstrata: low-bit networks, trained once and run anywhere in pure integer arithmetic.
+
+The training side needs torch (``pip install "bitstrata[train]"``); names are imported when first used, so the serving half of
+the command line works without it. `bitstrata_runtime` is the package that runs programs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import data, functional, nn, objectives, quantizers, recipes, train, zoo
+    from .lowering import lower, pack, program_summary
+    from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
+    from .objectives import joint_backward
+    from .prepare import (
+        Pixels,
+        calibrate_,
+        parameter_groups,
+        precision,
+        precision_parameters,
+        precisions,
+        quantize_,
+        reestimate_batchnorm_,
+        set_precision,
+        summary,
+    )
+    from .recipes import Recipe
+    from .train import TrainConfig, Trainer
+    from .verification import verify
+
+try:
+    __version__ = version("bitstrata")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+_MODULES = ("data", "functional", "nn", "objectives", "quantizers", "recipes", "train", "zoo")
+_HOMES = {
+    "lower": "lowering",
+    "pack": "lowering",
+    "program_summary": "lowering",
+    "PrecisionBatchNorm": "nn",
+    "QuantConv1d": "nn",
+    "QuantConv2d": "nn",
+    "QuantLinear": "nn",
+    "joint_backward": "objectives",
+    "Pixels": "prepare",
+    "calibrate_": "prepare",
+    "parameter_groups": "prepare",
+    "precision": "prepare",
+    "precision_parameters": "prepare",
+    "precisions": "prepare",
+    "quantize_": "prepare",
+    "reestimate_batchnorm_": "prepare",
+    "set_precision": "prepare",
+    "summary": "prepare",
+    "Recipe": "recipes",
+    "TrainConfig": "train",
+    "Trainer": "train",
+    "verify": "verification",
+}
+
+__all__ = [
+    "Pixels",
+    "PrecisionBatchNorm",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantLinear",
+    "Recipe",
+    "TrainConfig",
+    "Trainer",
+    "calibrate_",
+    "data",
+    "functional",
+    "joint_backward",
+    "lower",
+    "nn",
+    "objectives",
+    "pack",
+    "parameter_groups",
+    "precision",
+    "precision_parameters",
+    "precisions",
+    "program_summary",
+    "quantize_",
+    "quantizers",
+    "recipes",
+    "reestimate_batchnorm_",
+    "set_precision",
+    "summary",
+    "train",
+    "verify",
+    "zoo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,155 @@
+"""From names and files given on the command line to data sets, networks and weights (torch side)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitstrata import data, recipes, zoo
+from bitstrata.cli.common import CommandError, choose, parse_bits
+from bitstrata.cli.options import RunOptions
+from bitstrata.data import ArrayDataset, Compose, Dataset, RandomCrop, RandomHorizontalFlip, Transform
+
+
+def load_data(
+    name: str,
+    root: Path | None,
+    split: str,
+    limit: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Dataset:
+    """A split of a data set, or its first `limit` images."""
+    choose(name, data.names(), "--data")
+    dataset = data.load(name, root, split, mean=mean, std=std)
+    return dataset if limit is None or limit >= len(dataset) else first_images(dataset, limit)
+
+
+def first_images(dataset: Dataset, count: int) -> ArrayDataset:
+    """The first `count` images, in memory."""
+    images, labels = dataset.batch(range(min(count, len(dataset))))
+    return ArrayDataset(
+        images=images,
+        labels=labels,
+        classes=dataset.classes,
+        mean=dataset.mean,
+        std=dataset.std,
+        split=dataset.split,
+    )
+
+
+def augmentation(name: str, dataset: Dataset) -> Transform | None:
+    """The customary augmentation: crop and flip for CIFAR, a one-pixel shift for digits, two pixels for MNIST."""
+    size = dataset.shape[1:]
+    if name in ("cifar10", "cifar100"):
+        return Compose((RandomCrop(size, 4), RandomHorizontalFlip()))
+    if name in ("digits", "mnist", "fashion_mnist"):
+        return RandomCrop(size, 1 if name == "digits" else 2)
+    return None
+
+
+def make_model(name: str, dataset: Dataset) -> nn.Module:
+    """A network of the zoo, or PACKAGE.MODULE:FACTORY called without arguments."""
+    if ":" in name:
+        return _from_factory(name)
+    choose(name, zoo.names(), "--model")
+    return cast(nn.Module, zoo.create(name, classes=len(dataset.classes), in_channels=dataset.shape[0]))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a float checkpoint into `model`: safetensors, or a state dict (bare, or under "state_dict" or "model").
+
+    A "module." prefix, left by data-parallel training, is stripped. Raises CommandError naming missing, unexpected
+    and misshapen entries.
+    """
+    state = _strip_prefix(_read_state(path))
+    wanted = model.state_dict()
+    problems = []
+    # A counter of batches seen decides nothing at inference, and old checkpoints lack it.
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in wanted]
+    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if missing:
+        problems.append(f"missing {_some(missing)}")
+    if unexpected:
+        problems.append(f"unexpected {_some(unexpected)}")
+    if shapes:
+        key = shapes[0]
+        problems.append(
+            f"{len(shapes)} of another shape, such as {key}: {tuple(state[key].shape)} in the file, "
+            f"{tuple(wanted[key].shape)} in the network"
+        )
+    if problems:
+        raise CommandError(f"{path} does not fit the network: {'; '.join(problems)}")
+    model.load_state_dict({**wanted, **state})
+
+
+def make_recipe(options: RunOptions, bits: tuple[int, ...]) -> Any:
+    """The recipe by name with its bit-widths: fields w and a where it takes lists, `bits` where it takes one."""
+    choose(options.recipe, recipes.names(), "--recipe")
+    factory: Callable[..., Any] = getattr(recipes, options.recipe, None) or recipes.get
+    parameters = inspect.signature(factory).parameters
+    fields: dict[str, Any] = {}
+    if "w" in parameters:
+        fields["w"] = bits
+        if "a" in parameters:
+            fields["a"] = "same" if options.a == "same" else parse_bits(options.a, "--a")[0]
+    elif len(bits) != 1:
+        raise CommandError(f"--bits {options.bits}: recipe {options.recipe!r} trains one bit-width at a time")
+    else:
+        fields["bits"] = bits[0]
+    return recipes.get(options.recipe, **fields)
+
+
+def _from_factory(name: str) -> nn.Module:
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CommandError(f"--model {name!r}: {error}") from error
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"--model {name!r}: returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise CommandError(f"checkpoint {path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CommandError(f"checkpoint {path}: {error}") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"checkpoint {path}: not readable as weights only ({reason})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CommandError(f"checkpoint {path}: holds no state dict of tensors")
+    return loaded
+
+
+def _strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
+    if state and all(key.startswith(prefix) for key in state):
+        return {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def _some(keys: list[str], limit: int = 3) -> str:
+    rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + rest

@@ -1,0 +1,89 @@
+"""What is measured of a trained network and of its artifact: predictions, agreement, layers, latency (torch side)."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import bitstrata_runtime as runtime
+from bitstrata.data import Dataset
+from bitstrata.prepare import precision
+
+BATCH = 250
+
+
+def images_of(dataset: Dataset, batch: int = BATCH) -> Iterator[Tensor]:
+    """uint8 images of a data set, (batch, C, H, W) at a time."""
+    for start in range(0, len(dataset), batch):
+        yield dataset.batch(range(start, min(start + batch, len(dataset))))[0]
+
+
+def normalized64(images: Tensor, dataset: Dataset) -> Tensor:
+    """(pixel / 255 - mean) / std in float64."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    return (images.double() / 255 - mean) / std
+
+
+def reference_top1(model: nn.Module, dataset: Dataset, levels: Sequence[int]) -> dict[int, NDArray[np.int64]]:
+    """Classes that the fake-quantized network predicts in float64, per precision, in the data set's order.
+
+    Float32 rounding flips codes near a threshold, and flips cascade; float64 is the fake network's own answer.
+    """
+    exact = copy.deepcopy(model).double().eval()
+    found: dict[int, list[Tensor]] = {level: [] for level in levels}
+    with torch.no_grad():
+        for images in images_of(dataset):
+            inputs = normalized64(images, dataset)
+            for level in levels:
+                with precision(exact, level):
+                    found[level].append(exact(inputs).argmax(1))
+    return {level: torch.cat(parts).numpy() for level, parts in found.items()}
+
+
+def engine_top1(session: Any, dataset: Dataset) -> NDArray[np.int64]:
+    """Classes that a session predicts, in the data set's order."""
+    return np.concatenate([session.run(images.numpy()).argmax(1) for images in images_of(dataset)])
+
+
+def share_equal(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Share of equal entries."""
+    return float(np.mean(a == b))
+
+
+def layers_differing(path: Path, bits: int, dataset: Dataset, isa: str | None = None) -> list[str]:
+    """Values of the program at which engine and reference executor differ in any integer on any image."""
+    engine = runtime.load(path, bits=bits, isa=isa)
+    reference = runtime.load(path, bits=bits, executor="reference")
+    differing: dict[str, None] = {}
+    for images in images_of(dataset):
+        ours, theirs = engine.run_all(images.numpy()), reference.run_all(images.numpy())
+        if ours.keys() != theirs.keys():
+            raise RuntimeError(f"engine and reference name different values: {sorted(ours.keys() ^ theirs.keys())}")
+        differing.update(dict.fromkeys(name for name in ours if not np.array_equal(ours[name], theirs[name])))
+    return list(differing)
+
+
+def latency_ms(session: Any, image: NDArray[np.uint8], repeats: int = 50) -> float:
+    """Median milliseconds of one run on `image` (N, C, H, W), after five runs to warm up."""
+    for _ in range(5):
+        session.run(image)
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        session.run(image)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times) * 1e3
+
+
+def bytes_fetched(session: Any) -> int:
+    """Bytes of all files and parts of files that the session has read so far."""
+    return sum(int(size) for _, size in session.reads)

@@ -1,0 +1,75 @@
+"""Options that `train` and `quantize` share; a field's docstring is its help text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+#: Options that a resumed run may change without becoming another run.
+FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "checkpoint"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Data, precisions and the joint training stage."""
+
+    data: str = "cifar10"
+    """Data set by name."""
+    root: Path | None = None
+    """Directory that holds the data set's files; digits needs none."""
+    bits: str = "1,2,3,4"
+    """Weight bit-widths to train together, ascending; the widest is stored, the others are its first bit-planes."""
+    a: str = "same"
+    """Activation bit-width: same as the weights', or one number for all."""
+    recipe: str = "strata"
+    """Quantization recipe; `bitstrata recipes` lists them."""
+    epochs: int = 5
+    """Epochs of quantized training, all precisions together."""
+    lr: float = 0.02
+    """Peak learning rate of quantized training."""
+    weight_decay: float = 5e-4
+    """L2 decay of weights."""
+    warmup: float = 0.0
+    """Epochs of linear warm-up of quantized training."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimizer of both stages."""
+    batch_size: int = 128
+    """Images a step."""
+    distill: bool = True
+    """Each precision also learns from the next wider one."""
+    label_smoothing: float = 0.0
+    """Probability mass spread evenly over all classes."""
+    clip_grad: float | None = None
+    """Largest allowed gradient norm."""
+    amp: Literal["none", "bf16"] = "none"
+    """Number format of forward passes in training; evaluation against the engine is always exact."""
+    channels_last: bool = False
+    """NHWC memory order in training."""
+    calibration_batches: int = 4
+    """Training batches that set the first step sizes."""
+    train_limit: int | None = None
+    """Use only the first images of the training set."""
+    test_limit: int | None = None
+    """Use only the first images of the test set."""
+    verify_images: int = 64
+    """Test images on which every layer is verified against the trained network."""
+    seed: int = 0
+    """Seed of everything random."""
+    threads: int | None = None
+    """Threads of training."""
+    isa: str | None = None
+    """Instruction set of the engine; the best one by default."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints inside an epoch; 0: one an epoch."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 1
+    """Epochs between evaluations; 0: at the end only."""
+    fresh: bool = False
+    """Start over although the output directory holds an unfinished or finished run."""
+
+
+def resolved(options: Any) -> dict[str, Any]:
+    """All options as JSON values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(asdict(options).items())}

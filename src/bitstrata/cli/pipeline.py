@@ -1,0 +1,231 @@
+"""The way from data to a verified artifact, shared by `train` and `quantize` (torch side).
+
+Stages: float -> quantize, calibrate -> joint -> lower, pack -> measure. Each stage that has finished is skipped when
+the command is given again; the training stages resume from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import bitstrata as bs
+import bitstrata_runtime as runtime
+from bitstrata.cli import loading, measure
+from bitstrata.cli.common import CommandError, bytes_of, environment, parse_bits, parse_floats, read_json, write_json
+from bitstrata.cli.options import FREE, RunOptions, resolved
+from bitstrata.cli.quantize import Quantize
+from bitstrata.cli.train import Train
+from bitstrata.data import Dataset, Loader
+from bitstrata.train import TrainConfig, Trainer, evaluate
+from bitstrata.train.checkpoint import seed_all
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """A run in progress: its options, directory, data and what has been measured."""
+
+    options: RunOptions
+    out: Path
+    bits: tuple[int, ...]
+    train: Dataset
+    test: Dataset
+    console: Console = field(default_factory=Console)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def example(self) -> Tensor:
+        """One normalized test image, (1, C, H, W)."""
+        return next(iter(Loader(self.test, 1, train=False, prefetch=False).epoch(0)))[0]
+
+    def loader(self, train: bool) -> Loader:
+        """Batches of the training set (augmented, permuted) or of the test set."""
+        if not train:
+            return Loader(self.test, measure.BATCH, train=False)
+        transform = loading.augmentation(self.options.data, self.train)
+        return Loader(self.train, self.options.batch_size, train=True, transform=transform, seed=self.options.seed)
+
+    def timed(self, stage: str, work: Callable[[], T]) -> T:
+        """Run a stage and note how long it took."""
+        begun = time.monotonic()
+        result = work()
+        self.seconds[stage] = round(time.monotonic() - begun, 1)
+        return result
+
+
+def train_from_scratch(options: Train, out: Path) -> None:
+    """`bitstrata train`."""
+    run = begin(options, out)
+    if run is None:
+        return
+    seed_all(options.seed)
+    model = loading.make_model(options.model, run.train)
+    config = stage_config(
+        options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup, distill=None
+    )
+    trainer = Trainer(model, config, run.loader(True), run.loader(False), out, name="float")
+    accuracy = run.timed("float", trainer.fit)["float"]
+    finish(run, model, accuracy)
+
+
+def quantize_checkpoint(options: Quantize, out: Path) -> None:
+    """`bitstrata quantize`."""
+    run = begin(options, out, mean=_numbers(options.mean, "--mean"), std=_numbers(options.std, "--std"))
+    if run is None:
+        return
+    seed_all(options.seed)
+    model = loading.make_model(options.model, run.train)
+    loading.load_weights(model, options.checkpoint)
+    accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
+    run.console.print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}")
+    finish(run, model, accuracy)
+
+
+def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None) -> Run | None:
+    """Check options, open the output directory and the data; None when the run is already complete."""
+    bits = parse_bits(options.bits)
+    if options.fresh and out.exists():
+        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt"):
+            (out / name).unlink(missing_ok=True)
+    config = resolved(options)
+    saved = out / "config.json"
+    if saved.exists():
+        check_same_options(saved, read_json(saved), config)
+        if (out / "results.json").exists():
+            Console().print(f"{out} is complete; --fresh starts over")
+            print_results(Console(), read_json(out / "results.json"))
+            return None
+    train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
+    test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)
+    write_json(saved, config)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return Run(options, out, bits, train, test)
+
+
+def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise CommandError if a run with other options lies in the output directory."""
+    changes = [
+        f"{name.replace('_', '-')}: {saved.get(name)!r} there, {current.get(name)!r} now"
+        for name in sorted((saved.keys() | current.keys()) - FREE)
+        if saved.get(name) != current.get(name)
+    ]
+    if changes:
+        raise CommandError(f"{path} is of another run ({'; '.join(changes)}); use another --out, or --fresh")
+
+
+def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
+    """Training configuration of a stage: the shared options and what differs."""
+    shared: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in (
+            "epochs", "lr", "weight_decay", "warmup", "optimizer", "batch_size", "label_smoothing", "clip_grad", "amp",
+            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every",
+        )
+    }  # fmt: skip
+    shared["distill"] = "cosine" if options.distill else None
+    return TrainConfig(**{**shared, **changes})
+
+
+def quantized(run: Run, model: nn.Module) -> nn.Module:
+    """Quantize in place and set the first step sizes from training batches without augmentation."""
+    pixels = bs.Pixels(mean=run.train.mean, std=run.train.std)
+    bs.quantize_(model, loading.make_recipe(run.options, run.bits), run.example, input=pixels)
+    plain = Loader(run.train, run.options.batch_size, train=True, seed=run.options.seed, prefetch=False)
+    steps = range(min(run.options.calibration_batches, len(plain)))
+    bs.calibrate_(model, [plain.batch(0, step)[0] for step in steps])
+    return model
+
+
+def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
+    """From a float network to results.json."""
+    quantized(run, model)
+    trainer = Trainer(model, stage_config(run.options), run.loader(True), run.loader(False), run.out, name="joint")
+    run.timed("joint", trainer.fit)
+    if run.options.channels_last:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval()
+    fake = evaluate(model, run.loader(False).epoch(0))
+    program = run.timed("lower", lambda: bs.lower(model, run.example))
+    artifact = run.out / "model.strata"
+    if artifact.exists():
+        shutil.rmtree(artifact)
+    bs.pack(program, artifact, provenance={"options": resolved(run.options), "float_accuracy": float_accuracy})
+    rows = run.timed("measure", lambda: measured_rows(run, model, artifact, float_accuracy, fake))
+    report = run.timed("verify", lambda: verified(run, model, program))
+    results = {
+        "rows": rows,
+        "verify": {"ok": bool(report.ok), "images": run.options.verify_images, "report": str(report)},
+        "files": bytes_of(artifact),
+        "seconds": run.seconds,
+        "seed": run.options.seed,
+        "isa": runtime.load(artifact, bits=run.bits[0], isa=run.options.isa).isa,
+        **environment(),
+    }
+    write_json(run.out / "results.json", results)
+    print_results(run.console, results)
+    if not report.ok:
+        raise CommandError(f"verification failed; see {run.out / 'results.json'}")
+
+
+def measured_rows(
+    run: Run, model: nn.Module, artifact: Path, float_accuracy: float, fake: dict[Any, float]
+) -> list[dict[str, Any]]:
+    """One row a precision: the engine on the whole test set, beside the fake-quantized network in float64."""
+    labels = run.test.labels.numpy()
+    exact = measure.reference_top1(model, run.test, run.bits)
+    session = runtime.load(artifact, bits=run.bits[0], isa=run.options.isa)
+    rows = []
+    for bits in run.bits:
+        if bits != run.bits[0]:
+            session.upgrade(bits)
+        engine = measure.engine_top1(session, run.test)
+        rows.append(
+            {
+                "bits": bits,
+                "float_accuracy": float_accuracy,
+                "fake_accuracy": fake[bits],
+                "fake64_accuracy": measure.share_equal(exact[bits], labels),
+                "engine_accuracy": measure.share_equal(engine, labels),
+                "top1_agreement": measure.share_equal(engine, exact[bits]),
+                "bytes": measure.bytes_fetched(session),
+                "images": len(labels),
+            }
+        )
+    return rows
+
+
+def verified(run: Run, model: nn.Module, program: Any) -> Any:
+    """Verify every layer on a sample of the test set, as uint8 pixels."""
+    count = min(run.options.verify_images, len(run.test))
+    return bs.verify(model, program, run.test.batch(range(count))[0])
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    """The rows as a table, and whether verification passed."""
+    table = Table(title="accuracy on the test set", title_justify="left")
+    for column in ("bits", "float", "fake-quantized", "integer engine", "same class", "bytes read"):
+        table.add_column(column, justify="right")
+    for row in results["rows"]:
+        table.add_row(
+            str(row["bits"]),
+            *(f"{row[key]:.2%}" for key in ("float_accuracy", "fake_accuracy", "engine_accuracy", "top1_agreement")),
+            f"{row['bytes']:,}",
+        )
+    console.print(table)
+    console.print(f"verified layer by layer: {'ok' if results['verify']['ok'] else 'FAILED'}")
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    return None if text is None else parse_floats(text, option)

@@ -1,0 +1,22 @@
+"""From a float model to a quantized one: quantize_, calibrate_, precision, summary, parameter groups."""
+
+from .calibrate import calibrate_, reestimate_batchnorm_
+from .parameters import parameter_groups, precision_parameters
+from .precision import precision, precisions, set_precision
+from .quantize import Pixels, quantize_
+from .summary import Summary, SummaryRow, summary
+
+__all__ = [
+    "Pixels",
+    "Summary",
+    "SummaryRow",
+    "calibrate_",
+    "parameter_groups",
+    "precision",
+    "precision_parameters",
+    "precisions",
+    "quantize_",
+    "reestimate_batchnorm_",
+    "set_precision",
+    "summary",
+]

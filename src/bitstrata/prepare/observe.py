@@ -1,0 +1,103 @@
+"""One look at an unknown model: run it on an example and note which layers run, on what, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass
+class LayerTrace:
+    """What one layer was seen to do on the example."""
+
+    calls: int = 0
+    negative: bool = False  # some input element was below zero
+    order: int = -1  # position of the first call among all traced layers
+    input_shape: tuple[int, ...] = ()
+
+
+@dataclass
+class Trace:
+    """What the example run showed. `norm_owner`: batch normalization's name -> the layer whose precision it follows."""
+
+    layers: dict[str, LayerTrace] = field(default_factory=dict)
+    norm_owner: dict[str, str] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Trace:
+    """Run `model` on `example` in evaluation mode without gradients and trace `layers` and batch normalizations.
+
+    A normalization is owned by the layer whose output it reads; otherwise (it reads a sum, a pooled map) by the first
+    layer that runs after it.
+
+    Args:
+        example: a tensor, or a tuple or list of positional arguments.
+        layers: qualified name -> module.
+    """
+    trace = Trace({name: LayerTrace() for name in layers})
+    producer: dict[int, str] = {}
+    alive: list[Tensor] = []  # ids are only unique among living tensors
+    waiting: list[str] = []
+    count = 0
+
+    def layer_hook(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            nonlocal count
+            seen, x = trace.layers[name], args[0]
+            seen.negative |= bool((x < 0).any())
+            seen.order = count if seen.calls == 0 else seen.order
+            seen.calls += 1
+            seen.input_shape = tuple(x.shape)
+            count += 1
+            for norm in waiting:
+                trace.norm_owner.setdefault(norm, name)
+            waiting.clear()
+            producer[id(output)] = name
+            alive.append(output)
+
+        return hook
+
+    def norm_hook(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+            owner = producer.get(id(args[0]))
+            if owner is None:
+                waiting.append(name)
+            else:
+                trace.norm_owner.setdefault(name, owner)
+
+        return hook
+
+    handles = [module.register_forward_hook(layer_hook(name)) for name, module in layers.items()]
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            handles.append(module.register_forward_hook(norm_hook(name)))
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(*example) if isinstance(example, tuple | list) else model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm in waiting:  # nothing follows: the last layer before it is the nearest
+        if trace.layers and count:
+            last = max((t.order, n) for n, t in trace.layers.items())[1]
+            trace.norm_owner.setdefault(norm, last)
+    return trace
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,62 @@
+"""The precision a model runs at: read it, set it for all layers or some, set it for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..nn.layers import QuantizedLayer
+from ..nn.norm import PrecisionBatchNorm
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Qualified name -> quantized layer, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def precisions(model: nn.Module) -> tuple[int, ...]:
+    """Precisions the model was quantized for, ascending; () for a float model."""
+    found = {p for layer in quantized_layers(model).values() for p in layer.precisions}
+    return tuple(sorted(found))
+
+
+def precision_map(model: nn.Module) -> dict[str, int]:
+    """Layer name -> the precision it runs at now."""
+    return {name: layer.precision for name, layer in quantized_layers(model).items()}
+
+
+def set_precision(model: nn.Module, precision: int | Mapping[str, int]) -> None:
+    """Run at another precision: all layers at one, or some layers at their own (the others keep theirs).
+
+    Each batch normalization follows the layer that owns it.
+
+    Raises:
+        ValueError: a precision the model was not quantized for, an unknown layer, or a float model; nothing is changed.
+    """
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError("set_precision: the model has no quantized layers; call quantize_ first")
+    wanted = dict.fromkeys(layers, precision) if not isinstance(precision, Mapping) else dict(precision)
+    for name, value in wanted.items():
+        if name not in layers:
+            raise ValueError(f"set_precision: no quantized layer named {name!r}; there are: {', '.join(layers)}")
+        if value not in layers[name].precisions:
+            raise ValueError(f"set_precision: {value!r} is not among the precisions {layers[name].precisions} of {name!r}")
+    for name, value in wanted.items():
+        layers[name].set_precision(value)
+    for module in model.modules():
+        if isinstance(module, PrecisionBatchNorm):
+            module.set_precision(layers[module.owner].precision)
+
+
+@contextmanager
+def precision(model: nn.Module, value: int | Mapping[str, int]) -> Iterator[nn.Module]:
+    """Run at another precision inside the `with` block; the former per-layer precisions return after it."""
+    before = precision_map(model)
+    set_precision(model, value)
+    try:
+        yield model
+    finally:
+        set_precision(model, before)

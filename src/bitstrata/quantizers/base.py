@@ -1,0 +1,188 @@
+"""The one quantizer contract: fake-quantized tensor, codes, and grid, with value = scale * (codes + offset)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that codes stand for: value = scale * (code + offset), code in [lo, hi].
+
+    scale: one element, or broadcastable to the quantized tensor (one an output channel of a weight).
+    offset: a number, or a tensor broadcastable to the quantized tensor.
+    """
+
+    scale: Tensor
+    offset: float | Tensor
+    lo: int
+    hi: int
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """scale * (codes + offset), in the scale's dtype."""
+        return (codes.to(self.scale.dtype) + self.offset) * self.scale
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers; works at the current `precision`, one of `bits`' keys.
+
+    A subclass implements `grid`, `codes`, `forward` and `init_`, and names its per-precision parameters. The contract,
+    tested for every registered quantizer: ``forward(x) == grid().dequantize(codes(x))`` exactly, in x's dtype.
+
+    Args:
+        bits: precision -> width of the codes at that precision.
+        channels: None for one step a tensor; else one step an output channel (weights).
+        signed: the codes may be negative. Weights always are; activations are told by what was seen.
+    """
+
+    nested = False  # codes at a narrower width are the upper bits of the codes at the widest
+    offset = 0.0
+
+    def __init__(self, bits: Mapping[int, int], *, channels: int | None = None, signed: bool = True) -> None:
+        super().__init__()
+        if not bits:
+            raise ValueError(f"{type(self).__name__}: bits must name at least one precision")
+        for precision, width in bits.items():
+            if not 1 <= width <= 8:
+                raise ValueError(f"{type(self).__name__}: bits must be 1..8, got {width} at precision {precision}")
+        self.bits = dict(sorted(bits.items()))
+        self.channels = channels
+        self.signed = signed
+        self.precision = max(self.bits)
+
+    def grid(self) -> Grid:
+        """The grid at the current precision."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of x at the current precision: int32, x's shape."""
+        raise NotImplementedError
+
+    def init_(self, x: Tensor) -> None:
+        """Set the step sizes from a sample: the weight itself, or a batch of activations (current precision only)."""
+        raise NotImplementedError
+
+    def precision_parameters(self) -> dict[int, list[nn.Parameter]]:
+        """Parameters that belong to one precision alone; every other parameter is shared by all precisions."""
+        return {}
+
+    @property
+    def width(self) -> int:
+        """Bits of the codes at the current precision."""
+        return self.bits[self.precision]
+
+    def _step_shape(self) -> tuple[int, ...]:
+        return (1,) if self.channels is None else (self.channels,)
+
+    def _broadcast(self, step: Tensor, x: Tensor) -> Tensor:
+        return step if self.channels is None else step.view(-1, *[1] * (x.dim() - 1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            # A float checkpoint knows nothing of quantizers: keep what is here, which the layer has just set anew.
+            state_dict.update({key: value.clone() for key, value in self.state_dict(prefix=prefix).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        widths = sorted(set(self.bits.values()))
+        granularity = "tensor" if self.channels is None else f"channel[{self.channels}]"
+        return f"bits={widths}, per={granularity}, signed={self.signed}"
+
+
+class ActivationQuantizer(Quantizer):
+    """Base of activation quantizers: steps that are set from the first data seen, one of them a precision.
+
+    While `observing`, every forward raises the current precision's running statistic to that of the batch (UniQ eq. 10:
+    the maximum over batches) and sets the step from it before quantizing.
+
+    Args:
+        shared: one step for all precisions (edge layers) instead of one a precision.
+    """
+
+    initialized: Tensor  # bool, one flag a step
+    statistic: Tensor  # running maximum while observing, one a step
+
+    def __init__(self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False) -> None:
+        super().__init__(bits, signed=signed)
+        self.shared = shared
+        self._slots = {p: 0 if shared else i for i, p in enumerate(self.bits)}
+        keys = ["shared"] if shared else [str(p) for p in self.bits]
+        self.steps = nn.ParameterDict({key: nn.Parameter(torch.ones(1)) for key in keys})
+        self.register_buffer("initialized", torch.zeros(len(keys), dtype=torch.bool))
+        self.register_buffer("statistic", torch.zeros(len(keys)), persistent=False)
+        self.observing = False
+
+    @property
+    def step(self) -> nn.Parameter:
+        """The step of the current precision."""
+        return self.steps["shared" if self.shared else str(self.precision)]
+
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code at the current precision."""
+        width = self.width
+        return (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if self.signed else (0, 2**width - 1)
+
+    def statistic_of(self, x: Tensor) -> Tensor:
+        """The statistic that the initial step is proportional to, one element."""
+        raise NotImplementedError
+
+    def step_from(self, statistic: Tensor) -> Tensor:
+        """The initial step for a statistic, at the current precision."""
+        raise NotImplementedError
+
+    def grid(self) -> Grid:
+        self.require_initialized()
+        lo, hi = self.limits()
+        return Grid(self.step.detach(), self.offset, lo, hi)
+
+    @torch.no_grad()
+    def init_(self, x: Tensor) -> None:
+        slot = self._slots[self.precision]
+        current = self.statistic_of(x.detach().float()).to(self.statistic)
+        if self.observing:
+            current = torch.maximum(self.statistic[slot], current)
+        if not torch.isfinite(current):
+            raise ValueError(
+                f"{type(self).__name__}: cannot set the step from a batch of shape {tuple(x.shape)}: not finite"
+            )
+        self.statistic[slot] = current
+        if current > 0:  # an all-zero batch tells nothing; keep the old step
+            self.step.copy_(self.step_from(current).reshape(1).to(self.step))
+            self.initialized[slot] = True
+
+    def prepare(self, x: Tensor) -> None:
+        """Called at the start of forward: observe, or initialise on the first training batch."""
+        if self.observing or (self.training and not self._is_initialized()):
+            self.init_(x)
+        self.require_initialized()
+
+    def _is_initialized(self) -> bool:
+        flag = self.__dict__.get("_initialized_cache")
+        if not flag or not flag[self._slots[self.precision]]:  # reading a buffer each step would stall accelerators
+            flag = self.initialized.tolist()
+            self.__dict__["_initialized_cache"] = flag
+        return flag[self._slots[self.precision]]
+
+    def require_initialized(self) -> None:
+        """Raise RuntimeError if the current precision's step was never set."""
+        if not self._is_initialized():
+            raise RuntimeError(
+                f"{type(self).__name__}: no step size at precision {self.precision}: run bitstrata.calibrate_(model, "
+                "batches), or a training batch, at this precision first"
+            )
+
+    def precision_parameters(self) -> dict[int, list[nn.Parameter]]:
+        return {} if self.shared else {p: [self.steps[str(p)]] for p in self.bits}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.__dict__.pop("_initialized_cache", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class WeightQuantizer(Quantizer):
+    """Base of weight quantizers. Their steps are set from the weight when the layer is made or a float state loaded."""

@@ -1,0 +1,8 @@
+"""Training: `Trainer` for one stage, `evaluate` for its accuracy; a user's own loop needs neither."""
+
+from bitstrata.train.checkpoint import CheckpointError
+from bitstrata.train.config import Level, TrainConfig
+from bitstrata.train.evaluate import evaluate
+from bitstrata.train.trainer import Trainer
+
+__all__ = ["CheckpointError", "Level", "TrainConfig", "Trainer", "evaluate"]

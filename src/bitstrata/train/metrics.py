@@ -1,0 +1,66 @@
+"""The metrics file: JSON lines, one an event, cut back on resume so that no step appears twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends events to a file shared by the stages of a run; each line carries the stage's name under "run".
+
+    Lines: {"run", "event": "step" | "epoch" | "eval" | "done", "step", "epoch", ...}. Losses and accuracies are
+    objects keyed by precision ("float" for a float network); accuracies are fractions.
+    """
+
+    def __init__(self, path: Path | None, run: str) -> None:
+        """`path` None discards everything, for training without files."""
+        self.path = path
+        self.run = run
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event. Values must be JSON values; NaN is refused rather than written as invalid JSON."""
+        if self.path is None:
+            return
+        line = json.dumps({"run": self.run, "event": event, **fields}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def position(self) -> int:
+        """Bytes of the file now, on disk; a checkpoint stores this number."""
+        if self.path is None or not self.path.exists():
+            return 0
+        with self.path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            return os.fstat(stream.fileno()).st_size
+
+    def cut(self, position: int) -> None:
+        """Drop everything after `position` bytes: events of steps that the resumed run will do again."""
+        if self.path is None or position == self.position():
+            return
+        if position > self.position():
+            raise ValueError(
+                f"metrics file {self.path}: {self.position()} bytes, but the checkpoint was taken at {position}; "
+                "put the file back or start the run anew"
+            )
+        os.truncate(self.path, position)
+
+    def drop_run(self) -> None:
+        """Drop this stage's lines, for a stage that starts over, and a last line that a crash left incomplete."""
+        if self.path is None or not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        kept = "".join(line for line in lines if json.loads(line).get("run") != self.run)
+        if kept != text:
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text(kept, encoding="utf-8")
+            os.replace(temporary, self.path)
+
+
+def read(path: Path, run: str | None = None) -> list[dict[str, Any]]:
+    """All events of a metrics file, or those of one stage."""
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [event for event in events if run is None or event["run"] == run]
