@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def layer(
         source_bits=source_bits if planes else 8,
         planes=planes,
         weight_bits={p: min(p, source_bits) if planes else 8 for p in precisions},
-        integer_form={p: (2, 1) if planes else (1, 0) for p in precisions},
+        integer_form=dict.fromkeys(precisions, (2, 1) if planes else (1, 0)),
         input_range=input_range or {p: (0, (1 << p) - 1) for p in precisions},
         grid="strata" if planes else "lsq",
         **fields,
@@ -137,7 +138,7 @@ def plain_program(seed: int = 0, prefix: str = "") -> Program:
 
 
 def residual_program(seed: int = 1) -> Program:
-    """Floats -> 8-bit resident conv -> residual block (conv of 8-bit planes, served at 2, 4, 8) -> pool -> 8-bit linear.
+    """Floats -> 8-bit resident conv -> residual block (8 planes, served at 2, 4 and 8) -> pool -> 8-bit linear.
 
     Has the plan "mixed", which re-estimates one affine.
     """
@@ -179,6 +180,44 @@ def residual_program(seed: int = 1) -> Program:
         ),
         seed,
     )
+
+
+def chain_program(
+    widths: list[int], source_bits: list[int], precisions: tuple[int, ...], *, resident: bool, seed: int = 2
+) -> Program:
+    """A chain of 1x1 layers, widths[i] -> widths[i+1]; layer i has source_bits[i] planes, the first may be resident."""
+    layers, nodes, affines = [], [Node("x", "input")], {}
+    for index, (inner, out) in enumerate(itertools.pairwise(widths)):
+        name = f"layer{index}"
+        planes = not (resident and index == 0)
+        bits = dict.fromkeys(precisions, (0, 255)) if index == 0 else None
+        layers.append(
+            layer(
+                name,
+                (out, inner, 1, 1),
+                source_bits=source_bits[index],
+                planes=planes,
+                precisions=precisions,
+                input_range=bits,
+            )
+        )
+        affines[f"{name}.bn"] = AffineInfo(name, out)
+        nodes.append(conv(f"{name}.acc", nodes[-1].name, name))
+        if index + 2 < len(widths):
+            nodes.append(requant(f"{name}.out", nodes[-1].name, f"layer{index + 1}", f"{name}.bn"))
+    nodes.append(rescale("logits", nodes[-1].name, f"{layers[-1].name}.bn"))
+    program = Program(
+        input_shape=(widths[0], 1, 1),
+        input_kind="codes",
+        nodes=tuple(nodes),
+        output="logits",
+        layers={item.name: item for item in layers},
+        affines=affines,
+        precisions=precisions,
+        weights={},
+        factors={},
+    )
+    return fill(program, seed)
 
 
 def assert_same_program(found: Program, expected: Program) -> None:

@@ -30,7 +30,7 @@ def integer(node: Node, key: str, low: int, high: int) -> int:
     value = node.attrs[key]
     if not _is_int(value, low, high):
         raise node_error(node, f"attribute {key!r} = {value!r}: must be an integer in [{low}, {high}]")
-    return value
+    return int(value)
 
 
 def _is_int(value: object, low: int, high: int) -> bool:

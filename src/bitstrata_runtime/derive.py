@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from . import attrs, intervals
 from .errors import ProgramError
 from .graph import ValueInfo, check_readers, code_readers, validate
-from .intervals import INT32_MAX, Bounds
+from .intervals import INT32_MAX, Bounds, align
 from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Value
 from .program import Layer, Node, Program
-from .tables import check_map
+from .tables import MIN_STEP, check_map
 
 Precision = int | str | Mapping[str, int]  # of all layers | name of a plan | of each layer
 
@@ -28,25 +28,17 @@ def resolve_map(program: Program, precision: Precision) -> dict[str, int]:
 
     Raises ProgramError for an unknown precision, plan or layer, and for a map that leaves a layer out.
     """
-    return resolve(program.layers, program.precisions, program.plans, precision)
-
-
-def resolve(
-    layers: Mapping[str, object],
-    precisions: tuple[int, ...],
-    plans: Mapping[str, Mapping[str, int]],
-    precision: Precision,
-) -> dict[str, int]:
-    """`resolve_map` from the parts of a program that an artifact's manifest gives."""
     if isinstance(precision, Mapping):
-        return check_map(layers, precisions, precision, "precision map")
+        return check_map(program.layers, program.precisions, precision, "precision map")
     if isinstance(precision, str):
-        if precision not in plans:
-            raise ProgramError(f"precision: no plan {precision!r}; there are {sorted(plans)}")
-        return check_map(layers, precisions, plans[precision], f"plan {precision!r}")
-    if type(precision) is not int or precision not in precisions:
-        raise ProgramError(f"precision: there is no {precision!r}; there are {precisions} and the plans {sorted(plans)}")
-    return dict.fromkeys(layers, precision)
+        if precision not in program.plans:
+            raise ProgramError(f"precision: no plan {precision!r}; there are {sorted(program.plans)}")
+        return check_map(program.layers, program.precisions, program.plans[precision], f"plan {precision!r}")
+    if type(precision) is not int or precision not in program.precisions:
+        raise ProgramError(
+            f"precision: there is no {precision!r}; there are {program.precisions} and plans {sorted(program.plans)}"
+        )
+    return dict.fromkeys(program.layers, precision)
 
 
 def derive(program: Program, precision: Precision) -> Plan:
@@ -205,7 +197,7 @@ def _conv(state: _Derivation, node: Node) -> None:
 
 
 def _requant(state: _Derivation, node: Node) -> None:
-    (source, bounds), to = state.source(node), node.attrs["to"]
+    (source, _), to = state.source(node), node.attrs["to"]
     step, code_range = state.chosen.step(to), state.chosen.input_range(to)
     a, b = state.chosen.line(attrs.affine_names(node), source.scale, source.shape[2])
     low, high = intervals.clamp_range(attrs.clip_bounds(node), step, *code_range, _where(node))
@@ -251,20 +243,15 @@ def _add(state: _Derivation, node: Node) -> None:
     inputs = [state.source(node, which) for which in (0, 1)]
     places = [_exponent(value) for value, _ in inputs]
     real = [intervals.largest(bounds) * (value.scale or 1.0) for value, bounds in inputs]
-    f = min(intervals.fraction_bits(float((real[0] + real[1]).max()), _where(node)), *[max(places)])
+    f = min(max(places), intervals.fraction_bits(float((real[0] + real[1]).max()), _where(node)))
     shifts = [place - f for place in places]
-    if max(map(abs, shifts)) > 62:
-        raise ProgramError(f"{_where(node)}: the inputs' scales 2^-{places[0]} and 2^-{places[1]} are too far apart")
-    aligned = [
+    if f < 0 or max(map(abs, shifts)) > 62:
+        raise ProgramError(f"{_where(node)}: scales 2^-{places[0]} and 2^-{places[1]} cannot be brought to one scale")
+    (low_a, high_a), (low_b, high_b) = (
         [align(end, shift) for end in bounds] for (_, bounds), shift in zip(inputs, shifts, strict=True)
-    ]
-    bounds = (aligned[0][0] + aligned[1][0], aligned[0][1] + aligned[1][1])
+    )
+    bounds = (low_a + low_b, high_a + high_b)
     state.store(node, bounds, "i32", math.ldexp(1.0, -f), Add(*state.head(node), *shifts))
-
-
-def align(value: NDArray[np.int64], shift: int) -> NDArray[np.int64]:
-    """Section 4: value * 2^-shift, right shifts rounding half up."""
-    return (value + (1 << (shift - 1))) >> shift if shift > 0 else value << -shift
 
 
 def _clip(state: _Derivation, node: Node) -> None:
@@ -287,8 +274,10 @@ def _avgpool(state: _Derivation, node: Node) -> None:
     kernel, stride, pads = attrs.extents(node, "kernel"), attrs.extents(node, "stride"), attrs.padding(node)
     window = kernel[0] * kernel[1]
     low, high = (end * window for end in (intervals.join(bounds, 0) if any(pads) else bounds))
-    shift = next(t for t in range(64) if -INT32_MAX <= align(low, t).min() and align(high, t).max() <= INT32_MAX)
+    shift = next(t for t in range(64) if align(low, t).min() >= -INT32_MAX and align(high, t).max() <= INT32_MAX)
     scale = math.ldexp(source.scale or 1.0, shift) / window
+    if scale < MIN_STEP:
+        raise ProgramError(f"{_where(node)}: the scale of the result, {scale!r}, is below {MIN_STEP}")
     op = SumPool(*state.head(node), kernel, stride, pads, shift)
     state.store(node, (align(low, shift), align(high, shift)), "i32", scale, op)
 

@@ -83,7 +83,7 @@ def needs(manifest: Manifest, choice: Choice) -> tuple[set[str], int]:
         chosen = choice if choice.keys() == program.layers.keys() else None
     else:
         chosen = dict.fromkeys(program.layers, choice)
-    if chosen is None or not set(chosen.values()) <= set(program.precisions):
+    if chosen is None or not all(type(item) is int and item in program.precisions for item in chosen.values()):
         raise ArtifactError(
             f"precision {choice!r}: the artifact serves {program.precisions}, maps of all its layers to these, "
             f"and the plans {tuple(program.plans)}"

@@ -50,6 +50,11 @@ def conv(codes: NDArray[np.int8], mul: int, add: int, groups: int, bounds: Bound
     return (positive @ low + negative @ high).reshape(out), (positive @ high + negative @ low).reshape(out)
 
 
+def align(value: NDArray[np.int64], shift: int) -> NDArray[np.int64]:
+    """Section 4: value * 2^-shift, in int64; a right shift rounds half up."""
+    return (value + (1 << (shift - 1))) >> shift if shift > 0 else value << -shift
+
+
 def round_half_up(value: float) -> int:
     """floor(value + 1/2), as an exact integer."""
     return math.floor(value + 0.5)
@@ -58,7 +63,7 @@ def round_half_up(value: float) -> int:
 def clamp_range(
     clip: tuple[float | None, float | None], unit: float, low: int, high: int, where: str
 ) -> tuple[int, int]:
-    """Section 3: [low, high] narrowed by real clip bounds, rounded in units of `unit`. ProgramError if nothing is left."""
+    """Section 3: [low, high] narrowed by real clip bounds rounded to `unit`s. ProgramError if nothing is left."""
     if clip[0] is not None:
         low = max(low, round_half_up(clip[0] / unit))
     if clip[1] is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from .intervals import align
 from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Value
 
 DTYPES: dict[str, type[np.integer[Any]]] = {"u8": np.uint8, "s8": np.int8, "i32": np.int32}
@@ -67,7 +68,7 @@ class ReferenceExecutor:
 
 
 class OracleExecutor(ReferenceExecutor):
-    """The reference with convolutions as float64 matrix products: the same integers, fast enough for whole data sets."""
+    """The reference with convolutions as float64 matrix products: the same integers, fast enough for data sets."""
 
     def _conv(self, op: Conv, x: Wide) -> Wide:
         return conv_by_gemm(op, x)
@@ -83,7 +84,7 @@ def check_codes(value: Value, codes: Integers) -> None:
         raise ValueError(f"run: codes reach [{codes.min()}, {codes.max()}], beyond [{value.lo}, {value.hi}]")
 
 
-def _pad_map(x: Wide, padding: tuple[int, int, int, int], fill: Wide | int) -> Wide:
+def _pad_map(x: Wide, padding: tuple[int, int, int, int], fill: Integers | int) -> Wide:
     """x (N, H, W, C) with rows and columns around it that hold `fill`: one integer, or one a channel."""
     top, bottom, left, right = padding
     n, height, width, channels = x.shape
@@ -94,8 +95,8 @@ def _pad_map(x: Wide, padding: tuple[int, int, int, int], fill: Wide | int) -> W
 
 
 def _window_grid(
-    x: Wide, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int] = (1, 1)
-) -> NDArray[np.int64]:
+    x: NDArray[Any], kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> NDArray[Any]:
     """All windows of a padded map, a view (N, OH, OW, C, kh, kw)."""
     span = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     windows = sliding_window_view(x, span, axis=(1, 2))
@@ -128,7 +129,8 @@ def conv_by_gemm(op: Conv, x: Wide) -> Wide:
     out, per_group, kernel_h, kernel_w = weights.shape
     peak = max(int(np.abs(x).max(initial=0)), int(np.abs(op.pad_code).max()))
     assert int(np.abs(weights).sum(axis=(1, 2, 3)).max()) * peak < 1 << 53, f"{op.name}: float64 would round"
-    windows = _window_grid(_pad_map(x, op.padding, op.pad_code), (kernel_h, kernel_w), op.stride, op.dilation)
+    padded = _pad_map(x, op.padding, op.pad_code).astype(np.float64)
+    windows = _window_grid(padded, (kernel_h, kernel_w), op.stride, op.dilation)
     n, height, width = windows.shape[:3]
     depth = per_group * kernel_h * kernel_w
     # (groups, depth, out/groups) on the right of (groups, positions, depth)
@@ -136,8 +138,7 @@ def conv_by_gemm(op: Conv, x: Wide) -> Wide:
     acc = np.empty((n, height, width, out), np.int64)
     batch = max(1, _GATHER_BYTES // (8 * height * width * depth * op.groups))
     for start in range(0, n, batch):
-        part = windows[start : start + batch].reshape(-1, height * width, op.groups, depth).astype(np.float64)
-        left = part.reshape(-1, op.groups, depth).transpose(1, 0, 2)
+        left = windows[start : start + batch].reshape(-1, op.groups, depth).transpose(1, 0, 2)
         product = (left @ right).transpose(1, 0, 2)
         acc[start : start + batch] = product.reshape(-1, height, width, out).astype(np.int64)
     return acc
@@ -145,19 +146,13 @@ def conv_by_gemm(op: Conv, x: Wide) -> Wide:
 
 def _requant(op: Requant, x: Wide) -> Wide:
     """Section 3: one multiplication, one addition, one arithmetic shift and a clamp, in int64."""
-    shifted = (x * op.multiplier.astype(np.int64) + op.bias) >> op.shift.astype(np.int64)
+    shifted: Wide = (x * op.multiplier.astype(np.int64) + op.bias) >> op.shift.astype(np.int64)
     return np.minimum(np.maximum(shifted, op.lo), op.hi)
 
 
-def _align(x: Wide, shift: int) -> Wide:
-    """Section 4: a right shift rounds half up."""
-    if shift > 0:
-        return (x + (1 << (shift - 1))) >> shift
-    return x << -shift
-
-
 def _add(op: Add, a: Wide, b: Wide) -> Wide:
-    return _align(a, op.shift_a) + _align(b, op.shift_b)
+    """Section 4: right shifts round half up."""
+    return align(a, op.shift_a) + align(b, op.shift_b)
 
 
 def _clip(op: Clip, x: Wide) -> Wide:
@@ -167,13 +162,14 @@ def _clip(op: Clip, x: Wide) -> Wide:
 def _maxpool(op: MaxPool, x: Wide) -> Wide:
     """Section 4: positions outside the map are smaller than anything."""
     padded = _pad_map(x, op.padding, int(np.iinfo(np.int64).min))
-    return _window_grid(padded, op.kernel, op.stride).max(axis=(-2, -1))
+    largest: Wide = _window_grid(padded, op.kernel, op.stride).max(axis=(-2, -1))
+    return largest
 
 
 def _sumpool(op: SumPool, x: Wide) -> Wide:
     """Section 4: positions outside the map count 0; the divisor is in the result's scale."""
-    total = _window_grid(_pad_map(x, op.padding, 0), op.kernel, op.stride).sum(axis=(-2, -1))
-    return _align(total, op.shift)
+    total: Wide = _window_grid(_pad_map(x, op.padding, 0), op.kernel, op.stride).sum(axis=(-2, -1))
+    return align(total, op.shift)
 
 
 def _slice(op: Slice, x: Wide) -> Wide:

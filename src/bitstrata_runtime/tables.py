@@ -14,6 +14,7 @@ MAX_CHANNELS = 1 << 16
 MAX_KERNEL = 1 << 10
 MAX_WEIGHTS = 1 << 28  # codes of one layer
 MAX_FACTOR = 256  # |mul|, |add| of an integer form
+MIN_STEP, MAX_STEP = 1e-30, 1e30  # far beyond any activation's, and safe to divide clip bounds by
 INPUT_KINDS = ("pixels", "codes")
 
 
@@ -161,5 +162,5 @@ def _check_factors(program: Program, key: str, factors: Factors) -> None:
         if not np.isfinite(array).all():
             raise ProgramError(f"{where}: affine {name!r} has entries that are not finite")
     for name, step in factors.step.items():
-        if not _is_finite(step) or step <= 0:
-            raise ProgramError(f"{where}: step of layer {name!r} = {step!r}: must be a positive finite number")
+        if not _is_finite(step) or not MIN_STEP <= step <= MAX_STEP:
+            raise ProgramError(f"{where}: step of layer {name!r} = {step!r}: must be in [{MIN_STEP}, {MAX_STEP}]")

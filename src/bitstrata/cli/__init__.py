@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        command = tyro.cli(Command, prog="bitstrata", description=DESCRIPTION, args=arguments)  # type: ignore[arg-type]
+        command = tyro.cli(Command, prog="bitstrata", description=DESCRIPTION, args=arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:

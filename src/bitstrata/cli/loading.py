@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitstrata import data, recipes, zoo
+from bitstrata import data, zoo
 from bitstrata.cli.common import CommandError, choose, parse_bits
 from bitstrata.cli.options import RunOptions
 from bitstrata.data import ArrayDataset, Compose, Dataset, RandomCrop, RandomHorizontalFlip, Transform
+from bitstrata.recipes import base as recipes
 
 
 def load_data(
@@ -23,6 +24,7 @@ def load_data(
     root: Path | None,
     split: str,
     limit: int | None = None,
+    *,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Dataset:
@@ -60,7 +62,7 @@ def make_model(name: str, dataset: Dataset) -> nn.Module:
     if ":" in name:
         return _from_factory(name)
     choose(name, zoo.names(), "--model")
-    return cast(nn.Module, zoo.create(name, classes=len(dataset.classes), in_channels=dataset.shape[0]))
+    return zoo.create(name, classes=len(dataset.classes), in_channels=dataset.shape[0])
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -91,16 +93,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({**wanted, **state})
 
 
-def make_recipe(options: RunOptions, bits: tuple[int, ...]) -> Any:
-    """The recipe by name with its bit-widths: fields w and a where it takes lists, `bits` where it takes one."""
+def make_recipe(options: RunOptions, bits: tuple[int, ...]) -> recipes.Recipe:
+    """The recipe by name: widths go to its field `w`, or to `bits` where it trains one width only."""
     choose(options.recipe, recipes.names(), "--recipe")
-    factory: Callable[..., Any] = getattr(recipes, options.recipe, None) or recipes.get
-    parameters = inspect.signature(factory).parameters
+    parameters = inspect.signature(recipes.describe(options.recipe).make).parameters
     fields: dict[str, Any] = {}
+    if "a" in parameters:
+        fields["a"] = "same" if options.a == "same" else parse_bits(options.a, "--a")[0]
     if "w" in parameters:
         fields["w"] = bits
-        if "a" in parameters:
-            fields["a"] = "same" if options.a == "same" else parse_bits(options.a, "--a")[0]
     elif len(bits) != 1:
         raise CommandError(f"--bits {options.bits}: recipe {options.recipe!r} trains one bit-width at a time")
     else:

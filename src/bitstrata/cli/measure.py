@@ -21,6 +21,20 @@ from bitstrata.prepare import precision
 BATCH = 250
 
 
+def executor() -> str:
+    """What measures an artifact: the engine where it is built, else the float64 oracle, which gives the same integers."""
+    return "engine" if runtime.available_isas() else "oracle"
+
+
+def isa_in_use(session: runtime.Session, isa: str | None) -> str:
+    """The instruction set whose kernels a session runs; "none" where the engine is not built."""
+    if executor() != "engine":
+        return "none"
+    from bitstrata_runtime.engine import EngineExecutor
+
+    return EngineExecutor(session.plan, isa=isa).isa
+
+
 def images_of(dataset: Dataset, batch: int = BATCH) -> Iterator[Tensor]:
     """uint8 images of a data set, (batch, C, H, W) at a time."""
     for start in range(0, len(dataset), batch):
@@ -49,7 +63,7 @@ def reference_top1(model: nn.Module, dataset: Dataset, levels: Sequence[int]) ->
     return {level: torch.cat(parts).numpy() for level, parts in found.items()}
 
 
-def engine_top1(session: Any, dataset: Dataset) -> NDArray[np.int64]:
+def engine_top1(session: runtime.Session, dataset: Dataset) -> NDArray[np.int64]:
     """Classes that a session predicts, in the data set's order."""
     return np.concatenate([session.run(images.numpy()).argmax(1) for images in images_of(dataset)])
 
@@ -61,7 +75,7 @@ def share_equal(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def layers_differing(path: Path, bits: int, dataset: Dataset, isa: str | None = None) -> list[str]:
     """Values of the program at which engine and reference executor differ in any integer on any image."""
-    engine = runtime.load(path, bits=bits, isa=isa)
+    engine = runtime.load(path, bits=bits, executor="engine", isa=isa)
     reference = runtime.load(path, bits=bits, executor="reference")
     differing: dict[str, None] = {}
     for images in images_of(dataset):
@@ -72,7 +86,7 @@ def layers_differing(path: Path, bits: int, dataset: Dataset, isa: str | None = 
     return list(differing)
 
 
-def latency_ms(session: Any, image: NDArray[np.uint8], repeats: int = 50) -> float:
+def latency_ms(session: runtime.Session, image: NDArray[np.uint8], repeats: int = 50) -> float:
     """Median milliseconds of one run on `image` (N, C, H, W), after five runs to warm up."""
     for _ in range(5):
         session.run(image)
@@ -84,6 +98,6 @@ def latency_ms(session: Any, image: NDArray[np.uint8], repeats: int = 50) -> flo
     return statistics.median(times) * 1e3
 
 
-def bytes_fetched(session: Any) -> int:
+def bytes_fetched(session: runtime.Session) -> int:
     """Bytes of all files and parts of files that the session has read so far."""
     return sum(int(size) for _, size in session.reads)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 #: Options that a resumed run may change without becoming another run.
-FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "checkpoint"})
+FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,14 @@ class RunOptions:
     """Epochs between evaluations; 0: at the end only."""
     fresh: bool = False
     """Start over although the output directory holds an unfinished or finished run."""
+
+
+def provenance(options: Any) -> dict[str, Any]:
+    """What an artifact keeps of the options: all that decides its weights, and no directory names."""
+    kept = {name: value for name, value in resolved(options).items() if name not in FREE}
+    if "checkpoint" in kept:
+        kept["checkpoint"] = Path(kept["checkpoint"]).name
+    return {"options": kept}
 
 
 def resolved(options: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the command is given again; the training stages resume from their checkpoints.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +21,11 @@ import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.cli import loading, measure
 from bitstrata.cli.common import CommandError, bytes_of, environment, parse_bits, parse_floats, read_json, write_json
-from bitstrata.cli.options import FREE, RunOptions, resolved
+from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, Loader
-from bitstrata.train import TrainConfig, Trainer, evaluate
+from bitstrata.train import Level, TrainConfig, Trainer, evaluate
 from bitstrata.train.checkpoint import seed_all
 
 T = TypeVar("T")
@@ -34,10 +33,10 @@ T = TypeVar("T")
 
 @dataclass
 class Run:
-    """A run in progress: its options, directory, data and what has been measured."""
+    """A run in progress: its options, directory (None writes nothing), data and what has been measured."""
 
     options: RunOptions
-    out: Path
+    out: Path | None
     bits: tuple[int, ...]
     train: Dataset
     test: Dataset
@@ -47,14 +46,22 @@ class Run:
     @property
     def example(self) -> Tensor:
         """One normalized test image, (1, C, H, W)."""
-        return next(iter(Loader(self.test, 1, train=False, prefetch=False).epoch(0)))[0]
+        return Loader(self.test, 1, train=False).batch(0, 0)[0]
 
     def loader(self, train: bool) -> Loader:
         """Batches of the training set (augmented, permuted) or of the test set."""
         if not train:
             return Loader(self.test, measure.BATCH, train=False)
         transform = loading.augmentation(self.options.data, self.train)
-        return Loader(self.train, self.options.batch_size, train=True, transform=transform, seed=self.options.seed)
+        return Loader(
+            self.train,
+            self.options.batch_size,
+            train=True,
+            transform=transform,
+            seed=self.options.seed,
+            # Batch statistics of a short last batch would disturb every normalization.
+            drop_last=len(self.train) >= self.options.batch_size,
+        )
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
         """Run a stage and note how long it took."""
@@ -69,13 +76,7 @@ def train_from_scratch(options: Train, out: Path) -> None:
     run = begin(options, out)
     if run is None:
         return
-    seed_all(options.seed)
-    model = loading.make_model(options.model, run.train)
-    config = stage_config(
-        options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup, distill=None
-    )
-    trainer = Trainer(model, config, run.loader(True), run.loader(False), out, name="float")
-    accuracy = run.timed("float", trainer.fit)["float"]
+    model, accuracy = float_stage(run, options)
     finish(run, model, accuracy)
 
 
@@ -138,6 +139,28 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**shared, **changes})
 
 
+def float_stage(run: Run, options: Train) -> tuple[nn.Module, float]:
+    """A float network of the zoo, trained, and its accuracy."""
+    seed_all(options.seed)
+    model = loading.make_model(options.model, run.train)
+    config = stage_config(
+        options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup, distill=None
+    )
+    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="float")
+    return model, run.timed("float", trainer.fit)["float"]
+
+
+def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
+    """Quantize a float network in place and train all precisions; returns their accuracies in float32."""
+    quantized(run, model)
+    trainer = Trainer(model, stage_config(run.options), run.loader(True), run.loader(False), run.out, name="joint")
+    run.timed("joint", trainer.fit)
+    if run.options.channels_last:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval()
+    return evaluate(model, run.loader(False).epoch(0))
+
+
 def quantized(run: Run, model: nn.Module) -> nn.Module:
     """Quantize in place and set the first step sizes from training batches without augmentation."""
     pixels = bs.Pixels(mean=run.train.mean, std=run.train.std)
@@ -150,18 +173,10 @@ def quantized(run: Run, model: nn.Module) -> nn.Module:
 
 def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
     """From a float network to results.json."""
-    quantized(run, model)
-    trainer = Trainer(model, stage_config(run.options), run.loader(True), run.loader(False), run.out, name="joint")
-    run.timed("joint", trainer.fit)
-    if run.options.channels_last:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    model.eval()
-    fake = evaluate(model, run.loader(False).epoch(0))
-    program = run.timed("lower", lambda: bs.lower(model, run.example))
+    assert run.out is not None
+    fake = joint_stage(run, model)
     artifact = run.out / "model.strata"
-    if artifact.exists():
-        shutil.rmtree(artifact)
-    bs.pack(program, artifact, provenance={"options": resolved(run.options), "float_accuracy": float_accuracy})
+    program = packed(run, model, artifact)
     rows = run.timed("measure", lambda: measured_rows(run, model, artifact, float_accuracy, fake))
     report = run.timed("verify", lambda: verified(run, model, program))
     results = {
@@ -170,7 +185,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
         "files": bytes_of(artifact),
         "seconds": run.seconds,
         "seed": run.options.seed,
-        "isa": runtime.load(artifact, bits=run.bits[0], isa=run.options.isa).isa,
+        "executor": measure.executor(),
+        "isa": measure.isa_in_use(runtime.load(artifact, executor=measure.executor()), run.options.isa),
         **environment(),
     }
     write_json(run.out / "results.json", results)
@@ -179,13 +195,20 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
         raise CommandError(f"verification failed; see {run.out / 'results.json'}")
 
 
+def packed(run: Run, model: nn.Module, artifact: Path) -> Any:
+    """Lower the network and write the artifact anew; returns the program."""
+    program = run.timed("lower", lambda: bs.lower(model, run.example))
+    bs.pack(program, artifact, provenance(run.options), overwrite=artifact.exists())
+    return program
+
+
 def measured_rows(
-    run: Run, model: nn.Module, artifact: Path, float_accuracy: float, fake: dict[Any, float]
+    run: Run, model: nn.Module, artifact: Path, float_accuracy: float, fake: dict[Level, float]
 ) -> list[dict[str, Any]]:
     """One row a precision: the engine on the whole test set, beside the fake-quantized network in float64."""
     labels = run.test.labels.numpy()
     exact = measure.reference_top1(model, run.test, run.bits)
-    session = runtime.load(artifact, bits=run.bits[0], isa=run.options.isa)
+    session = runtime.load(artifact, bits=run.bits[0], executor=measure.executor(), isa=run.options.isa)
     rows = []
     for bits in run.bits:
         if bits != run.bits[0]:

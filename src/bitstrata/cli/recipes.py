@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -18,7 +18,7 @@ class Recipes:
     """Recipe whose parts to print."""
 
     def run(self) -> None:
-        """Print a table of names and descriptions, or one recipe's fields."""
+        """Print a table of names and descriptions, or one recipe's parts."""
         need_training("recipes")
         from bitstrata import recipes
 
@@ -28,12 +28,4 @@ class Recipes:
             for name in names:
                 print(f"{name:{width}}  {recipes.get(name).description}")
             return
-        recipe = recipes.get(choose(self.name, recipes.names(), "recipe"))
-        for label, value in _parts(recipe):
-            print(f"{label:14} {value}")
-
-
-def _parts(recipe: object) -> list[tuple[str, object]]:
-    if not is_dataclass(recipe):
-        raise TypeError(f"recipe: expected a frozen record, got {type(recipe).__name__}")
-    return [(field.name, getattr(recipe, field.name)) for field in fields(recipe)]
+        print(recipes.get(choose(self.name, recipes.names(), "recipe")))

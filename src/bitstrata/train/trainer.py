@@ -162,7 +162,7 @@ class Trainer:
         if self.eval_loader is None:
             raise ValueError("Trainer.evaluate: the trainer was made without an eval_loader")
         loader = self.eval_loader
-        batches = cast(BatchSource, loader).epoch(0, 0) if hasattr(loader, "epoch") else cast(Iterable[Batch], loader)
+        batches = cast(BatchSource, loader).epoch(0, 0) if hasattr(loader, "epoch") else loader
         return evaluate(self.model, batches, levels, amp=self.config.amp, channels_last=self.config.channels_last)
 
     def _epoch(self, report: Reporter, rng: dict[str, Any] | None) -> dict[Level, float]:

@@ -40,15 +40,18 @@ class CifarResNet(nn.Module):
     """(B, in_channels, H, W) to logits (B, classes); stage s has width * 2^s channels at H / 2^s.
 
     blocks: their number in each stage; attributes layer1, layer2, ... hold the stages.
+    pool: side of the map that the last stage is averaged to, before the linear layer reads all of it.
     shortcut: "A" (subsample and pad with zero channels) or "B" (1x1 convolution and batch norm) where shapes change.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015, section 4.2; parameter names as in the
     public PyTorch implementation by Y. Idelbayev, so its checkpoints load.
     """
 
-    def __init__(self, blocks: Sequence[int], classes: int, in_channels: int, width: int, shortcut: str) -> None:
+    def __init__(
+        self, blocks: Sequence[int], classes: int, in_channels: int, width: int, shortcut: str, pool: int = 1
+    ) -> None:
         super().__init__()
-        check_positive("CifarResNet", classes=classes, in_channels=in_channels, width=width)
+        check_positive("CifarResNet", classes=classes, in_channels=in_channels, width=width, pool=pool)
         check_choice("CifarResNet", "shortcut", shortcut, ("A", "B"))
         if shortcut == "A" and width % 2:
             raise ValueError(f"CifarResNet: shortcut 'A' pads both sides alike, so width must be even, got {width}")
@@ -64,8 +67,8 @@ class CifarResNet(nn.Module):
             stages.append(f"layer{stage + 1}")
             inputs = outputs
         self.stages = tuple(stages)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(inputs, classes)
+        self.pool = nn.AdaptiveAvgPool2d(pool)
+        self.linear = nn.Linear(inputs * pool**2, classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+// The only place where Python meets the engine: arrays in and out, nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "bitstrata/dispatch.h"
+#include "bitstrata/graph.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using bitstrata::DType;
+using bitstrata::Graph;
+using bitstrata::Pair;
+using bitstrata::Shape;
+using bitstrata::Sides;
+using bitstrata::Triple;
+using bitstrata::Value;
+
+template <typename T, size_t kDims>
+using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+using Batch = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+DType parse_dtype(const std::string& name) {
+  for (DType t : {DType::u8, DType::s8, DType::i32})
+    if (name == bitstrata::name_of(t)) return t;
+  throw std::invalid_argument("dtype '" + name + "' is not one of u8, s8, i32");
+}
+
+nb::dlpack::dtype dlpack_dtype(DType t) {
+  if (t == DType::u8) return nb::dtype<uint8_t>();
+  if (t == DType::s8) return nb::dtype<int8_t>();
+  return nb::dtype<int32_t>();
+}
+
+Shape to_shape(const Triple& s) { return {s[0], s[1], s[2]}; }
+
+int64_t length(const Array<int32_t, 1>& a) { return static_cast<int64_t>(a.shape(0)); }
+
+int conv(Graph& g, const std::string& name, int x, Array<int8_t, 4> codes, int64_t mul, int64_t add, Pair stride,
+         Sides padding, Pair dilation, int64_t groups, Array<int32_t, 1> pad_code) {
+  std::array<int64_t, 4> dims;
+  for (size_t i = 0; i < 4; ++i) dims[i] = static_cast<int64_t>(codes.shape(i));
+  return g.conv(name, x,
+                {codes.data(), dims, pad_code.data(), length(pad_code), mul, add, stride, padding, dilation, groups});
+}
+
+int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multiplier, Array<int64_t, 1> bias,
+            Array<uint8_t, 1> shift, int64_t lo, int64_t hi, const std::string& dtype) {
+  if (bias.shape(0) != multiplier.shape(0) || shift.shape(0) != multiplier.shape(0))
+    throw std::invalid_argument("operation '" + name + "': multiplier, bias and shift differ in length");
+  return g.requant(
+      name, x, {multiplier.data(), bias.data(), shift.data(), length(multiplier), lo, hi, parse_dtype(dtype)});
+}
+
+// An array of its own for `batch` images of a value.
+nb::ndarray<nb::numpy> allocate(const Value& v, int64_t batch) {
+  const size_t bytes = static_cast<size_t>(batch * v.bytes());
+  uint8_t* data = new uint8_t[bytes > 0 ? bytes : 1];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+  const size_t shape[4] = {static_cast<size_t>(batch), static_cast<size_t>(v.shape.h), static_cast<size_t>(v.shape.w),
+                           static_cast<size_t>(v.shape.c)};
+  return nb::ndarray<nb::numpy>(data, 4, shape, owner, nullptr, dlpack_dtype(v.dtype));
+}
+
+void check_batch(const Graph& g, const Batch& x) {
+  const Value& v = g.value(0);
+  const Shape shape{static_cast<int64_t>(x.shape(1)), static_cast<int64_t>(x.shape(2)),
+                    static_cast<int64_t>(x.shape(3))};
+  if (x.dtype() != dlpack_dtype(v.dtype) || shape != v.shape)
+    throw std::invalid_argument("run: the input must be a " + std::string(bitstrata::name_of(v.dtype)) +
+                                " array of shape (N, " + std::to_string(v.shape.h) + ", " +
+                                std::to_string(v.shape.w) + ", " + std::to_string(v.shape.c) + ")");
+}
+
+// The values of `wanted`, computed for a batch.
+std::vector<nb::ndarray<nb::numpy>> run(Graph& g, Batch x, const std::vector<int>& wanted) {
+  check_batch(g, x);
+  const int64_t batch = static_cast<int64_t>(x.shape(0));
+  std::vector<nb::ndarray<nb::numpy>> results;
+  std::vector<void*> destinations(static_cast<size_t>(g.values()), nullptr);
+  for (int v : wanted) {
+    const Value& value = g.value(v);
+    void*& destination = destinations[static_cast<size_t>(v)];
+    if (destination != nullptr) throw std::invalid_argument("run: value " + std::to_string(v) + " is wanted twice");
+    results.push_back(allocate(value, batch));
+    destination = results.back().data();
+  }
+  {
+    nb::gil_scoped_release unlocked;
+    g.run(x.data(), batch, destinations);
+  }
+  return results;
+}
+
+}  // namespace
+
+NB_MODULE(_engine, m) {
+  m.doc() = "Integer graph executor; see bitstrata_runtime.engine for its use.";
+  m.def("available_isas", &bitstrata::available_isas);
+  nb::class_<Graph>(m, "Graph")
+      .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
+      .def("input", [](Graph& g, Triple shape, const std::string& dtype, int64_t lo,
+                       int64_t hi) { return g.input(to_shape(shape), parse_dtype(dtype), lo, hi); })
+      .def("conv", &conv, "name"_a, "x"_a, "codes"_a.noconvert(), "mul"_a, "add"_a, "stride"_a, "padding"_a,
+           "dilation"_a, "groups"_a, "pad_code"_a.noconvert())
+      .def("requant", &requant, "name"_a, "x"_a, "multiplier"_a.noconvert(), "bias"_a.noconvert(),
+           "shift"_a.noconvert(), "lo"_a, "hi"_a, "dtype"_a)
+      .def("add", &Graph::add, "name"_a, "a"_a, "b"_a, "shift_a"_a, "shift_b"_a)
+      .def("clip", &Graph::clip, "name"_a, "x"_a, "lo"_a, "hi"_a)
+      .def("max_pool", [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride,
+                          Sides padding) { return g.max_pool(name, x, {kernel, stride, padding}); })
+      .def("sum_pool", [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride, Sides padding,
+                          int64_t shift) { return g.sum_pool(name, x, {kernel, stride, padding}, shift); })
+      .def("slice", &Graph::slice, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
+      .def("pad", &Graph::pad, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
+      .def("flatten", &Graph::flatten, "name"_a, "x"_a)
+      .def("finish", &Graph::finish, "output"_a)
+      .def("run", &run, "x"_a.noconvert(), "wanted"_a)
+      .def("shape", [](const Graph& g, int v) {
+        const Shape& s = g.value(v).shape;
+        return nb::make_tuple(s.h, s.w, s.c);
+      })
+      .def("dtype", [](const Graph& g, int v) { return bitstrata::name_of(g.value(v).dtype); })
+      .def("kernel", &Graph::kernel)
+      .def_prop_ro("isa", &Graph::isa)
+      .def_prop_ro("arena_bytes", &Graph::arena_bytes);
+}

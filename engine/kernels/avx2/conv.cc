@@ -1,0 +1,309 @@
+// Direct convolution on AVX2: eight output channels a vector, kPixels output pixels a block.
+//
+// One step multiplies four bytes of each pixel's window, broadcast to all lanes, with a vector of weights holding, for
+// each of eight output channels, the four bytes that belong to them:
+//   narrow: four u8 activations x four s8 weights (maddubs), pair sums kept in int16 for `chunk` steps, then widened;
+//   wide: two int16 activations x two int16 weights (madd), int32 at once.
+// Narrow is taken only where the int16 sums are proved to fit, from the actual weights and the input's bounds. Signed
+// activations are staged with an offset that makes them unsigned, and weights mul*c + add that leave s8 are applied as
+// mul * sum(c*a) + add * sum(a).
+#include <immintrin.h>
+
+#include "../common/conv_stage.h"
+#include "avx2.h"
+
+namespace bitstrata {
+namespace {
+
+constexpr int kLanes = 8;    // output channels of a vector
+constexpr int kPixels = 6;   // of a block
+constexpr int kTile = 192;   // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+
+int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
+int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
+int64_t abs64(int64_t a) { return a < 0 ? -a : a; }
+
+// How the narrow kernel sees weights and inputs; the wide one uses weights and inputs as they are.
+struct Form {
+  explicit Form(const ConvShape& s, bool wide) {
+    const int32_t w_lo = s.mul * s.code_lo + s.add, w_hi = s.mul * s.code_hi + s.add;
+    const bool fits = wide || (min64(w_lo, w_hi) >= INT8_MIN && max64(w_lo, w_hi) <= INT8_MAX);
+    pack_mul = fits ? s.mul : 1;
+    pack_add = fits ? s.add : 0;
+    mul = fits ? 1 : s.mul;
+    add = fits ? 0 : s.add;
+    offset = wide || s.input_lo >= 0 ? 0 : -s.input_lo;
+    largest_weight = static_cast<int32_t>(max64(abs64(pack_mul * s.code_lo + pack_add), abs64(pack_mul * s.code_hi + pack_add)));
+    largest_input = s.input_hi + offset;
+  }
+  int32_t pack_mul, pack_add;  // packed weight = pack_mul * c + pack_add
+  int32_t mul, add;            // weight = mul * packed + add
+  int32_t offset;              // staged activation = a + offset
+  int32_t largest_weight, largest_input;
+};
+
+template <bool kWide>
+struct Types;
+template <>
+struct Types<false> {
+  using Staged = uint8_t;
+  using Weight = int8_t;
+};
+template <>
+struct Types<true> {
+  using Staged = int16_t;
+  using Weight = int16_t;
+};
+
+// Sizes and positions of everything that is packed: int64 chunk; int32 correction[padded out_c]; padding; weights.
+template <bool kWide>
+struct Packed {
+  using Staged = typename Types<kWide>::Staged;
+  using Weight = typename Types<kWide>::Weight;
+  static constexpr int64_t kStep = 4 / sizeof(Staged);  // activations of a step
+
+  explicit Packed(const ConvShape& s)
+      : form(s, kWide), stage(s, round_up(s.group_in(), kStep), form.offset, form.add != 0), runs(s, stage),
+        vectors(round_up(s.group_out(), kLanes) / kLanes), steps(runs.count * runs.elements / kStep),
+        correction_at(64), padding_at(correction_at + s.groups * vectors * kLanes * 4),
+        weights_at(round_up(padding_at + s.groups * stage.lanes * static_cast<int64_t>(sizeof(Staged)), 64)),
+        bytes(weights_at + s.groups * vectors * steps * 32) {}
+
+  Form form;
+  Staging<Staged> stage;
+  Runs<Staged> runs;
+  int64_t vectors;  // of output channels, in each group
+  int64_t steps;    // of a window
+  int64_t correction_at, padding_at, weights_at, bytes;
+};
+
+template <bool kWide>
+int64_t packed_bytes(const ConvShape& s) {
+  return Packed<kWide>(s).bytes;
+}
+
+template <bool kWide>
+int64_t staged_row_bytes(const ConvShape& s) {
+  return Packed<kWide>(s).stage.row_bytes;
+}
+
+// Vectors come in pairs, interleaved by step, a last odd one alone: the weights of vector v of a group start at
+// (v & ~1) * steps, and follow each other at 2 vectors' distance, or 1.
+template <bool kWide>
+void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
+  using P = Packed<kWide>;
+  using Weight = typename P::Weight;
+  const P p(s);
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  std::memset(packed, 0, static_cast<size_t>(p.bytes));
+  stage_padding(s, p.stage, pad, reinterpret_cast<typename P::Staged*>(base + p.padding_at));
+  int32_t* correction = reinterpret_cast<int32_t*>(base + p.correction_at);
+  int64_t largest_pair = 1;
+  for (int64_t o = 0; o < s.out_c; ++o) {
+    const int64_t group = o / s.group_out(), within = o % s.group_out();
+    const int64_t v = within / kLanes, lane = within % kLanes;
+    const int64_t together = v + 1 < p.vectors || v % 2 == 1 ? 2 : 1;
+    Weight* w = reinterpret_cast<Weight*>(base + p.weights_at + (group * p.vectors + v / 2 * 2) * p.steps * 32);
+    uint32_t sum = 0;  // of the full weights
+    int64_t k = 0;     // element of the window
+    for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+        for (int64_t i = 0; i < s.group_in(); ++i) {
+          const int32_t c = codes[((o * s.group_in() + i) * s.kernel_h + ky) * s.kernel_w + kx];
+          const int64_t at = k + i, step = at / P::kStep * together + v % 2;
+          w[(step * kLanes + lane) * P::kStep + at % P::kStep] =
+              static_cast<Weight>(p.form.pack_mul * c + p.form.pack_add);
+          sum += static_cast<uint32_t>(s.mul * c + s.add);
+        }
+        k += p.stage.lanes;
+      }
+    correction[group * p.vectors * kLanes + within] = static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
+    if (kWide) continue;
+    for (int64_t pair = 0; pair < k; pair += 2) {
+      const Weight* two = w + ((pair / P::kStep * together + v % 2) * kLanes + lane) * P::kStep + pair % P::kStep;
+      const int64_t low = min64(two[0], 0) + min64(two[1], 0), high = max64(two[0], 0) + max64(two[1], 0);
+      largest_pair = max64(largest_pair, max64(-low, high) * p.form.largest_input);
+    }
+  }
+  // Any partial sum of `chunk` pairs is within +-32767: each lies between its negative and its positive part's sum.
+  *static_cast<int64_t*>(packed) = INT16_MAX / largest_pair;
+}
+
+template <bool kWide>
+void stage(const ConvShape& s, const void* packed, const void* image, void* staged, int64_t row_begin,
+           int64_t row_end) {
+  const Packed<kWide> p(s);
+  const auto* padding =
+      reinterpret_cast<const typename Packed<kWide>::Staged*>(static_cast<const uint8_t*>(packed) + p.padding_at);
+  stage_rows(s, p.stage, padding, image, staged, row_begin, row_end);
+}
+
+inline __m256i broadcast(const uint8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// `count` steps: sum[i][j] += the products of pixel i and vector j, in int16 pairs (narrow) or int32 (wide).
+// A function of its own, because the loop needs all sixteen registers.
+template <bool kWide, int kVectors>
+__attribute__((noinline)) void multiply(const uint8_t* const* x, const __m256i* w, int64_t count,
+                                        __m256i (&sums)[kPixels][kVectors]) {
+  __m256i sum[kPixels][kVectors];
+  const uint8_t* at[kPixels];
+  for (int i = 0; i < kPixels; ++i) {
+    at[i] = x[i];
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = sums[i][j];
+  }
+  for (int64_t s = 0; s < count; ++s, w += kVectors) {
+    for (int i = 0; i < kPixels; ++i) {
+      const __m256i a = broadcast(at[i] + 4 * s);
+      for (int j = 0; j < kVectors; ++j) {
+        const __m256i b = _mm256_load_si256(w + j);
+        sum[i][j] = kWide ? _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(a, b))
+                          : _mm256_add_epi16(sum[i][j], _mm256_maddubs_epi16(a, b));
+      }
+    }
+  }
+  for (int i = 0; i < kPixels; ++i)
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = sum[i][j];
+}
+
+template <int kVectors>
+inline void clear(__m256i (&sum)[kPixels][kVectors]) {
+  for (auto& row : sum)
+    for (auto& v : row) v = _mm256_setzero_si256();
+}
+
+// The raw sums of a block: windows start at x[i].
+template <bool kWide, int kVectors>
+inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x, const __m256i* w,
+                  __m256i (&total)[kPixels][kVectors]) {
+  const int64_t run_steps = p.runs.elements / Packed<kWide>::kStep;
+  const uint8_t* at[kPixels];
+  __m256i sum[kPixels][kVectors];
+  clear(sum);
+  if (!kWide) clear(total);
+  const auto widen = [&] {
+    for (int i = 0; i < kPixels; ++i)
+      for (int j = 0; j < kVectors; ++j)
+        total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1)));
+  };
+  int64_t left = chunk;  // steps until the int16 sums may be full
+  for (int64_t run = 0; run < p.runs.count; ++run) {
+    const int64_t offset = p.runs.offset(run);
+    for (int64_t s = 0; s < run_steps;) {
+      const int64_t count = kWide ? run_steps : min64(left, run_steps - s);
+      for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset + 4 * s;
+      multiply<kWide, kVectors>(at, w, count, sum);
+      w += count * kVectors;
+      s += count;
+      left -= count;
+      if (!kWide && left == 0) {
+        widen();
+        clear(sum);
+        left = chunk;
+      }
+    }
+  }
+  if (kWide) {
+    for (int i = 0; i < kPixels; ++i)
+      for (int j = 0; j < kVectors; ++j) total[i][j] = sum[i][j];
+  } else {
+    widen();
+  }
+}
+
+// Up to kTile pixels of the output.
+struct Tile {
+  int64_t pixels;
+  const uint8_t* window[kTile + kPixels];  // where each pixel's window starts; the last one repeated to fill a block
+  int32_t sums[kTile + kPixels];           // of the window's activations
+};
+
+// kVectors vectors of output channels, `channels` of them real, for all pixels of a tile.
+template <bool kWide, int kVectors>
+void convolve(const Packed<kWide>& p, int64_t chunk, const Tile& tile, const __m256i* w, const int32_t* correction,
+              int64_t channels, int32_t* out, int64_t out_pitch) {
+  const __m256i mul = _mm256_set1_epi32(p.form.mul);
+  for (int64_t first = 0; first < tile.pixels; first += kPixels) {
+    __m256i total[kPixels][kVectors];
+    block<kWide, kVectors>(p, chunk, tile.window + first, w, total);
+    for (int i = 0; i < kPixels && first + i < tile.pixels; ++i) {
+      int32_t* to = out + (first + i) * out_pitch;
+      alignas(32) int32_t row[kVectors * kLanes];
+      int32_t* at = channels == kVectors * kLanes ? to : row;
+      for (int j = 0; j < kVectors; ++j) {
+        __m256i v = total[i][j];
+        if (!kWide) {
+          if (p.form.add != 0)
+            v = _mm256_add_epi32(_mm256_mullo_epi32(v, mul), _mm256_set1_epi32(tile.sums[first + i]));
+          v = _mm256_add_epi32(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction) + j));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + j, v);
+      }
+      if (at == row) std::memcpy(to, row, static_cast<size_t>(channels) * 4);
+    }
+  }
+}
+
+// add * the sum of the activations of the window at (y, x), wrapping.
+template <bool kWide>
+int32_t window_sum(const ConvShape& s, const Packed<kWide>& p, const uint8_t* staged, int64_t group, int64_t y,
+                   int64_t x) {
+  uint32_t sum = 0;
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+    const uint8_t* row = staged + (y * s.stride_h + ky * s.dilation_h) * p.stage.row_bytes + p.stage.sums_at;
+    const int32_t* sums = reinterpret_cast<const int32_t*>(row) + group * p.stage.columns + x * s.stride_w;
+    for (int64_t kx = 0; kx < s.kernel_w; ++kx) sum += static_cast<uint32_t>(sums[kx * s.dilation_w]);
+  }
+  return static_cast<int32_t>(sum * static_cast<uint32_t>(p.form.add));
+}
+
+template <bool kWide>
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
+         int64_t row_end) {
+  const Packed<kWide> p(s);
+  const uint8_t* base = static_cast<const uint8_t*>(packed);
+  const uint8_t* rows = static_cast<const uint8_t*>(staged);
+  const int64_t chunk = *static_cast<const int64_t*>(packed);
+  const int32_t* correction = reinterpret_cast<const int32_t*>(base + p.correction_at);
+  const __m256i* weights = reinterpret_cast<const __m256i*>(base + p.weights_at);
+  const int64_t pixel_bytes = p.stage.lanes * static_cast<int64_t>(sizeof(typename Packed<kWide>::Staged));
+  Tile tile;
+  const int64_t end = row_end * s.out_w;
+  for (int64_t begin = row_begin * s.out_w; begin < end; begin += tile.pixels) {
+    tile.pixels = min64(kTile, end - begin);
+    for (int64_t group = 0; group < s.groups; ++group) {
+      int64_t y = begin / s.out_w, x = begin % s.out_w;
+      for (int64_t i = 0; i < tile.pixels; ++i) {
+        tile.window[i] = rows + y * s.stride_h * p.stage.row_bytes + (group * p.stage.columns + x * s.stride_w) * pixel_bytes;
+        if (p.stage.sums) tile.sums[i] = window_sum(s, p, rows, group, y, x);
+        if (++x == s.out_w) x = 0, ++y;
+      }
+      for (int64_t i = tile.pixels; i < tile.pixels + kPixels; ++i) tile.window[i] = tile.window[tile.pixels - 1];
+      for (int64_t v = 0; v < p.vectors; v += 2) {
+        const int64_t first = group * p.vectors + v;
+        const __m256i* w = weights + first * p.steps;
+        const int64_t channels = min64(2 * kLanes, s.group_out() - v * kLanes);
+        int32_t* to = out + begin * s.out_c + group * s.group_out() + v * kLanes;
+        if (v + 1 < p.vectors)
+          convolve<kWide, 2>(p, chunk, tile, w, correction + first * kLanes, channels, to, s.out_c);
+        else
+          convolve<kWide, 1>(p, chunk, tile, w, correction + first * kLanes, channels, to, s.out_c);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool avx2_narrow_is_exact(const ConvShape& s) {
+  const Form form(s, false);
+  return form.largest_input <= UINT8_MAX && 2 * form.largest_weight * form.largest_input <= INT16_MAX;
+}
+
+extern const ConvKernel kAvx2Wide = {"avx2-wide", packed_bytes<true>, pack<true>, staged_row_bytes<true>, stage<true>, run<true>};
+extern const ConvKernel kAvx2Narrow = {"avx2-narrow", packed_bytes<false>, pack<false>, staged_row_bytes<false>, stage<false>, run<false>};
+
+}  // namespace bitstrata

@@ -1,0 +1,129 @@
+"""`bitstrata bench`: latency of an artifact; needs no torch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from bitstrata.cli.common import CommandError, choose, cpu_name, parse_bits, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure latency per precision, instruction set and thread count, on random pixels.
+
+    The peer of each row is the same program on the build's plainest kernels (the first instruction set in
+    `available_isas`), with the same threads; ratio = peer_ms / ours_ms. Rows of that instruction set have no peer.
+    """
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact directory."""
+    bits: str | None = None
+    """Precisions, as 1,2,4; default all."""
+    isa: str | None = None
+    """Instruction sets, separated by commas; default the plainest and the best."""
+    threads: str = "1"
+    """Thread counts, separated by commas."""
+    batch: int = 1
+    """Images a run."""
+    runs: int = 5
+    """Series measured; the median over their medians counts."""
+    repeats: int = 20
+    """Runs in a series."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+    def run(self) -> None:
+        """Print a table of medians."""
+        import numpy as np
+        from rich.console import Console
+        from rich.table import Table
+
+        from bitstrata_runtime.artifact import Artifact
+
+        if min(self.batch, self.runs, self.repeats) < 1:
+            raise CommandError("bench: --batch, --runs and --repeats must be at least 1")
+        artifact = Artifact.open(self.artifact)
+        shape = artifact.manifest.program.input_shape
+        image = np.random.default_rng(0).integers(0, 256, (self.batch, *shape), dtype=np.uint8)
+        bits = parse_bits(self.bits) if self.bits is not None else artifact.precisions
+        rows = self._rows(bits, image)
+        shown = Table(title=f"{self.artifact.name}, batch {self.batch}, {cpu_name()}", title_justify="left")
+        for column in ("bits", "isa", "threads", "ms", "peer", "peer ms", "ratio"):
+            shown.add_column(column, justify="right")
+        for row in rows:
+            peer = ("-", "-") if row["peer_ms"] is None else (f"{row['peer_ms']:.3f}", f"{row['ratio']:.2f}")
+            shown.add_row(
+                str(row["bits"]), row["isa"], str(row["threads"]), f"{row['ours_ms']:.3f}", row["peer"], *peer
+            )
+        Console().print(shown)
+        if self.json is not None:
+            write_json(self.json, rows)
+
+    def _rows(self, bits: tuple[int, ...], image: NDArray[np.uint8]) -> list[dict[str, Any]]:
+        from bitstrata_runtime.engine import available_isas
+
+        known = available_isas()
+        plain = known[0]
+        isas = _chosen_isas(self.isa, known)
+        rows: list[dict[str, Any]] = []
+        for threads in _thread_counts(self.threads):
+            for precision in bits:
+                ours = {isa: self._measure(precision, isa, threads, image) for isa in dict.fromkeys((plain, *isas))}
+                for isa in isas:
+                    peer_ms = None if isa == plain else ours[plain]
+                    rows.append(
+                        {
+                            "case": f"{self.artifact.name} batch {self.batch}",
+                            "threads": threads,
+                            "isa": isa,
+                            "bits": precision,
+                            "ours_ms": round(ours[isa], 5),
+                            "peer": "none" if peer_ms is None else f"own {plain} kernels",
+                            "peer_ms": None if peer_ms is None else round(peer_ms, 5),
+                            "ratio": None if peer_ms is None else round(peer_ms / ours[isa], 3),
+                        }
+                    )
+        return rows
+
+    def _measure(self, bits: int, isa: str, threads: int, image: NDArray[np.uint8]) -> float:
+        """Median of the medians of `runs` series, in milliseconds, after a warm-up."""
+        import bitstrata_runtime as runtime
+
+        session = runtime.load(self.artifact, bits=bits, isa=isa, threads=threads)
+        for _ in range(3):
+            session.run(image)
+        return statistics.median(self._series(session, image) for _ in range(self.runs))
+
+    def _series(self, session: Any, image: NDArray[np.uint8]) -> float:
+        times = []
+        for _ in range(self.repeats):
+            begun = time.perf_counter()
+            session.run(image)
+            times.append(time.perf_counter() - begun)
+        return statistics.median(times) * 1e3
+
+
+def _chosen_isas(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if text is None:
+        return tuple(dict.fromkeys((known[0], known[-1])))
+    return tuple(choose(name, known, "--isa") for name in text.split(","))
+
+
+def _thread_counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise CommandError(f"--threads {text!r}: expected positive numbers separated by commas, such as 1,2")
+    return counts

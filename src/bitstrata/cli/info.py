@@ -1,0 +1,98 @@
+"""`bitstrata info`: what an artifact holds; needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from bitstrata.cli.common import human_bytes
+
+if TYPE_CHECKING:
+    from bitstrata_runtime.info import ArtifactInfo
+    from bitstrata_runtime.program import Program
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show an artifact's precisions, files and layers; reads its manifest and base only."""
+
+    artifact: Annotated[Path, tyro.conf.Positional]
+    """Artifact directory."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> None:
+        """Print what the artifact holds."""
+        from bitstrata_runtime.artifact import Artifact
+        from bitstrata_runtime.info import describe
+
+        artifact = Artifact.open(self.artifact)
+        manifest = artifact.manifest
+        # Shapes follow from the graph, which is only checked together with its weights.
+        program = artifact.load(*artifact.needs(min(artifact.precisions)))
+        info, macs = describe(manifest), macs_of(program)
+        if self.json:
+            rows = dataclasses.asdict(info)
+            rows["layers"] = [{**row, "macs": macs[row["name"]]} for row in rows["layers"]]
+            print(json.dumps({**rows, "input_shape": program.input_shape, "macs": sum(macs.values())}, indent=2))
+            return
+        self._tables(program, info, macs)
+
+    def _tables(self, program: Program, info: ArtifactInfo, macs: dict[str, int]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        shape = "x".join(map(str, program.input_shape))
+        console.print(
+            f"{self.artifact}: {human_bytes(info.total)} in {len(info.files)} files, input {shape} "
+            f"{program.input_kind}, {sum(macs.values()):,} multiply-adds, sha256 {info.sha256[:16]}",
+            highlight=False,
+        )
+        precisions = Table(title="precisions", title_justify="left")
+        for column in ("precision", "bit-planes", "bytes in all", "bytes more than the row above"):
+            precisions.add_column(column, justify="right")
+        for row in info.precisions:
+            precisions.add_row(row.name, str(row.weight_bits), f"{row.total:,}", f"{row.added:,}")
+        console.print(precisions)
+        files = Table(title="files", title_justify="left")
+        for column in ("file", "bytes", "of which tensors"):
+            files.add_column(column, justify="left" if column == "file" else "right")
+        for file in info.files:
+            files.add_row(file.name, f"{file.size:,}", f"{file.payload:,}")
+        console.print(files)
+        layers = Table(title="layers", title_justify="left")
+        for column in ("layer", "kind", "shape", "grid", "weights at", "weights", "multiply-adds"):
+            layers.add_column(column, justify="right" if column in ("weights", "multiply-adds") else "left")
+        for layer in info.layers:
+            widths = sorted(set(program.layers[layer.name].weight_bits.values()))
+            layers.add_row(
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.shape)),
+                layer.grid,
+                ",".join(map(str, widths)) + " bits",
+                f"{layer.weights:,}",
+                f"{macs[layer.name]:,}",
+            )
+        console.print(layers)
+
+
+def macs_of(program: Program) -> dict[str, int]:
+    """Multiply-adds a layer and image: weights times output positions."""
+    from bitstrata_runtime import graph
+
+    values = graph.validate(program)
+    counts = dict.fromkeys(program.layers, 0)
+    for node in program.nodes:
+        if node.op == "conv":
+            name = node.attrs["layer"]
+            _, height, width = values[node.name].shape
+            counts[name] += math.prod(program.layers[name].shape) * height * width
+    return counts

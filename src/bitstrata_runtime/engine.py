@@ -1,0 +1,164 @@
+"""The engine executor: a plan run by the compiled extension `_engine`.
+
+It computes the integers that spec/numerics.md defines, those of the reference executor, with the fastest kernels that
+the processor supports.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import plan as p
+
+try:
+    from . import _engine
+except ImportError as error:
+    raise ImportError(
+        "bitstrata_runtime.engine needs the compiled extension bitstrata_runtime._engine, which is missing or does not "
+        "load here; install the package with pip (a C++17 compiler is needed to build it from source), or use "
+        f"executor='reference'. Cause: {error}"
+    ) from error
+
+_DTYPES = {"u8": np.dtype(np.uint8), "s8": np.dtype(np.int8), "i32": np.dtype(np.int32)}
+
+
+def available_isas() -> tuple[str, ...]:
+    """Names of the instruction sets that this build and this processor support, slowest first."""
+    return tuple(_engine.available_isas())
+
+
+class EngineExecutor:
+    """Runs a plan. Immutable once made; `run` may be called from several threads, which take turns.
+
+    isa: instruction set, one of `available_isas()`; None takes the one the environment variable BITSTRATA_ISA names,
+    else the fastest. threads: 1 to 256; results do not depend on it.
+
+    Raises ValueError if the instruction set is unknown or unsupported, or if the plan is inconsistent.
+    """
+
+    def __init__(self, plan: p.Plan, *, isa: str | None = None, threads: int = 1) -> None:
+        self.plan = plan
+        self.threads = threads
+        self._graph = _engine.Graph(isa or "", threads)
+        self._index: dict[int, int] = {}  # plan value -> engine value
+        source = plan.values[plan.input]
+        self._index[plan.input] = self._graph.input(source.shape, source.dtype, source.lo, source.hi)
+        for op in plan.ops:
+            self._append(op)
+        self._graph.finish(self._of(plan.output, "the plan"))
+
+    @property
+    def isa(self) -> str:
+        """The instruction set whose kernels run."""
+        return str(self._graph.isa)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Value name -> name of the convolution kernel that computes it."""
+        named = {self.plan.values[v].name: self._graph.kernel(i) for v, i in self._index.items()}
+        return {name: kernel for name, kernel in named.items() if kernel}
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory for intermediate values, in bytes a thread."""
+        return int(self._graph.arena_bytes)
+
+    def run(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Input codes (N, H, W, C), uint8 or int8 as the plan says -> the output value (N, H, W, C), int32.
+
+        Raises ValueError if dtype or shape are others, or if a code is outside the input's range.
+        """
+        (result,) = self._graph.run(self._checked(codes), [self._index[self.plan.output]])
+        return np.asarray(result, dtype=np.int32)
+
+    def run_all(self, codes: NDArray[np.integer[Any]]) -> dict[str, NDArray[np.integer[Any]]]:
+        """Like `run`, but every value by name, (N, H, W, C) in the value's own dtype."""
+        arrays = self._graph.run(self._checked(codes), list(self._index.values()))
+        return {self.plan.values[v].name: array for v, array in zip(self._index, arrays, strict=True)}
+
+    def _checked(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+        source = self.plan.values[self.plan.input]
+        if codes.ndim != 4 or codes.shape[1:] != tuple(source.shape) or codes.dtype != _DTYPES[source.dtype]:
+            h, w, c = source.shape
+            raise ValueError(
+                f"run: codes must be {_DTYPES[source.dtype]} of shape (N, {h}, {w}, {c}), "
+                f"got {codes.dtype} of shape {codes.shape}"
+            )
+        return np.ascontiguousarray(codes)
+
+    def _of(self, value: int, user: str) -> int:
+        if value not in self._index:
+            raise ValueError(f"{user} reads value {value}, which no earlier operation computes")
+        return self._index[value]
+
+    def _append(self, op: p.Op) -> None:
+        result = self.plan.values[op.output]
+        if op.output in self._index:
+            raise ValueError(f"operation {op.name!r}: value {op.output} ({result.name!r}) is computed already")
+        inputs = [self._of(v, f"operation {op.name!r}") for v in op.inputs]
+        index = _append(op, self._graph, inputs, result.dtype)
+        shape, dtype = self._graph.shape(index), self._graph.dtype(index)
+        if (shape, dtype) != (tuple(result.shape), result.dtype):
+            raise ValueError(
+                f"operation {op.name!r}: the result is {dtype} of shape {shape} (H, W, C), "
+                f"the plan says {result.dtype} of shape {tuple(result.shape)}"
+            )
+        self._index[op.output] = index
+
+
+@singledispatch
+def _append(op: p.Op, graph: Any, inputs: list[int], dtype: str) -> int:
+    """Add `op` to the engine's graph; the engine's index of its result. dtype: of the result."""
+    raise ValueError(f"operation {op.name!r}: {type(op).__name__} is not an operation of the engine")
+
+
+@_append.register
+def _(op: p.Conv, graph: Any, inputs: list[int], dtype: str) -> int:
+    codes, pad_code = np.ascontiguousarray(op.codes), np.ascontiguousarray(op.pad_code)
+    sizes = (op.stride, op.padding, op.dilation, op.groups)
+    return int(graph.conv(op.name, *inputs, codes, op.mul, op.add, *sizes, pad_code))
+
+
+@_append.register
+def _(op: p.Requant, graph: Any, inputs: list[int], dtype: str) -> int:
+    constants = [np.ascontiguousarray(a) for a in (op.multiplier, op.bias, op.shift)]
+    return int(graph.requant(op.name, *inputs, *constants, op.lo, op.hi, dtype))
+
+
+@_append.register
+def _(op: p.Add, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.add(op.name, *inputs, op.shift_a, op.shift_b))
+
+
+@_append.register
+def _(op: p.Clip, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.clip(op.name, *inputs, op.lo, op.hi))
+
+
+@_append.register
+def _(op: p.MaxPool, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.max_pool(op.name, *inputs, op.kernel, op.stride, op.padding))
+
+
+@_append.register
+def _(op: p.SumPool, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.sum_pool(op.name, *inputs, op.kernel, op.stride, op.padding, op.shift))
+
+
+@_append.register
+def _(op: p.Slice, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.slice(op.name, *inputs, op.h, op.w, op.c))
+
+
+@_append.register
+def _(op: p.Pad, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.pad(op.name, *inputs, op.h, op.w, op.c))
+
+
+@_append.register
+def _(op: p.Flatten, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.flatten(op.name, *inputs))
