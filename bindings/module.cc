@@ -55,8 +55,8 @@ int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multipli
             Array<uint8_t, 1> shift, int64_t lo, int64_t hi, const std::string& dtype) {
   if (bias.shape(0) != multiplier.shape(0) || shift.shape(0) != multiplier.shape(0))
     throw std::invalid_argument("operation '" + name + "': multiplier, bias and shift differ in length");
-  return g.requant(
-      name, x, {multiplier.data(), bias.data(), shift.data(), length(multiplier), lo, hi, parse_dtype(dtype)});
+  return g.requant(name, x,
+                   {multiplier.data(), bias.data(), shift.data(), length(multiplier), lo, hi, parse_dtype(dtype)});
 }
 
 // An array of its own for `batch` images of a value.
@@ -75,8 +75,8 @@ void check_batch(const Graph& g, const Batch& x) {
                     static_cast<int64_t>(x.shape(3))};
   if (x.dtype() != dlpack_dtype(v.dtype) || shape != v.shape)
     throw std::invalid_argument("run: the input must be a " + std::string(bitstrata::name_of(v.dtype)) +
-                                " array of shape (N, " + std::to_string(v.shape.h) + ", " +
-                                std::to_string(v.shape.w) + ", " + std::to_string(v.shape.c) + ")");
+                                " array of shape (N, " + std::to_string(v.shape.h) + ", " + std::to_string(v.shape.w) +
+                                ", " + std::to_string(v.shape.c) + ")");
 }
 
 // The values of `wanted`, computed for a batch.
@@ -123,12 +123,14 @@ NB_MODULE(_engine, m) {
       .def("flatten", &Graph::flatten, "name"_a, "x"_a)
       .def("finish", &Graph::finish, "output"_a)
       .def("run", &run, "x"_a.noconvert(), "wanted"_a)
-      .def("shape", [](const Graph& g, int v) {
-        const Shape& s = g.value(v).shape;
-        return nb::make_tuple(s.h, s.w, s.c);
-      })
+      .def("shape",
+           [](const Graph& g, int v) {
+             const Shape& s = g.value(v).shape;
+             return nb::make_tuple(s.h, s.w, s.c);
+           })
       .def("dtype", [](const Graph& g, int v) { return bitstrata::name_of(g.value(v).dtype); })
       .def("kernel", &Graph::kernel)
       .def_prop_ro("isa", &Graph::isa)
+      .def_prop_ro("chunk", &Graph::chunk)
       .def_prop_ro("arena_bytes", &Graph::arena_bytes);
 }

@@ -1,4 +1,4 @@
-// Speed of convolution and requantization on the layer shapes of a CIFAR ResNet-20, one core:
+// Speed of convolution and requantization, one core, on layer shapes of a CIFAR ResNet-20 and of a ResNet-18:
 //   conv_bench [activation bits] [weight bits]
 #include <chrono>
 #include <cstdio>
@@ -45,10 +45,20 @@ void bench(const char* isa, const Layer& l, int a_bits, int w_bits, bool requant
   std::vector<uint8_t> shift(static_cast<size_t>(l.out), 24);
   Graph g(isa, 1);
   int v = g.input({l.size, l.size, l.in}, DType::u8, 0, a_max);
-  v = g.conv("conv", v, {codes.data(), {l.out, in_group, l.kernel, l.kernel}, pad.data(), l.in, 2, 1,
-                         {l.stride, l.stride}, {p, p, p, p}, {1, 1}, l.groups});
+  v = g.conv("conv", v,
+             {codes.data(),
+              {l.out, in_group, l.kernel, l.kernel},
+              pad.data(),
+              l.in,
+              2,
+              1,
+              {l.stride, l.stride},
+              {p, p, p, p},
+              {1, 1},
+              l.groups});
   const char* kernel = g.kernel(v);
-  if (requantize) v = g.requant("requant", v, {multiplier.data(), bias.data(), shift.data(), l.out, 0, a_max, DType::u8});
+  if (requantize)
+    v = g.requant("requant", v, {multiplier.data(), bias.data(), shift.data(), l.out, 0, a_max, DType::u8});
   g.finish(v);
   const int64_t batch = l.size == 1 ? 64 : 1;
   std::vector<uint8_t> x(static_cast<size_t>(batch * g.value(0).bytes()));
@@ -69,8 +79,11 @@ void bench(const char* isa, const Layer& l, int a_bits, int w_bits, bool requant
 
 int main(int argc, char** argv) {
   const int a_bits = argc > 1 ? std::atoi(argv[1]) : 4, w_bits = argc > 2 ? std::atoi(argv[2]) : 4;
-  const Layer layers[] = {{32, 3, 16, 3, 1, 1},  {32, 16, 16, 3, 1, 1}, {16, 32, 32, 3, 1, 1}, {8, 64, 64, 3, 1, 1},
-                          {32, 16, 32, 3, 2, 1}, {32, 16, 32, 1, 2, 1}, {16, 32, 32, 3, 1, 32}, {1, 64, 10, 1, 1, 1}};
+  const Layer layers[] = {{32, 3, 16, 3, 1, 1},    {32, 16, 16, 3, 1, 1},   {16, 32, 32, 3, 1, 1},
+                          {8, 64, 64, 3, 1, 1},    {32, 16, 32, 3, 2, 1},   {32, 16, 32, 1, 2, 1},
+                          {16, 32, 32, 3, 1, 32},  {1, 64, 10, 1, 1, 1},    {56, 64, 64, 3, 1, 1},
+                          {28, 128, 128, 3, 1, 1}, {14, 256, 256, 3, 1, 1}, {7, 512, 512, 3, 1, 1},
+                          {56, 64, 128, 3, 2, 1},  {1, 512, 1000, 1, 1, 1}};
   std::printf("u%d activations, s%d weights (2c + 1)\n", a_bits, w_bits);
   for (const auto& isa : available_isas())
     for (const Layer& l : layers)

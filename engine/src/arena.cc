@@ -10,8 +10,7 @@ namespace bitstrata {
 Layout lay_out(const std::vector<Lifetime>& buffers) {
   std::vector<size_t> order(buffers.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return buffers[a].bytes > buffers[b].bytes; });
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return buffers[a].bytes > buffers[b].bytes; });
   Layout layout{std::vector<int64_t>(buffers.size(), 0), 0};
   std::vector<size_t> placed;  // by offset
   for (size_t i : order) {

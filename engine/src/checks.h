@@ -21,9 +21,9 @@ inline int64_t check_range(const std::string& op, const char* argument, int64_t 
 }
 
 inline Shape check_shape(const std::string& op, const char* argument, Shape s) {
-  check_range(op, argument, s.h, 1, kMaxExtent);
-  check_range(op, argument, s.w, 1, kMaxExtent);
-  check_range(op, argument, s.c, 1, kMaxElements);
+  check_range(op, (argument + std::string(" height")).c_str(), s.h, 1, kMaxExtent);
+  check_range(op, (argument + std::string(" width")).c_str(), s.w, 1, kMaxExtent);
+  check_range(op, (argument + std::string(" channels")).c_str(), s.c, 1, kMaxElements);
   if (s.h * s.w > kMaxElements || s.h * s.w * s.c > kMaxElements)
     fail(op, std::string(argument) + " " + str(s) + " has more than " + str(kMaxElements) + " elements");
   return s;

@@ -184,7 +184,8 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& w
         destination != nullptr ? destination + begin * values_[v].bytes() : worker.arena.data() + offsets_[v];
   }
   const uint8_t* input = call.input + begin * values_[0].bytes();
-  if (call.destinations[0] != nullptr) std::memcpy(worker.values[0], input, static_cast<size_t>(images * values_[0].bytes()));
+  if (call.destinations[0] != nullptr)
+    std::memcpy(worker.values[0], input, static_cast<size_t>(images * values_[0].bytes()));
   worker.values[0] = const_cast<uint8_t*>(input);  // operations only read their inputs
   for (size_t i = 0; i < ops_.size(); ++i) {
     const Op& op = *ops_[i];

@@ -113,8 +113,8 @@ Made make_conv(const Kernels& kernels, const std::string& name, Operand x, int o
                    " groups, the input has " + str(in.c) + " channels");
   if (s.out_c % s.groups != 0)
     fail(name, "groups " + str(s.groups) + " does not divide the " + str(s.out_c) + " output channels");
-  s.out_h = check_windows(name, "height", in.h, (s.kernel_h - 1) * s.dilation_h + 1, s.stride_h, p.padding[0],
-                          p.padding[1]);
+  s.out_h =
+      check_windows(name, "height", in.h, (s.kernel_h - 1) * s.dilation_h + 1, s.stride_h, p.padding[0], p.padding[1]);
   s.out_w =
       check_windows(name, "width", in.w, (s.kernel_w - 1) * s.dilation_w + 1, s.stride_w, p.padding[2], p.padding[3]);
   const Shape result = check_shape(name, "result", {s.out_h, s.out_w, s.out_c});

@@ -12,10 +12,15 @@ int index_of(DType t) { return static_cast<int>(t); }
 class RequantOp final : public Op {
  public:
   RequantOp(RequantFn fn, const Value& x, const RequantParams& p, int input, int output)
-      : Op({input}, output), fn_(fn), pixels_(x.shape.pixels()), x_bytes_(x.shape.c * size_of(x.dtype)),
-        out_bytes_(x.shape.c * size_of(p.dtype)), multiplier_(p.multiplier, p.multiplier + p.channels),
-        bias_(p.bias, p.bias + p.channels), shift_(p.shift, p.shift + p.channels),
-        args_{multiplier_.data(),          bias_.data(), shift_.data(), p.channels, static_cast<int32_t>(p.lo),
+      : Op({input}, output),
+        fn_(fn),
+        pixels_(x.shape.pixels()),
+        x_bytes_(x.shape.c * size_of(x.dtype)),
+        out_bytes_(x.shape.c * size_of(p.dtype)),
+        multiplier_(p.multiplier, p.multiplier + p.channels),
+        bias_(p.bias, p.bias + p.channels),
+        shift_(p.shift, p.shift + p.channels),
+        args_{multiplier_.data(),        bias_.data(), shift_.data(), p.channels, static_cast<int32_t>(p.lo),
               static_cast<int32_t>(p.hi)} {}
 
   int64_t items(int, int64_t images) const override { return pixels_ * images; }
@@ -34,7 +39,10 @@ class RequantOp final : public Op {
 class AddOp final : public Op {
  public:
   AddOp(AddFn fn, int64_t count, int a, int b, int output, int64_t shift_a, int64_t shift_b)
-      : Op({a, b}, output), fn_(fn), count_(count), shift_a_(static_cast<int>(shift_a)),
+      : Op({a, b}, output),
+        fn_(fn),
+        count_(count),
+        shift_a_(static_cast<int>(shift_a)),
         shift_b_(static_cast<int>(shift_b)) {}
 
   int64_t items(int, int64_t images) const override { return count_ * images; }
@@ -54,8 +62,12 @@ class AddOp final : public Op {
 class ClipOp final : public Op {
  public:
   ClipOp(ClipFn fn, const Value& x, int input, int output, int64_t lo, int64_t hi)
-      : Op({input}, output), fn_(fn), count_(x.shape.elements()), bytes_(size_of(x.dtype)),
-        lo_(static_cast<int32_t>(lo)), hi_(static_cast<int32_t>(hi)) {}
+      : Op({input}, output),
+        fn_(fn),
+        count_(x.shape.elements()),
+        bytes_(size_of(x.dtype)),
+        lo_(static_cast<int32_t>(lo)),
+        hi_(static_cast<int32_t>(hi)) {}
 
   int64_t items(int, int64_t images) const override { return count_ * images; }
   int64_t cost() const override { return count_; }

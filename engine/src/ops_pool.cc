@@ -10,7 +10,10 @@ namespace {
 class PoolOp final : public Op {
  public:
   PoolOp(PoolFn fn, const PoolShape& shape, DType in, DType out, int x, int output)
-      : Op({x}, output), fn_(fn), shape_(shape), in_bytes_(shape.in_h * shape.in_w * shape.channels * size_of(in)),
+      : Op({x}, output),
+        fn_(fn),
+        shape_(shape),
+        in_bytes_(shape.in_h * shape.in_w * shape.channels * size_of(in)),
         out_bytes_(shape.out_h * shape.out_w * shape.channels * size_of(out)) {}
 
   int64_t items(int, int64_t images) const override { return shape_.out_h * images; }

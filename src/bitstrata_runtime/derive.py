@@ -212,7 +212,9 @@ def _rescale(state: _Derivation, node: Node) -> None:
         ends = np.stack([a * low + b, a * high + b])
     if clip != (None, None):
         ends = np.clip(ends, *clip)
-    unit = math.ldexp(1.0, -intervals.fraction_bits(float(np.abs(ends).max()), _where(node)))
+    # Besides the values, the gains must fit: clipping can leave a channel far narrower than a unit of its input.
+    bound = float(max(np.abs(ends).max(), np.abs(a).max()))
+    unit = math.ldexp(1.0, -intervals.fraction_bits(bound, _where(node)))
     clamp = intervals.clamp_range(clip, unit, -INT32_MAX, INT32_MAX, _where(node))
     _store_requant(state, node, (a, b, unit), clamp, ("i32", unit))
 

@@ -63,8 +63,13 @@ class EngineExecutor:
         return {name: kernel for name, kernel in named.items() if kernel}
 
     @property
+    def chunk(self) -> int:
+        """How many images pass through the plan together, at most."""
+        return int(self._graph.chunk)
+
+    @property
     def arena_bytes(self) -> int:
-        """Memory for intermediate values, in bytes a thread."""
+        """Memory for a chunk's intermediate values, in bytes a thread."""
         return int(self._graph.arena_bytes)
 
     def run(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
@@ -99,6 +104,9 @@ class EngineExecutor:
         result = self.plan.values[op.output]
         if op.output in self._index:
             raise ValueError(f"operation {op.name!r}: value {op.output} ({result.name!r}) is computed already")
+        arity = 2 if isinstance(op, p.Add) else 1
+        if len(op.inputs) != arity:
+            raise ValueError(f"operation {op.name!r}: {type(op).__name__} takes {arity} inputs, got {len(op.inputs)}")
         inputs = [self._of(v, f"operation {op.name!r}") for v in op.inputs]
         index = _append(op, self._graph, inputs, result.dtype)
         shape, dtype = self._graph.shape(index), self._graph.dtype(index)
@@ -110,6 +118,17 @@ class EngineExecutor:
         self._index[op.output] = index
 
 
+def _array(op: p.Op, argument: str, dtype: type[np.integer[Any]], ndim: int) -> NDArray[Any]:
+    """A contiguous array attribute of `op`, whose dtype and dimensions must be these."""
+    array = np.asarray(getattr(op, argument))
+    if array.dtype != dtype or array.ndim != ndim:
+        raise ValueError(
+            f"operation {op.name!r}: {argument} must be {np.dtype(dtype)} of {ndim} dimensions, "
+            f"got {array.dtype} of shape {array.shape}"
+        )
+    return np.ascontiguousarray(array)
+
+
 @singledispatch
 def _append(op: p.Op, graph: Any, inputs: list[int], dtype: str) -> int:
     """Add `op` to the engine's graph; the engine's index of its result. dtype: of the result."""
@@ -118,15 +137,16 @@ def _append(op: p.Op, graph: Any, inputs: list[int], dtype: str) -> int:
 
 @_append.register
 def _(op: p.Conv, graph: Any, inputs: list[int], dtype: str) -> int:
-    codes, pad_code = np.ascontiguousarray(op.codes), np.ascontiguousarray(op.pad_code)
+    codes, pad_code = _array(op, "codes", np.int8, 4), _array(op, "pad_code", np.int32, 1)
     sizes = (op.stride, op.padding, op.dilation, op.groups)
     return int(graph.conv(op.name, *inputs, codes, op.mul, op.add, *sizes, pad_code))
 
 
 @_append.register
 def _(op: p.Requant, graph: Any, inputs: list[int], dtype: str) -> int:
-    constants = [np.ascontiguousarray(a) for a in (op.multiplier, op.bias, op.shift)]
-    return int(graph.requant(op.name, *inputs, *constants, op.lo, op.hi, dtype))
+    multiplier, bias = _array(op, "multiplier", np.int32, 1), _array(op, "bias", np.int64, 1)
+    shift = _array(op, "shift", np.uint8, 1)
+    return int(graph.requant(op.name, *inputs, multiplier, bias, shift, op.lo, op.hi, dtype))
 
 
 @_append.register

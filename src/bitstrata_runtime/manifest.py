@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ VERSION = 1
 MAX_BYTES = 16 << 20
 MAX_WEIGHTS = 1 << 31  # of all layers together
 MAX_PRECISION = 64
+MAX_PLANS = 1024
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,4096}")
 _PLAN = re.compile(r"[a-z][a-z0-9._-]{0,63}")  # becomes part of a file name; a letter first keeps it off the precisions
@@ -189,8 +191,12 @@ def _decode_program(value: Any) -> tuple[Program, dict[str, Contents]]:
         factors={},
     )
     held = {str(precision): Contents(tuple(affines), tuple(layers)) for precision in precisions}
-    for item, at in _items(value["plans"], f"{where}.plans"):
-        name, program_map, plan_contents = _decode_plan(item, at, program)
+    plans = _items(value["plans"], f"{where}.plans")
+    if len(plans) > MAX_PLANS:
+        raise ArtifactError(f"{layout.MANIFEST}: {where}.plans: {len(plans)} plans, at most {MAX_PLANS} are allowed")
+    order = {name: index for index, name in enumerate(affines)}
+    for item, at in plans:
+        name, program_map, plan_contents = _decode_plan(item, at, program, order)
         _unique(name, program.plans, at)
         program.plans[name], held[name] = program_map, plan_contents
     return program, held
@@ -236,7 +242,9 @@ def _decode_layer(value: Any, where: str, precisions: tuple[int, ...]) -> Layer:
     )
 
 
-def _decode_plan(value: Any, where: str, program: Program) -> tuple[str, dict[str, int], Contents]:
+def _decode_plan(
+    value: Any, where: str, program: Program, order: Mapping[str, int]
+) -> tuple[str, dict[str, int], Contents]:
     _object(value, where, ("name", "precisions", "affines"))
     name = _name(value["name"], f"{where}.name")
     if not _PLAN.fullmatch(name):
@@ -245,7 +253,7 @@ def _decode_plan(value: Any, where: str, program: Program) -> tuple[str, dict[st
     for precision in precisions:
         if precision not in program.precisions:
             raise _wrong(f"{where}.precisions", f"precisions among {program.precisions}", precision)
-    held = Contents(_subset(value["affines"], f"{where}.affines", program.affines), ())
+    held = Contents(_subset(value["affines"], f"{where}.affines", order), ())
     return name, dict(zip(program.layers, precisions, strict=True)), held
 
 
@@ -341,10 +349,9 @@ def _unique(name: str, known: Mapping[str, Any], where: str) -> str:
     return name
 
 
-def _subset(value: Any, where: str, known: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names out of `known`, each at most once and in its order."""
-    names = tuple(_one_of(item, at, known, "a name of the program") for item, at in _items(value, where))
-    chosen = set(names)
-    if names != tuple(name for name in known if name in chosen):
+def _subset(value: Any, where: str, order: Mapping[str, int]) -> tuple[str, ...]:
+    """Names out of `order` (name -> position), each at most once and by position."""
+    names = tuple(_one_of(item, at, order, "a name of the program") for item, at in _items(value, where))
+    if any(order[first] >= order[second] for first, second in itertools.pairwise(names)):
         raise _wrong(where, "each name at most once, in the manifest's order", value)
     return names

@@ -48,5 +48,6 @@ def widen(codes: NDArray[np.int8] | None, digits: NDArray[np.int8]) -> NDArray[n
     if codes is None:
         np.subtract(digits, 1, out=digits)  # offset codes 0, 1 -> codes -1, 0
         return digits
-    np.bitwise_or(codes << 1, digits, out=digits)  # 2*c is even, so "or" adds the digit
+    digits += codes  # twice, so that no temporary array is needed; c + d fits int8, as c has at most 7 bits here
+    digits += codes
     return digits

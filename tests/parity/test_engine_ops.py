@@ -28,7 +28,9 @@ def window_sums(x: Ints, kernel: tuple[int, int], weight: Any, stride: Any, dila
     out_h, out_w = (x.shape[1] - (kh - 1) * dh - 1) // sh + 1, (x.shape[2] - (kw - 1) * dw - 1) // sw + 1
     taps = product(range(kh), range(kw))
     return [
-        weight(ky, kx, x[:, ky * dh : ky * dh + (out_h - 1) * sh + 1 : sh, kx * dw : kx * dw + (out_w - 1) * sw + 1 : sw])
+        weight(
+            ky, kx, x[:, ky * dh : ky * dh + (out_h - 1) * sh + 1 : sh, kx * dw : kx * dw + (out_w - 1) * sw + 1 : sw]
+        )
         for ky, kx in taps
     ]
 
@@ -173,7 +175,10 @@ def conv_cases(draw: st.DrawFn) -> dict[str, Any]:
     kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     padding = draw(st.tuples(*[st.integers(0, 3)] * 4))
-    least = [max(1, (k - 1) * d + 1 - a - b) for k, d, (a, b) in zip(kernel, dilation, (padding[:2], padding[2:]), strict=True)]
+    least = [
+        max(1, (k - 1) * d + 1 - a - b)
+        for k, d, (a, b) in zip(kernel, dilation, (padding[:2], padding[2:]), strict=True)
+    ]
     dtype, x_range = draw(RANGES)
     return {
         "seed": draw(st.integers(0, 2**32)),
@@ -202,7 +207,9 @@ def test_conv_random(case: dict[str, Any]) -> None:
 
 # What a saturating or too-narrow product would get wrong: extreme activations times extreme weights, many of them.
 @pytest.mark.parametrize("fills", list(product(FILLS[1:], FILLS[1:])), ids="-".join)
-@pytest.mark.parametrize(("dtype", "x_range"), [("u8", (0, 255)), ("s8", (-128, 127)), ("u8", (0, 15)), ("s8", (-8, 7))])
+@pytest.mark.parametrize(
+    ("dtype", "x_range"), [("u8", (0, 255)), ("s8", (-128, 127)), ("u8", (0, 15)), ("s8", (-8, 7))]
+)
 @pytest.mark.parametrize("form", [(1, 0), (2, 1)])
 @pytest.mark.parametrize("bits", [8, 4, 1])
 def test_conv_extremes(fills: tuple[str, str], dtype: str, x_range: Any, form: Any, bits: int) -> None:
@@ -227,7 +234,9 @@ def test_conv_every_width(bits: int, a_bits: int) -> None:
     """Wide windows, so that sums of products in 16 bits are pushed to the bound that was proved for them."""
     x_range = (0, (1 << a_bits) - 1)
     for form, how in product([(1, 0), (2, 1)], FILLS):
-        conv_case(1, hw=(4, 4), channels=(130, 17), bits=bits, x_range=x_range, form=form, fills=("highest", how), batch=1)
+        conv_case(
+            1, hw=(4, 4), channels=(130, 17), bits=bits, x_range=x_range, form=form, fills=("highest", how), batch=1
+        )
         conv_case(2, channels=(1, 1), groups=19, bits=bits, x_range=x_range, form=form, fills=("highest", how), batch=1)
 
 

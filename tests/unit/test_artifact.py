@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -289,6 +290,22 @@ def test_the_directory_itself_may_be_a_link(path, tmp_path):
     write(plain_program(), path)
     os.symlink(path, tmp_path / "link.strata")
     assert_equal(load_all(Artifact.open(tmp_path / "link.strata")), plain_program())
+
+
+def test_codes_are_held_once_and_files_not_at_all(path):
+    program = chain_program([1024, 1024], [8], (4, 8), resident=False)
+    write(program, path)
+    del program
+    artifact = Artifact.open(path)
+    tracemalloc.start()
+    try:
+        artifact.load({"4"}, 4)
+        artifact.load({"8"}, 8)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1.1 * (1 << 20)
+    assert peak < 3.3 * (1 << 20)  # the codes held, for the case of failure, and two arrays to widen them
 
 
 def test_layers_narrower_than_a_stratum_are_absent_from_it(path):

@@ -90,6 +90,7 @@ class Graph {
   int output() const { return output_; }
   const char* isa() const { return kernels_.isa; }
   int threads() const { return threads_; }
+  int64_t chunk() const { return chunk_; }              // images that pass through the graph together
   int64_t arena_bytes() const { return arena_bytes_; }  // of one thread
 
  private:
@@ -109,12 +110,12 @@ class Graph {
   const Kernels& kernels_;
   const int threads_;
   int output_ = -1;
-  std::vector<Value> values_;             // 0 is the input; operation i makes value i + 1
+  std::vector<Value> values_;  // 0 is the input; operation i makes value i + 1
   std::vector<std::unique_ptr<Op>> ops_;
-  int64_t chunk_ = 1;                     // images that pass through the graph together
+  int64_t chunk_ = 1;  // images that pass through the graph together
   int64_t arena_bytes_ = 0;
-  std::vector<int64_t> offsets_;          // in the arena: of each value, then of each operation's scratch
-  std::vector<Worker> workers_;           // one a thread
+  std::vector<int64_t> offsets_;  // in the arena: of each value, then of each operation's scratch
+  std::vector<Worker> workers_;   // one a thread
   std::unique_ptr<ThreadPool> pool_;
   std::mutex running_;
 };

@@ -76,9 +76,9 @@ using PoolFn = void (*)(const PoolShape&, const void* x, void* out, int64_t row_
 // A row of the dispatch table. Arrays are indexed by DType.
 struct Kernels {
   const char* isa;
-  bool (*supported)();                                   // by this processor and its operating system
+  bool (*supported)();                          // by this processor and its operating system
   const ConvKernel* (*conv)(const ConvShape&);  // the best kernel that is exact for this convolution
-  RequantFn requant[kDTypes][kDTypes];                   // [input][output]
+  RequantFn requant[kDTypes][kDTypes];          // [input][output]
   AddFn add;
   ClipFn clip[kDTypes];
   PoolFn max_pool[kDTypes];

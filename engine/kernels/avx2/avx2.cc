@@ -58,7 +58,7 @@ void requant_i32(const RequantArgs& a, const void* x, void* out, int64_t pixels)
 
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1) return &kAvx2Depthwise;
-  return avx2_narrow_is_exact(s) ? &kAvx2Narrow : &kAvx2Wide;
+  return avx2_narrow_fits(s) ? &kAvx2Narrow : &kAvx2Wide;
 }
 
 bool supported() { return __builtin_cpu_supports("avx2"); }

@@ -15,9 +15,13 @@
 namespace bitstrata {
 namespace {
 
-constexpr int kLanes = 8;    // output channels of a vector
-constexpr int kPixels = 6;   // of a block
-constexpr int kTile = 192;   // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+constexpr int kLanes = 8;  // output channels of a vector
+constexpr int kPixels =
+    5;  // of a block: with two vectors, ten sums, two weights and a few temporaries fill the registers
+constexpr int kTile = 192;  // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+
+// Where fewer steps than this fit int16, widening so often makes the wide kernel faster.
+constexpr int32_t kLeastChunk = 3;
 
 int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
 int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -33,7 +37,8 @@ struct Form {
     mul = fits ? 1 : s.mul;
     add = fits ? 0 : s.add;
     offset = wide || s.input_lo >= 0 ? 0 : -s.input_lo;
-    largest_weight = static_cast<int32_t>(max64(abs64(pack_mul * s.code_lo + pack_add), abs64(pack_mul * s.code_hi + pack_add)));
+    largest_weight =
+        static_cast<int32_t>(max64(abs64(pack_mul * s.code_lo + pack_add), abs64(pack_mul * s.code_hi + pack_add)));
     largest_input = s.input_hi + offset;
   }
   int32_t pack_mul, pack_add;  // packed weight = pack_mul * c + pack_add
@@ -63,9 +68,13 @@ struct Packed {
   static constexpr int64_t kStep = 4 / sizeof(Staged);  // activations of a step
 
   explicit Packed(const ConvShape& s)
-      : form(s, kWide), stage(s, round_up(s.group_in(), kStep), form.offset, form.add != 0), runs(s, stage),
-        vectors(round_up(s.group_out(), kLanes) / kLanes), steps(runs.count * runs.elements / kStep),
-        correction_at(64), padding_at(correction_at + s.groups * vectors * kLanes * 4),
+      : form(s, kWide),
+        stage(s, round_up(s.group_in(), kStep), form.offset, form.add != 0),
+        runs(s, stage),
+        vectors(round_up(s.group_out(), kLanes) / kLanes),
+        steps(runs.count * runs.elements / kStep),
+        correction_at(64),
+        padding_at(correction_at + s.groups * vectors * kLanes * 4),
         weights_at(round_up(padding_at + s.groups * stage.lanes * static_cast<int64_t>(sizeof(Staged)), 64)),
         bytes(weights_at + s.groups * vectors * steps * 32) {}
 
@@ -145,19 +154,11 @@ inline __m256i broadcast(const uint8_t* x) {
 }
 
 // `count` steps: sum[i][j] += the products of pixel i and vector j, in int16 pairs (narrow) or int32 (wide).
-// A function of its own, because the loop needs all sixteen registers.
 template <bool kWide, int kVectors>
-__attribute__((noinline)) void multiply(const uint8_t* const* x, const __m256i* w, int64_t count,
-                                        __m256i (&sums)[kPixels][kVectors]) {
-  __m256i sum[kPixels][kVectors];
-  const uint8_t* at[kPixels];
-  for (int i = 0; i < kPixels; ++i) {
-    at[i] = x[i];
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = sums[i][j];
-  }
+inline void multiply(const uint8_t* const* x, const __m256i* w, int64_t count, __m256i (&sum)[kPixels][kVectors]) {
   for (int64_t s = 0; s < count; ++s, w += kVectors) {
     for (int i = 0; i < kPixels; ++i) {
-      const __m256i a = broadcast(at[i] + 4 * s);
+      const __m256i a = broadcast(x[i] + 4 * s);
       for (int j = 0; j < kVectors; ++j) {
         const __m256i b = _mm256_load_si256(w + j);
         sum[i][j] = kWide ? _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(a, b))
@@ -165,8 +166,6 @@ __attribute__((noinline)) void multiply(const uint8_t* const* x, const __m256i* 
       }
     }
   }
-  for (int i = 0; i < kPixels; ++i)
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = sum[i][j];
 }
 
 template <int kVectors>
@@ -261,8 +260,7 @@ int32_t window_sum(const ConvShape& s, const Packed<kWide>& p, const uint8_t* st
 }
 
 template <bool kWide>
-void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
-         int64_t row_end) {
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
   const Packed<kWide> p(s);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const uint8_t* rows = static_cast<const uint8_t*>(staged);
@@ -277,7 +275,8 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
     for (int64_t group = 0; group < s.groups; ++group) {
       int64_t y = begin / s.out_w, x = begin % s.out_w;
       for (int64_t i = 0; i < tile.pixels; ++i) {
-        tile.window[i] = rows + y * s.stride_h * p.stage.row_bytes + (group * p.stage.columns + x * s.stride_w) * pixel_bytes;
+        tile.window[i] =
+            rows + y * s.stride_h * p.stage.row_bytes + (group * p.stage.columns + x * s.stride_w) * pixel_bytes;
         if (p.stage.sums) tile.sums[i] = window_sum(s, p, rows, group, y, x);
         if (++x == s.out_w) x = 0, ++y;
       }
@@ -298,12 +297,14 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 
 }  // namespace
 
-bool avx2_narrow_is_exact(const ConvShape& s) {
+bool avx2_narrow_fits(const ConvShape& s) {
   const Form form(s, false);
-  return form.largest_input <= UINT8_MAX && 2 * form.largest_weight * form.largest_input <= INT16_MAX;
+  return form.largest_input <= UINT8_MAX && kLeastChunk * 2 * form.largest_weight * form.largest_input <= INT16_MAX;
 }
 
-extern const ConvKernel kAvx2Wide = {"avx2-wide", packed_bytes<true>, pack<true>, staged_row_bytes<true>, stage<true>, run<true>};
-extern const ConvKernel kAvx2Narrow = {"avx2-narrow", packed_bytes<false>, pack<false>, staged_row_bytes<false>, stage<false>, run<false>};
+extern const ConvKernel kAvx2Wide = {"avx2-wide", packed_bytes<true>, pack<true>, staged_row_bytes<true>,
+                                     stage<true>, run<true>};
+extern const ConvKernel kAvx2Narrow = {"avx2-narrow",           packed_bytes<false>, pack<false>,
+                                       staged_row_bytes<false>, stage<false>,        run<false>};
 
 }  // namespace bitstrata

@@ -18,8 +18,12 @@ ConvShape merged(ConvShape s) {
 
 struct Packed {
   explicit Packed(const ConvShape& s)
-      : stage(merged(s), round_up(s.in_c, kLanes), 0, false), taps(s.kernel_h * s.kernel_w), pairs((taps + 1) / 2),
-        offsets_at(0), padding_at(round_up(pairs * 16, 64)), weights_at(round_up(padding_at + stage.lanes * 2, 64)),
+      : stage(merged(s), round_up(s.in_c, kLanes), 0, false),
+        taps(s.kernel_h * s.kernel_w),
+        pairs((taps + 1) / 2),
+        offsets_at(0),
+        padding_at(round_up(pairs * 16, 64)),
+        weights_at(round_up(padding_at + stage.lanes * 2, 64)),
         bytes(weights_at + stage.lanes * pairs * 4) {}
   Staging<int16_t> stage;
   int64_t taps, pairs;
@@ -78,8 +82,7 @@ inline void block(const Packed& p, const int64_t* offsets, const uint8_t* x, int
   }
 }
 
-void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
-         int64_t row_end) {
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
   const Packed p(s);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const int64_t* offsets = reinterpret_cast<const int64_t*>(base + p.offsets_at);

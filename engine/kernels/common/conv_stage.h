@@ -17,7 +17,10 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 template <typename T>
 struct Staging {
   Staging(const ConvShape& s, int64_t lanes, int32_t offset, bool sums)
-      : lanes(lanes), columns(s.padded_w()), offset(offset), sums(sums),
+      : lanes(lanes),
+        columns(s.padded_w()),
+        offset(offset),
+        sums(sums),
         sums_at(round_up(s.groups * columns * lanes * static_cast<int64_t>(sizeof(T)), 4)),
         row_bytes(sums_at + (sums ? s.groups * columns * 4 : 0)) {}
   int64_t lanes, columns;
@@ -64,9 +67,9 @@ void stage_row(const ConvShape& s, const Staging<T>& g, const T* padding, const 
     if (g.sums) {
       int32_t* sums = reinterpret_cast<int32_t*>(to + g.sums_at) + group * g.columns;
       for (int64_t x = 0; x < g.columns; ++x) {
-        int32_t sum = 0;
-        for (int64_t c = 0; c < lanes; ++c) sum += row[x * lanes + c];
-        sums[x] = sum;
+        uint32_t sum = 0;
+        for (int64_t c = 0; c < lanes; ++c) sum += static_cast<uint32_t>(row[x * lanes + c]);
+        sums[x] = static_cast<int32_t>(sum);
       }
     }
   }

@@ -19,7 +19,8 @@ inline T larger(T a, T b) {
 }
 
 inline int64_t requant_one(const RequantArgs& a, int64_t c, int64_t x) {
-  const uint64_t y = static_cast<uint64_t>(x) * static_cast<uint64_t>(a.multiplier[c]) + static_cast<uint64_t>(a.bias[c]);
+  const uint64_t y =
+      static_cast<uint64_t>(x) * static_cast<uint64_t>(a.multiplier[c]) + static_cast<uint64_t>(a.bias[c]);
   return smaller<int64_t>(larger<int64_t>(static_cast<int64_t>(y) >> a.shift[c], a.lo), a.hi);
 }
 
@@ -31,12 +32,15 @@ void requant(const RequantArgs& a, const void* x, void* out, int64_t pixels) {
     for (int64_t c = 0; c < a.channels; ++c) to[c] = static_cast<Out>(requant_one(a, c, in[c]));
 }
 
-// The alignment of an addition in 32-bit arithmetic. Right: (v + 2^(s-1)) >> s = (v >> s) + bit s-1 of v, and for s > 31
-// it is 0. Left shifts and the sum wrap.
+// The alignment of an addition in 32-bit arithmetic. Right: (v + 2^(s-1)) >> s = (v >> s) + bit s-1 of v, and for s >
+// 31 it is 0. Left shifts and the sum wrap.
 struct Align {
   explicit Align(int shift)
-      : left(shift < 0 ? -shift : 0), right(smaller(larger(shift, 0), 31)), half(larger(right - 1, 0)),
-        round(shift > 0 ? 1 : 0), keep(shift > 31 ? 0 : ~uint32_t{0}) {}
+      : left(shift < 0 ? -shift : 0),
+        right(smaller(larger(shift, 0), 31)),
+        half(larger(right - 1, 0)),
+        round(shift > 0 ? 1 : 0),
+        keep(shift > 31 ? 0 : ~uint32_t{0}) {}
   uint32_t operator()(int32_t v) const {
     const uint32_t bit = static_cast<uint32_t>(v >> half) & round;
     return ((static_cast<uint32_t>(v >> right) + bit) << left) & keep;

@@ -41,8 +41,7 @@ void dot(const Runs<int16_t>& runs, const uint8_t* window, const int16_t* w, int
   for (int k = 0; k < kOut; ++k) out[k] = static_cast<int32_t>(sum[k]);
 }
 
-void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
-         int64_t row_end) {
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
   const Stage g = staging(s);
   const Runs<int16_t> runs(s, g);
   const int64_t pitch = window_elements(s), group_out = s.group_out();

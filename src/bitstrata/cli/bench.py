@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from bitstrata.cli.common import CommandError, choose, cpu_name, parse_bits, write_json
+from bitstrata.cli.common import CommandError, choose, cpu_name, output, parse_bits, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+GENERIC = "generic"  # the instruction set that every build has
 
 
 @dataclass(frozen=True)
 class Bench:
     """Measure latency per precision, instruction set and thread count, on random pixels.
 
-    The peer of each row is the same program on the build's plainest kernels (the first instruction set in
-    `available_isas`), with the same threads; ratio = peer_ms / ours_ms. Rows of that instruction set have no peer.
+    The peer of each row is the same program on the engine's own generic kernels, with as many threads;
+    ratio = peer_ms / ours_ms. The generic rows have no peer.
     """
 
     artifact: Annotated[Path, tyro.conf.Positional]
@@ -30,7 +32,7 @@ class Bench:
     bits: str | None = None
     """Precisions, as 1,2,4; default all."""
     isa: str | None = None
-    """Instruction sets, separated by commas; default the plainest and the best."""
+    """Instruction sets, separated by commas; default all that this machine has."""
     threads: str = "1"
     """Thread counts, separated by commas."""
     batch: int = 1
@@ -45,7 +47,6 @@ class Bench:
     def run(self) -> None:
         """Print a table of medians."""
         import numpy as np
-        from rich.console import Console
         from rich.table import Table
 
         from bitstrata_runtime.artifact import Artifact
@@ -65,7 +66,7 @@ class Bench:
             shown.add_row(
                 str(row["bits"]), row["isa"], str(row["threads"]), f"{row['ours_ms']:.3f}", row["peer"], *peer
             )
-        Console().print(shown)
+        output().print(shown)
         if self.json is not None:
             write_json(self.json, rows)
 
@@ -73,14 +74,13 @@ class Bench:
         from bitstrata_runtime.engine import available_isas
 
         known = available_isas()
-        plain = known[0]
-        isas = _chosen_isas(self.isa, known)
+        isas = known if self.isa is None else tuple(choose(name, known, "--isa") for name in self.isa.split(","))
         rows: list[dict[str, Any]] = []
         for threads in _thread_counts(self.threads):
             for precision in bits:
-                ours = {isa: self._measure(precision, isa, threads, image) for isa in dict.fromkeys((plain, *isas))}
+                ours = {isa: self._measure(precision, isa, threads, image) for isa in dict.fromkeys((GENERIC, *isas))}
                 for isa in isas:
-                    peer_ms = None if isa == plain else ours[plain]
+                    peer_ms = None if isa == GENERIC else ours[GENERIC]
                     rows.append(
                         {
                             "case": f"{self.artifact.name} batch {self.batch}",
@@ -88,7 +88,7 @@ class Bench:
                             "isa": isa,
                             "bits": precision,
                             "ours_ms": round(ours[isa], 5),
-                            "peer": "none" if peer_ms is None else f"own {plain} kernels",
+                            "peer": "none" if peer_ms is None else f"own {GENERIC} kernels",
                             "peer_ms": None if peer_ms is None else round(peer_ms, 5),
                             "ratio": None if peer_ms is None else round(peer_ms / ours[isa], 3),
                         }
@@ -111,12 +111,6 @@ class Bench:
             session.run(image)
             times.append(time.perf_counter() - begun)
         return statistics.median(times) * 1e3
-
-
-def _chosen_isas(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    if text is None:
-        return tuple(dict.fromkeys((known[0], known[-1])))
-    return tuple(choose(name, known, "--isa") for name in text.split(","))
 
 
 def _thread_counts(text: str) -> tuple[int, ...]:

@@ -10,9 +10,12 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 
 class CommandError(Exception):
@@ -52,6 +55,11 @@ def parse_floats(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise CommandError(f"{option} {text!r}: expected numbers separated by commas, such as 0.49,0.48,0.45") from None
+
+
+def output() -> Console:
+    """Where tables go: as wide as the terminal, or 120 columns in a file."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -21,7 +21,7 @@ class Demo:
     """Output directory."""
     float_epochs: int = 20
     """Epochs of float training."""
-    epochs: int = 20
+    epochs: int = 15
     """Epochs of quantized training, all precisions together."""
     seed: int = 0
     """Seed of everything random."""

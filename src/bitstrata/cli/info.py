@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from bitstrata.cli.common import human_bytes
+from bitstrata.cli.common import human_bytes, output
 
 if TYPE_CHECKING:
     from bitstrata_runtime.info import ArtifactInfo
@@ -45,15 +45,13 @@ class Info:
         self._tables(program, info, macs)
 
     def _tables(self, program: Program, info: ArtifactInfo, macs: dict[str, int]) -> None:
-        from rich.console import Console
         from rich.table import Table
 
-        console = Console()
+        console = output()
         shape = "x".join(map(str, program.input_shape))
         console.print(
             f"{self.artifact}: {human_bytes(info.total)} in {len(info.files)} files, input {shape} "
             f"{program.input_kind}, {sum(macs.values()):,} multiply-adds, sha256 {info.sha256[:16]}",
-            highlight=False,
         )
         precisions = Table(title="precisions", title_justify="left")
         for column in ("precision", "bit-planes", "bytes in all", "bytes more than the row above"):
@@ -68,16 +66,15 @@ class Info:
             files.add_row(file.name, f"{file.size:,}", f"{file.payload:,}")
         console.print(files)
         layers = Table(title="layers", title_justify="left")
-        for column in ("layer", "kind", "shape", "grid", "weights at", "weights", "multiply-adds"):
+        for column in ("layer", "shape", "grid", "weight bits", "weights", "multiply-adds"):
             layers.add_column(column, justify="right" if column in ("weights", "multiply-adds") else "left")
         for layer in info.layers:
             widths = sorted(set(program.layers[layer.name].weight_bits.values()))
             layers.add_row(
                 layer.name,
-                layer.kind,
                 "x".join(map(str, layer.shape)),
                 layer.grid,
-                ",".join(map(str, widths)) + " bits",
+                ",".join(map(str, widths)),
                 f"{layer.weights:,}",
                 f"{macs[layer.name]:,}",
             )

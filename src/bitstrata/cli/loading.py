@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitstrata import data, zoo
@@ -17,6 +15,7 @@ from bitstrata.cli.common import CommandError, choose, parse_bits
 from bitstrata.cli.options import RunOptions
 from bitstrata.data import ArrayDataset, Compose, Dataset, RandomCrop, RandomHorizontalFlip, Transform
 from bitstrata.recipes import base as recipes
+from bitstrata.train.checkpoint import load_tensors
 
 
 def load_data(
@@ -132,11 +131,7 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise CommandError(f"checkpoint {path}: {error}") from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"checkpoint {path}: not readable as weights only ({reason})") from error
+    loaded = load_tensors(path)
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

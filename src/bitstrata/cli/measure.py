@@ -22,7 +22,7 @@ BATCH = 250
 
 
 def executor() -> str:
-    """What measures an artifact: the engine where it is built, else the float64 oracle, which gives the same integers."""
+    """What runs an artifact: the engine where it is built, else the float64 oracle, which gives the same integers."""
     return "engine" if runtime.available_isas() else "oracle"
 
 

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.cli import loading, measure
-from bitstrata.cli.common import CommandError, bytes_of, environment, parse_bits, parse_floats, read_json, write_json
+from bitstrata.cli.common import (
+    CommandError,
+    bytes_of,
+    environment,
+    output,
+    parse_bits,
+    parse_floats,
+    read_json,
+    write_json,
+)
 from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.train import Train
@@ -104,8 +113,8 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
     if saved.exists():
         check_same_options(saved, read_json(saved), config)
         if (out / "results.json").exists():
-            Console().print(f"{out} is complete; --fresh starts over")
-            print_results(Console(), read_json(out / "results.json"))
+            output().print(f"{out} is complete; --fresh starts over")
+            print_results(output(), read_json(out / "results.json"))
             return None
     train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
     test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.cli import loading, measure, pipeline
-from bitstrata.cli.common import parse_bits, write_json
+from bitstrata.cli.common import output, parse_bits, write_json
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.train import Train
 
 
 def run(options: Demo) -> None:
     """The whole tour; prints a table and writes the artifact, results.json and the figure."""
-    console = Console()
+    console = output()
     training = training_options(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -39,8 +38,7 @@ def run(options: Demo) -> None:
     seconds = sum(work.seconds[stage] for stage in ("float", "joint"))
     console.print(
         f"float network {float_accuracy:.2%}; {len(test)} test images; trained in {seconds:.0f} s\n"
-        f"{artifact}, {options.out / 'results.json'}, {figure}",
-        highlight=False,
+        f"{artifact}, {options.out / 'results.json'}, {figure}"
     )
 
 

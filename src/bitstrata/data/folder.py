@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dataset import DataError, Dataset, Indices, as_index, require, stratified_split
+from .dataset import DataError, Dataset, Indices, as_index, read_bytes, require, stratified_split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _MODES = {1: "L", 3: "RGB"}
@@ -142,11 +143,12 @@ def _members(root: Path, classes: Sequence[str]) -> tuple[list[Path], NDArray[np
 def _open(path: Path, channels: int, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     """Pixels uint8 (C, H, W), scaled and cropped to `size` if one is given."""
     pillow: Any = require("PIL.Image", "reading image folders")
+    data = read_bytes(path)
     try:
-        with pillow.open(path) as file:
+        with pillow.open(io.BytesIO(data)) as file:
             image = file.convert(_MODES[channels])
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{path}: not a readable image of {path.stat().st_size} bytes ({error})") from error
+        raise DataError(f"{path}: not a readable image of {len(data)} bytes ({error})") from error
     if size is not None:
         image = require("PIL.ImageOps", "reading image folders").fit(image, size[::-1], pillow.Resampling.BILINEAR)
     pixels = np.asarray(image, np.uint8)

@@ -1,8 +1,9 @@
 """MSE-optimal step sizes for Gaussian weights and rectified-Gaussian activations, computed in closed form.
 
-UniQ section 4.2 fixes the initial step to the minimiser of E(x - Q(x))^2; the integrals over a cell have closed forms in
-the normal density and distribution, and at the optimum step = sum k_i m_i / sum k_i^2 p_i (p_i, m_i: a cell's probability and
-first moment), because moving the cell borders, which lie midway between levels, costs nothing to first order.
+UniQ section 4.2 fixes the initial step to the minimiser of E(x - Q(x))^2; the integrals over a cell have closed forms
+in the normal density and distribution, and at the optimum step = sum k_i m_i / sum k_i^2 p_i (p_i, m_i: a cell's
+probability and first moment), because moving the cell borders, which lie midway between levels, costs nothing to first
+order.
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ class Builder:
     def clip(self, x: Real, lo: Bound, hi: Bound) -> Real:
         """min(max(x, lo), hi) after what is pending already."""
 
-        def limit(v: Bound) -> Bound:
-            if v is None:
-                return None
+        def limit(v: float) -> float:
             v = v if lo is None else max(v, lo)
             return v if hi is None else min(v, hi)
 
@@ -68,20 +66,20 @@ class Builder:
         new_hi = hi if x.hi is None else limit(x.hi)
         return replace(x, lo=new_lo, hi=new_hi)
 
-    def fixed(self, x: Real, name: str, *, power_of_two: bool = False) -> Real:
-        """x as int32 fixed point with nothing pending."""
+    def fixed(self, x: Real, where: str, *, power_of_two: bool = False, name: str | None = None) -> Real:
+        """x as int32 fixed point with nothing pending; `where` names the reading operation in errors."""
         if x.kind == "input":
             raise LowerError(
-                f"lower: {name!r} computes on the network's input before any quantized layer has read it; "
-                "move this operation behind the first convolution or linear layer"
+                f"lower: {where} computes on the network's input before any quantized layer has read it; move this "
+                "operation behind the first convolution or linear layer (a convolution can pad by itself)"
             )
         if x.kind == "acc" or x.affine or (power_of_two and x.pooled):
-            base = self.emit(f"{name}.fixed", "rescale", (x.base,), affine=list(x.affine), clip=[x.lo, x.hi])
-        elif x.clipped:
-            return Real(self.emit(f"{name}.clip", "clip", (x.base,), clip=[x.lo, x.hi]), "fixed", x.shape, pooled=x.pooled)
-        else:
-            return x
-        return Real(base, "fixed", x.shape)
+            attrs = {"affine": list(x.affine), "clip": [x.lo, x.hi]}
+            return Real(self.emit(name or f"{x.base}.fixed", "rescale", (x.base,), **attrs), "fixed", x.shape)
+        if x.clipped:
+            base = self.emit(name or f"{x.base}.clip", "clip", (x.base,), clip=[x.lo, x.hi])
+            return Real(base, "fixed", x.shape, pooled=x.pooled)
+        return x
 
     def codes(self, x: Real, layer: str) -> str:
         """x on the input grid of `layer`."""

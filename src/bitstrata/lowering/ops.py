@@ -19,6 +19,7 @@ from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from .builder import Builder, Real
 from .errors import LowerError
+from .trace import module_of, where
 
 
 @dataclass
@@ -34,7 +35,13 @@ class Context:
 
     def shape(self, node: fx.Node) -> tuple[int, int, int]:
         """The node's shape as (C, H, W): features are (C, 1, 1), sequences (C, 1, L)."""
-        return as_map(self.values[node], node.name)
+        return as_map(self.values[node], where(node))
+
+
+def name_of(node: fx.Node, op: str) -> str:
+    """Name of the value that the node becomes: its module's path, or "path.op" for a function called in a forward."""
+    inside = module_of(node)
+    return inside if node.op == "call_module" else f"{inside}.{op}" if inside else op
 
 
 def as_map(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
@@ -45,7 +52,7 @@ def as_map(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
         return (shape[0], 1, shape[1])
     if len(shape) == 3:
         return (shape[0], shape[1], shape[2])
-    raise LowerError(f"lower: {name!r} has {len(shape) + 1} dimensions; programs hold (N, C), (N, C, L) and (N, C, H, W)")
+    raise LowerError(f"lower: {name} has {len(shape) + 1} dimensions; programs hold (N, C), (N, C, L) and (N, C, H, W)")
 
 
 Handler = Callable[..., Real]
@@ -87,7 +94,7 @@ def hardtanh(
 @_on(torch.clamp, torch.clip, torch.clamp_, "clamp", "clamp_", "clip", "clip_")
 def clamp(ctx: Context, node: fx.Node, x: Real, min: float | None = None, max: float | None = None) -> Real:
     if x.kind == "input":
-        raise LowerError(f"lower: {node.name!r} clips the network's input before any quantized layer has read it")
+        raise LowerError(f"lower: {where(node)} clips the network's input before any quantized layer has read it")
     bounds = [None if b is None else float(b) for b in (min, max)]
     return ctx.builder.clip(x, *bounds)
 
@@ -103,12 +110,11 @@ def identity(ctx: Context, node: fx.Node, x: Real, *_args: Any, **_kwargs: Any) 
 @_on(operator.add, operator.iadd, torch.add, "add", "add_")
 def add(ctx: Context, node: fx.Node, a: Any, b: Any, *, alpha: float = 1) -> Real:
     if not isinstance(a, Real) or not isinstance(b, Real) or alpha != 1:
-        raise LowerError(f"lower: {node.name!r} must add two tensors of the network with alpha=1, not a constant")
+        raise LowerError(f"lower: {where(node)} must add two tensors of the network with alpha=1, not a constant")
     if a.shape != b.shape:
-        raise LowerError(f"lower: {node.name!r} adds shapes {a.shape} and {b.shape}; broadcasting is not supported")
-    left = ctx.builder.fixed(a, f"{node.name}.a", power_of_two=True)
-    right = ctx.builder.fixed(b, f"{node.name}.b", power_of_two=True)
-    return Real(ctx.builder.emit(node.name, "add", (left.base, right.base)), "fixed", a.shape)
+        raise LowerError(f"lower: {where(node)} adds shapes {a.shape} and {b.shape}; broadcasting is not supported")
+    left, right = (ctx.builder.fixed(x, where(node), power_of_two=True) for x in (a, b))
+    return Real(ctx.builder.emit(name_of(node, "add"), "add", (left.base, right.base)), "fixed", a.shape)
 
 
 @_on(operator.getitem)
@@ -120,28 +126,28 @@ def getitem(ctx: Context, node: fx.Node, x: Real, index: Any) -> Real:
         items[at : at + 1] = [slice(None)] * (len(shape) + 1 - (len(items) - 1))
     items += [slice(None)] * (len(shape) + 1 - len(items))
     if not all(isinstance(i, slice) for i in items) or items[0].indices(1 << 30) != (0, 1 << 30, 1):
-        raise LowerError(f"lower: {node.name!r} must slice channels and positions only (x[:, :, ::2, ::2]), got {index!r}")
+        raise LowerError(f"lower: {where(node)} must slice channels and positions only (x[:, :, ::2, ::2]), got {index!r}")
     spans = [list(i.indices(n)) for i, n in zip(items[1:], shape, strict=True)]
     if any(step < 1 or stop <= start for start, stop, step in spans):
-        raise LowerError(f"lower: {node.name!r} slices {shape} with {index!r}: empty or reversed")
+        raise LowerError(f"lower: {where(node)} slices {shape} with {index!r}: empty or reversed")
     c, h, w = _axes(spans, [0, 1, 1])
-    source = x if x.kind == "input" else ctx.builder.fixed(x, node.name)
-    return _moved(source, ctx.builder.emit(node.name, "slice", (source.base,), c=c, h=h, w=w), ctx.shape(node))
+    source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
+    return _moved(source, ctx.builder.emit(name_of(node, "slice"), "slice", (source.base,), c=c, h=h, w=w), ctx.shape(node))
 
 
 @_on(F.pad, torch.constant_pad_nd)
 def pad(ctx: Context, node: fx.Node, x: Real, pad: Any, mode: str = "constant", value: float | None = None) -> Real:
     if mode != "constant" or value not in (None, 0, 0.0):
-        raise LowerError(f"lower: {node.name!r} pads with mode {mode!r}, value {value!r}; only zeros are supported")
+        raise LowerError(f"lower: {where(node)} pads with mode {mode!r}, value {value!r}; only zeros are supported")
     amounts = list(pad)
     rank = len(ctx.values[node.args[0]])  # type: ignore[index]
     if min(amounts) < 0 or len(amounts) // 2 > rank:
-        raise LowerError(f"lower: {node.name!r} pads by {tuple(amounts)}; amounts must be >= 0 and spare the batch")
+        raise LowerError(f"lower: {where(node)} pads by {tuple(amounts)}; amounts must be >= 0 and spare the batch")
     amounts += [0] * (2 * rank - len(amounts))
     per_axis = [[amounts[2 * i], amounts[2 * i + 1]] for i in reversed(range(rank))]
     c, h, w = _axes(per_axis, [0, 0])
-    source = ctx.builder.fixed(x, node.name)
-    return _moved(source, ctx.builder.emit(node.name, "pad", (source.base,), c=c, h=h, w=w), ctx.shape(node))
+    source = ctx.builder.fixed(x, where(node))
+    return _moved(source, ctx.builder.emit(name_of(node, "pad"), "pad", (source.base,), c=c, h=h, w=w), ctx.shape(node))
 
 
 def _axes(per_axis: list[Any], missing: list[int]) -> tuple[Any, Any, Any]:
@@ -163,12 +169,12 @@ def flatten(ctx: Context, node: fx.Node, x: Real, *_args: Any, **_kwargs: Any) -
         return x
     if len(shape) != 1 or shape[0] != math.prod(x.shape):
         raise LowerError(
-            f"lower: {node.name!r} reshapes {x.shape} to {shape}; only flattening everything behind the batch is supported"
+            f"lower: {where(node)} reshapes {x.shape} to {shape}; only flattening everything behind the batch is supported"
         )
     if x.shape[1:] == (1, 1):
         return x  # one position: the channels are the features already
-    source = x if x.kind == "input" else ctx.builder.fixed(x, node.name)
-    return _moved(source, ctx.builder.emit(node.name, "flatten", (source.base,)), ctx.shape(node))
+    source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
+    return _moved(source, ctx.builder.emit(name_of(node, "flatten"), "flatten", (source.base,)), ctx.shape(node))
 
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
@@ -188,9 +194,9 @@ def max_pool(
 ) -> Real:
     window = _window(ctx, node, x, kernel_size, stride, padding, ceil_mode)
     if set(_pair(ctx, node, dilation, 1)) != {1} or return_indices:
-        raise LowerError(f"lower: {node.name!r}: max pooling with dilation or indices is not supported")
-    source = x if x.kind == "input" else ctx.builder.fixed(x, node.name)
-    return _moved(source, ctx.builder.emit(node.name, "maxpool", (source.base,), **window), ctx.shape(node))
+        raise LowerError(f"lower: {where(node)}: max pooling with dilation or indices is not supported")
+    source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
+    return _moved(source, ctx.builder.emit(name_of(node, "maxpool"), "maxpool", (source.base,), **window), ctx.shape(node))
 
 
 @_on(F.avg_pool2d, F.avg_pool1d)
@@ -208,11 +214,11 @@ def avg_pool(
     window = _window(ctx, node, x, kernel_size, stride, padding, ceil_mode)
     if any(window["padding"]) and not count_include_pad:
         raise LowerError(
-            f"lower: {node.name!r}: average pooling with padding and count_include_pad=False divides by another number at "
+            f"lower: {where(node)}: average pooling with padding and count_include_pad=False divides by another number at "
             "the border; set count_include_pad=True or padding=0"
         )
     if divisor_override not in (None, math.prod(window["kernel"])):
-        raise LowerError(f"lower: {node.name!r}: divisor_override={divisor_override} is not supported")
+        raise LowerError(f"lower: {where(node)}: divisor_override={divisor_override} is not supported")
     return _average(ctx, node, x, window)
 
 
@@ -222,7 +228,7 @@ def adaptive_avg_pool(ctx: Context, node: fx.Node, x: Real, output_size: Any) ->
     _, rows, columns = ctx.shape(node)
     if height % rows or width % columns:
         raise LowerError(
-            f"lower: {node.name!r} pools {height}x{width} to {rows}x{columns}: windows of several sizes; choose an output size "
+            f"lower: {where(node)} pools {height}x{width} to {rows}x{columns}: windows of several sizes; choose an output size "
             "that divides the input"
         )
     kernel = [height // rows, width // columns]
@@ -234,14 +240,14 @@ def mean(ctx: Context, node: fx.Node, x: Real, dim: Any = None, keepdim: bool = 
     rank = len(ctx.values[node.args[0]]) + 1  # type: ignore[index]
     dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else list(dim or [])))
     if dims != list(range(2, rank)) or not dims:
-        raise LowerError(f"lower: {node.name!r} takes the mean over {dim!r}; only over all positions is supported")
+        raise LowerError(f"lower: {where(node)} takes the mean over {dim!r}; only over all positions is supported")
     kernel = [x.shape[1], x.shape[2]]
     return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
 
 
 def _average(ctx: Context, node: fx.Node, x: Real, window: dict[str, Any]) -> Real:
-    source = ctx.builder.fixed(x, node.name)
-    base = ctx.builder.emit(node.name, "avgpool", (source.base,), **window)
+    source = ctx.builder.fixed(x, where(node))
+    base = ctx.builder.emit(name_of(node, "avgpool"), "avgpool", (source.base,), **window)
     size = math.prod(window["kernel"])
     return Real(base, "fixed", ctx.shape(node), pooled=source.pooled or bool(size & (size - 1)))
 
@@ -262,7 +268,7 @@ def _window(
     border = _pair(ctx, node, padding, 0)
     for size, k, s, p in zip(x.shape[1:], kernel, steps, border, strict=True):
         if ceil_mode and (size + 2 * p - k) % s:
-            raise LowerError(f"lower: {node.name!r}: ceil_mode=True makes windows that stick out of the map; use padding")
+            raise LowerError(f"lower: {where(node)}: ceil_mode=True makes windows that stick out of the map; use padding")
     return {"kernel": kernel, "stride": steps, "padding": [border[0], border[0], border[1], border[1]]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class Traced:
-    """A float64 evaluation copy of the model, its graph, and every node's value on the example.
+    """A float64 evaluation copy of the model, its graph, and every node's value on an example.
 
     values: tensors as (shape without the batch); anything else (sizes, numbers) as it is.
     """
@@ -38,31 +39,96 @@ def double_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().double().eval()
 
 
+def module_of(node: fx.Node) -> str:
+    """Qualified name of the innermost module in whose forward the node is; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def function_of(node: fx.Node) -> str:
+    """Name of the function or method that the node calls."""
+    if getattr(node.target, "__qualname__", "").startswith("boolean_dispatch"):  # F.max_pool2d calls itself "fn"
+        return re.sub(r"_\d+$", "", node.name)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def where(node: fx.Node) -> str:
+    """The node for people: the module it calls, or the function and the module whose forward calls it."""
+    if node.op == "call_module":
+        return f"module {str(node.target)!r}"
+    inside = module_of(node)
+    return f"{function_of(node)!r} in " + (f"module {inside!r}" if inside else "the model's forward")
+
+
 def trace(model: nn.Module, example: Tensor) -> Traced:
-    """Trace a model of one input tensor.
+    """Trace a model of one input tensor and check that the graph computes what the model does.
 
     Raises:
-        LowerError: the model's forward cannot be traced (control flow that depends on data, several inputs).
+        LowerError: the forward cannot be traced (control flow that depends on data, several inputs), does not run on
+            inputs of the example's shape, or changes a tensor in place that it uses again.
     """
     twin = double_copy(model)
+    kind = type(model).__name__
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(twin)
+        graph = tracer.trace(twin)
     except Exception as error:
         raise LowerError(
-            f"lower: cannot trace {type(model).__name__}.forward: {error}; its control flow must not depend on the input: move "
+            f"lower: cannot trace {kind}.forward: {error}; its control flow must not depend on the input: move "
             "such parts out of forward, or lower the part of the model that is free of them"
         ) from error
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
-        raise LowerError(f"lower: the model must take one input tensor, {type(model).__name__} takes {len(inputs)}")
-    values: dict[fx.Node, Any] = {}
+        names = ", ".join(repr(str(node.target)) for node in inputs)
+        raise LowerError(f"lower: the model must take one input tensor, {kind}.forward uses {len(inputs)} ({names})")
+    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    recorder = _Recorder(twin, graph)
+    try:
+        with torch.no_grad():
+            found, expected = recorder.run(x.clone()), twin(x.clone())
+    except LowerError:
+        raise
+    except Exception as error:
+        shape = tuple(example.shape)
+        raise LowerError(f"lower: {kind} does not run on an input of shape {shape}: {_first_line(error)}") from error
+    if isinstance(expected, Tensor) and not torch.allclose(found, expected, equal_nan=True):
+        raise LowerError(
+            f"lower: the traced graph of {kind} computes something else than the model: an in-place operation such as += "
+            "changes a tensor that is used again; write it out of place (y = y + x)"
+        )
+    return Traced(twin, graph, recorder.values)
 
-    class _Record(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            values[n] = tuple(result.shape[1:]) if isinstance(result, Tensor) else result
-            return result
 
-    with torch.no_grad():
-        _Record(fx.GraphModule(twin, graph)).run(example.detach().cpu().double())
-    return Traced(twin, graph, values)
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph, notes every value, and refuses in-place operations whose effect the graph does not show."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        read = {node: self.env[node] for node in n.all_input_nodes if isinstance(self.env.get(node), Tensor)}
+        versions = {node: tensor._version for node, tensor in read.items()}
+        result = super().run_node(n)
+        for node, tensor in read.items():
+            if tensor._version != versions[node]:
+                self._check_in_place(n, tensor)
+        self.values[n] = tuple(result.shape[1:]) if isinstance(result, Tensor) else result
+        return result
+
+    def _check_in_place(self, changing: fx.Node, changed: Tensor) -> None:
+        storage = changed.untyped_storage().data_ptr()
+        for node, tensor in self.env.items():
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() != storage:
+                continue
+            later = [user for user in node.users if self.position[user] > self.position[changing]]
+            if later:
+                raise LowerError(
+                    f"lower: {where(changing)} changes a tensor in place that {where(later[0])} uses again; make the "
+                    "operation out of place"
+                )

@@ -1,7 +1,7 @@
 """Linear, Conv1d and Conv2d with quantized weights and inputs.
 
-A float layer *becomes* a quantized one by changing its class, so parameters, hooks, state_dict keys and shared references
-stay as they are; the quantizers are added as the submodules `weight_quant` and `act_quant`.
+A float layer *becomes* a quantized one by changing its class, so parameters, hooks, state_dict keys and shared
+references stay as they are; the quantizers are added as the submodules `weight_quant` and `act_quant`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class PrecisionBatchNorm(nn.Module):
     """One batch normalization a precision (vertical layering, section 6.3.1: individual statistics and weights).
 
-    Activations quantized to few bits have other means and variances than the same activations at more bits, so each precision
-    normalizes by its own. `owner` is the quantized layer whose precision this normalization follows: the layer it
-    normalizes, or, after an addition, the first layer it feeds.
+    Activations quantized to few bits have other means and variances than the same activations at more bits, so each
+    precision normalizes by its own. `owner` is the quantized layer whose precision this normalization follows: the
+    layer it normalizes, or, after an addition, the first layer it feeds.
 
     A float state_dict (weight, bias, running_mean, running_var) loads into every precision.
 

@@ -17,8 +17,9 @@ from .precision import precision, precisions
 def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[int] | None = None) -> nn.Module:
     """Set the activation step sizes from data, in place (UniQ section 4.2).
 
-    Every batch runs at every precision, widest first, in training mode without gradients: batch-normalization statistics
-    move, each layer sees inputs that are already quantized upstream, and each step comes from the largest statistic so far.
+    Every batch runs at every precision, widest first, in training mode without gradients: batch-normalization
+    statistics move, each layer sees inputs that are already quantized upstream, and each step comes from the largest
+    statistic so far.
 
     Args:
         batches: inputs as the model takes them, or (input, ...) tuples as loaders yield them; kept in memory once.

@@ -58,8 +58,8 @@ def quantize_(
 ) -> nn.Module:
     """Swap Linear, Conv1d and Conv2d for their quantized forms and BatchNorm1d/2d for one a precision, in place.
 
-    The example is run once to see which layers run, in which order and on inputs of which sign; parameters, hooks and float
-    state_dict keys keep working. Activation steps are set by `calibrate_` or by the first training batch.
+    The example is run once to see which layers run, in which order and on inputs of which sign; parameters, hooks and
+    float state_dict keys keep working. Activation steps are set by `calibrate_` or by the first training batch.
 
     Args:
         model: any module; layers that never run, or of other types, stay as they are (`summary` says why).
@@ -94,7 +94,13 @@ def quantize_(
     if not chosen:
         raise ValueError(f"quantize_: no layer to quantize among {len(candidates)} candidates: {skipped or 'none ran'}")
     first = ran[0][1]
-    plans = {n: _quantizers(n, candidates[n], recipe, trace.layers[n], n in edges, input if n == first else None) for n in chosen}
+    plans = {
+        name: _quantizers(
+            name, module, recipe, trace.layers[name], edge=name in edges, pixels=input if name == first else None
+        )
+        for name, module in candidates.items()
+        if name not in skipped
+    }
     for name, reason in skipped.items():
         candidates[name].__dict__[SKIPPED] = reason
     for name, (weight_quant, act_quant) in plans.items():
@@ -116,7 +122,7 @@ def _skips(candidates: Mapping[str, nn.Module], trace: Trace, keep: Filter | Non
 
 
 def _quantizers(
-    name: str, layer: nn.Module, recipe: Recipe, seen: LayerTrace, edge: bool, pixels: Pixels | None
+    name: str, layer: nn.Module, recipe: Recipe, seen: LayerTrace, *, edge: bool, pixels: Pixels | None
 ) -> tuple[WeightQuantizer, Quantizer | None]:
     weight_part = recipe.edge_weight if edge else recipe.weight
     bits = dict.fromkeys(recipe.precisions, recipe.edge_bits or 8) if edge else {p: p for p in recipe.precisions}

@@ -15,8 +15,8 @@ from .registry import register
 class PixelInput(Quantizer):
     """code = round(255 (x std + mean)) in 0..255; value = (code - 255 mean)/255 = x std on the pixel grid.
 
-    x is the normalised input (pixel/255 - mean)/std that the float model takes; the layer behind this quantizer multiplies its
-    weights by 1/std. Gradient: straight through, dx = std G. No parameters, the same at every precision.
+    x is the normalised input (pixel/255 - mean)/std that the float model takes; the layer behind this quantizer
+    multiplies its weights by 1/std. Gradient: straight through, dx = std G. No parameters, the same at every precision.
 
     Args:
         mean, std: of pixel/255, one number, or one an input channel of the layer.
@@ -31,7 +31,7 @@ class PixelInput(Quantizer):
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
     ) -> None:
-        super().__init__({p: 8 for p in bits}, signed=False)
+        super().__init__(dict.fromkeys(bits, 8), signed=False)
         self.mean = tuple(float(m) for m in mean)  # python numbers: exact in whatever dtype the model is evaluated
         self.std = tuple(float(s) for s in std)
         self.dims = 1  # spatial dimensions after the channel; set by the layer

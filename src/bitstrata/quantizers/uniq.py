@@ -21,8 +21,8 @@ class UniqActivation(ActivationQuantizer):
         0 < x/D < 2^b - 1:  dx = G,  dD = g G (code - x/D)
         above:              dx = 0,  dD = g G (2^b - 1);   at or below 0: both 0
     Init: D = c_a(b) sqrt(2 mean x^2), the MSE-optimal step of a rectified Gaussian, maximum over calibration batches.
-    Inputs that may be negative use the signed range (at least 2 bits) with the Gaussian's optimal step, where UniQ's own code
-    would cut the negative half. Source: UniQ eq. 5, section 4.2, eq. 10.
+    Inputs that may be negative use the signed range (at least 2 bits) with the Gaussian's optimal step, where UniQ's
+    own code would cut the negative half. Source: UniQ eq. 5, section 4.2, eq. 10.
 
     Args:
         numel: "batch" (UniQ's code) or "sample" (LSQ's text), what N counts.

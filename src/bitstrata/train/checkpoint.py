@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
 from pathlib import Path
 from typing import Any, cast
@@ -36,14 +35,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it. Raises CheckpointError naming the file and the cause."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {path}: not readable ({str(error).splitlines()[0]})") from error
+    state = load_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"checkpoint {path}: format {found!r}, this version reads format {FORMAT}")
     return state
+
+
+def load_tensors(path: Path) -> Any:
+    """What torch saved in `path`, onto the processor, if it is tensors and plain values; else CheckpointError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # malformed pickles fail in any way
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint {path}: not readable as weights only ({reason})") from error
 
 
 def rng_state() -> dict[str, Any]:

@@ -37,7 +37,10 @@ class MetricsLog:
             return os.fstat(stream.fileno()).st_size
 
     def cut(self, position: int) -> None:
-        """Drop everything after `position` bytes: events of steps that the resumed run will do again."""
+        """Drop this stage's lines after `position` bytes: events of steps that the resumed run will do again.
+
+        Lines of later stages stay: a finished stage that is opened again must not take them away.
+        """
         if self.path is None or position == self.position():
             return
         if position > self.position():
@@ -45,19 +48,22 @@ class MetricsLog:
                 f"metrics file {self.path}: {self.position()} bytes, but the checkpoint was taken at {position}; "
                 "put the file back or start the run anew"
             )
-        os.truncate(self.path, position)
+        self._keep_others(self.path, position)
 
     def drop_run(self) -> None:
-        """Drop this stage's lines, for a stage that starts over, and a last line that a crash left incomplete."""
-        if self.path is None or not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        kept = "".join(line for line in lines if json.loads(line).get("run") != self.run)
-        if kept != text:
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text(kept, encoding="utf-8")
-            os.replace(temporary, self.path)
+        """Drop all of this stage's lines, for a stage that starts over."""
+        if self.path is not None and self.path.exists():
+            self._keep_others(self.path, 0)
+
+    def _keep_others(self, path: Path, position: int) -> None:
+        """After `position`, keep whole lines of other stages only; a crash may have left the last line incomplete."""
+        content = path.read_bytes()
+        lines = [line for line in content[position:].splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = content[:position] + b"".join(line for line in lines if json.loads(line)["run"] != self.run)
+        if kept != content:
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_bytes(kept)
+            os.replace(temporary, path)
 
 
 def read(path: Path, run: str | None = None) -> list[dict[str, Any]]:

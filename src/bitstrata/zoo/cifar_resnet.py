@@ -48,7 +48,7 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-        self, blocks: Sequence[int], classes: int, in_channels: int, width: int, shortcut: str, pool: int = 1
+        self, blocks: Sequence[int], classes: int, in_channels: int, *, width: int, shortcut: str, pool: int = 1
     ) -> None:
         super().__init__()
         check_positive("CifarResNet", classes=classes, in_channels=in_channels, width=width, pool=pool)
@@ -80,19 +80,19 @@ class CifarResNet(nn.Module):
 
 def resnet20(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
     """Three stages of 3 blocks, 32x32 images: 269,722 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((3, 3, 3), classes, in_channels, width, shortcut)
+    return CifarResNet((3, 3, 3), classes, in_channels, width=width, shortcut=shortcut)
 
 
 def resnet32(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
     """Three stages of 5 blocks, 32x32 images: 464,154 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((5, 5, 5), classes, in_channels, width, shortcut)
+    return CifarResNet((5, 5, 5), classes, in_channels, width=width, shortcut=shortcut)
 
 
 def resnet44(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
     """Three stages of 7 blocks, 32x32 images: 658,586 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((7, 7, 7), classes, in_channels, width, shortcut)
+    return CifarResNet((7, 7, 7), classes, in_channels, width=width, shortcut=shortcut)
 
 
 def resnet56(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
     """Three stages of 9 blocks, 32x32 images: 853,018 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((9, 9, 9), classes, in_channels, width, shortcut)
+    return CifarResNet((9, 9, 9), classes, in_channels, width=width, shortcut=shortcut)

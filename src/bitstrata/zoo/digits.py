@@ -9,7 +9,7 @@ from .layers import check_positive, conv3x3, initialize
 
 
 def digits_cnn(classes: int = 10, in_channels: int = 1, *, width: int = 16) -> nn.Sequential:
-    """(B, in_channels, 8, 8) to logits (B, classes): three 3x3 convolutions with batch norm and ReLU, then a linear layer.
+    """(B, in_channels, 8, 8) to logits (B, classes): three 3x3 convolutions (batch norm, ReLU), a linear layer.
 
     Channels are width, 2 * width and 2 * width; the second convolution halves the map, and an average pool leaves
     2x2 of it: digits so small are told apart by where strokes are. A plain chain of this project, 15,418 parameters.
@@ -37,7 +37,7 @@ def digits_resnet(
     check_positive("digits_resnet", blocks=blocks)
     if not 1 <= stages <= 3:
         raise ValueError(f"digits_resnet: an 8x8 image allows 1 to 3 stages, got {stages}")
-    return CifarResNet((blocks,) * stages, classes, in_channels, width, shortcut, pool=2)
+    return CifarResNet((blocks,) * stages, classes, in_channels, width=width, shortcut=shortcut, pool=2)
 
 
 def _unit(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:

@@ -1,0 +1,230 @@
+// Every kernel of every instruction set available here, on buffers that touch unmapped pages, against plain formulas.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "bitstrata/dispatch.h"
+#include "guarded.h"
+
+namespace bitstrata::test {
+namespace {
+
+struct Range {
+  DType dtype;
+  int32_t lo, hi;
+};
+
+std::string describe(const ConvShape& s) {
+  const int64_t numbers[] = {s.in_h,     s.in_w,     s.in_c,       s.out_c,      s.kernel_h, s.kernel_w,
+                             s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.pad_top,  s.pad_left,
+                             s.groups,   s.mul,      s.add,        s.code_lo,    s.code_hi,  s.input_lo};
+  std::string text = "conv";
+  for (int64_t n : numbers) text += " " + std::to_string(n);
+  return text;
+}
+
+void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edge, uint64_t seed) {
+  Random random(seed);
+  s.input_dtype = range.dtype, s.input_lo = range.lo, s.input_hi = range.hi;
+  s.code_lo = -(1 << (bits - 1)), s.code_hi = (1 << (bits - 1)) - 1;
+  const int64_t in_group = s.group_in(), in_count = s.in_h * s.in_w * s.in_c;
+  const int64_t weights = s.out_c * in_group * s.kernel_h * s.kernel_w, out_count = s.out_h * s.out_w * s.out_c;
+  const Guarded image(in_count, edge), codes(weights, edge), pad(s.in_c * 4, edge, 4), out(out_count * 4, edge, 4);
+  for (int64_t i = 0; i < in_count; ++i) image.get<uint8_t>()[i] = static_cast<uint8_t>(random.in(range.lo, range.hi));
+  for (int64_t i = 0; i < weights; ++i) codes.get<int8_t>()[i] = static_cast<int8_t>(random.in(s.code_lo, s.code_hi));
+  for (int64_t i = 0; i < s.in_c; ++i) pad.get<int32_t>()[i] = static_cast<int32_t>(random.in(range.lo, range.hi));
+
+  const ConvKernel& kernel = *row.conv(s);
+  const Guarded packed(kernel.packed_bytes(s), edge, 64), staged(kernel.staged_row_bytes(s) * s.padded_h(), edge, 4);
+  kernel.pack(s, codes.get<int8_t>(), pad.get<int32_t>(), packed.get());
+  const int64_t stage_cut = random.in(0, s.padded_h()), cut = random.in(0, s.out_h);  // rows in two parts, second first
+  kernel.stage(s, packed.get(), image.get(), staged.get(), stage_cut, s.padded_h());
+  kernel.stage(s, packed.get(), image.get(), staged.get(), 0, stage_cut);
+  kernel.run(s, packed.get(), staged.get(), out.get<int32_t>(), cut, s.out_h);
+  kernel.run(s, packed.get(), staged.get(), out.get<int32_t>(), 0, cut);
+
+  const auto input = [&](int64_t y, int64_t x, int64_t c) -> int64_t {
+    if (y < 0 || x < 0 || y >= s.in_h || x >= s.in_w) return pad.get<int32_t>()[c];
+    const int64_t at = (y * s.in_w + x) * s.in_c + c;
+    return range.dtype == DType::u8 ? image.get<uint8_t>()[at] : image.get<int8_t>()[at];
+  };
+  const std::string where = describe(s);
+  for (int64_t i = 0; i < out_count; ++i) {
+    const int64_t o = i % s.out_c, x = i / s.out_c % s.out_w, y = i / s.out_c / s.out_w;
+    int64_t sum = 0;
+    for (int64_t c = 0; c < in_group; ++c)
+      for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+        for (int64_t kx = 0; kx < s.kernel_w; ++kx)
+          sum += (s.mul * codes.get<int8_t>()[((o * in_group + c) * s.kernel_h + ky) * s.kernel_w + kx] + s.add) *
+                 input(y * s.stride_h + ky * s.dilation_h - s.pad_top, x * s.stride_w + kx * s.dilation_w - s.pad_left,
+                       o / s.group_out() * in_group + c);
+    expect_equal(row.isa, kernel.name, where.c_str(), i, out.get<int32_t>()[i], static_cast<int32_t>(sum));
+  }
+}
+
+// A shape with the output's extent that its paddings (the bottom and right one equal to the top and left) give.
+ConvShape conv_shape(int64_t h, int64_t w, int64_t in, int64_t out, int64_t groups, Random& random) {
+  ConvShape s{};
+  s.groups = groups;
+  s.in_h = h, s.in_w = w, s.in_c = in * groups, s.out_c = out * groups;
+  s.stride_h = random.in(1, 3), s.stride_w = random.in(1, 3);
+  s.dilation_h = random.in(1, 2), s.dilation_w = random.in(1, 2);
+  s.pad_top = random.in(0, 2), s.pad_left = random.in(0, 2);
+  s.kernel_h = std::min(random.in(1, 3), (h + 2 * s.pad_top - 1) / s.dilation_h + 1);
+  s.kernel_w = std::min(random.in(1, 3), (w + 2 * s.pad_left - 1) / s.dilation_w + 1);
+  s.out_h = (h + 2 * s.pad_top - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+  s.out_w = (w + 2 * s.pad_left - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
+  const bool nested = random.in(0, 1) == 1;
+  s.mul = nested ? 2 : 1, s.add = nested ? 1 : 0;
+  return s;
+}
+
+void test_convs(const Kernels& row) {
+  const Range ranges[] = {{DType::u8, 0, 255}, {DType::u8, 0, 15},   {DType::u8, 0, 1},
+                          {DType::s8, -8, 7},  {DType::s8, -128, 127}};
+  const int64_t extents[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33};
+  uint64_t seed = 0;
+  for (const Range& range : ranges)
+    for (int bits : {1, 2, 4, 8})
+      for (int64_t n : extents) {
+        Random random(++seed);
+        const Edge edge = seed % 2 == 0 ? Edge::end : Edge::begin;
+        const int64_t m = random.in(1, 9);
+        check_conv(row, conv_shape(n, m, 3, 5, 1, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(m, n, 4, 8, 1, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(4, m, n, 7, 1, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(4, m, 6, n, 1, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(3, m, 1, 1, n, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(3, m, 2, n, 3, random), range, bits, edge, seed);
+      }
+}
+
+int64_t read(DType t, const void* p, int64_t i) {
+  if (t == DType::u8) return static_cast<const uint8_t*>(p)[i];
+  if (t == DType::s8) return static_cast<const int8_t*>(p)[i];
+  return static_cast<const int32_t*>(p)[i];
+}
+
+void write(DType t, void* p, int64_t i, int64_t v) {
+  if (t == DType::i32)
+    static_cast<int32_t*>(p)[i] = static_cast<int32_t>(v);
+  else
+    static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(v);
+}
+
+constexpr DType kAll[] = {DType::u8, DType::s8, DType::i32};
+
+void fill(DType t, void* p, int64_t count, Random& random) {
+  for (int64_t i = 0; i < count; ++i) write(t, p, i, random.in(lowest(t), highest(t)));
+}
+
+void test_requant(const Kernels& row, DType in, DType to, int64_t channels, Edge edge, uint64_t seed) {
+  Random random(seed);
+  const int64_t pixels = random.in(1, 5), count = pixels * channels;
+  const Guarded x(count * size_of(in), edge, size_of(in)), out(count * size_of(to), edge, size_of(to));
+  const Guarded m(channels * 8, edge, 8), b(channels * 8, edge, 8), shift(channels * 8, edge, 8);
+  fill(in, x.get(), count, random);
+  for (int64_t c = 0; c < channels; ++c) {
+    m.get<int64_t>()[c] = random.in(INT32_MIN, INT32_MAX);
+    b.get<int64_t>()[c] = random.in(-(int64_t{1} << 61), int64_t{1} << 61);
+    shift.get<int64_t>()[c] = random.in(0, 62);
+  }
+  const int64_t p = random.in(lowest(to), highest(to)), q = random.in(lowest(to), highest(to));
+  const RequantArgs args{m.get<int64_t>(), b.get<int64_t>(), shift.get<int64_t>(), channels,
+                         static_cast<int32_t>(std::min(p, q)), static_cast<int32_t>(std::max(p, q))};
+  row.requant[static_cast<int>(in)][static_cast<int>(to)](args, x.get(), out.get(), pixels);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t c = i % channels;
+    const int64_t y = (read(in, x.get(), i) * args.multiplier[c] + args.bias[c]) >> args.shift[c];
+    expect_equal(row.isa, "requant", name_of(to), i, read(to, out.get(), i),
+                 std::min<int64_t>(std::max<int64_t>(y, args.lo), args.hi));
+  }
+}
+
+int64_t align(int64_t v, int shift) {
+  return shift <= 0 ? v * (int64_t{1} << -shift) : (v + (int64_t{1} << (shift - 1))) >> shift;
+}
+
+void test_add_and_clip(const Kernels& row, int64_t count, Edge edge, uint64_t seed) {
+  Random random(seed);
+  const Guarded a(count * 4, edge, 4), b(count * 4, edge, 4), sum(count * 4, edge, 4);
+  fill(DType::i32, a.get(), count, random);
+  fill(DType::i32, b.get(), count, random);
+  for (int shift_a : {-31, -1, 0, 1, 2, 30, 31, 32, 33, 62}) {
+    const int shift_b = static_cast<int>(random.in(-31, 62));
+    row.add(a.get<int32_t>(), b.get<int32_t>(), sum.get<int32_t>(), count, shift_a, shift_b);
+    for (int64_t i = 0; i < count; ++i)
+      expect_equal(row.isa, "add", "wrapped", i, sum.get<int32_t>()[i],
+                   static_cast<int32_t>(align(a.get<int32_t>()[i], shift_a) + align(b.get<int32_t>()[i], shift_b)));
+  }
+  for (DType t : kAll) {
+    const Guarded x(count * size_of(t), edge, size_of(t)), out(count * size_of(t), edge, size_of(t));
+    fill(t, x.get(), count, random);
+    const int64_t lo = random.in(lowest(t), highest(t)), hi = random.in(lo, highest(t));
+    row.clip[static_cast<int>(t)](x.get(), out.get(), count, static_cast<int32_t>(lo), static_cast<int32_t>(hi));
+    for (int64_t i = 0; i < count; ++i)
+      expect_equal(row.isa, "clip", name_of(t), i, read(t, out.get(), i),
+                   std::min(std::max(read(t, x.get(), i), lo), hi));
+  }
+}
+
+void test_pools(const Kernels& row, DType t, int64_t channels, Edge edge, uint64_t seed) {
+  Random random(seed);
+  PoolShape s{};
+  s.in_h = random.in(1, 9), s.in_w = random.in(1, 9), s.channels = channels;
+  s.kernel_h = random.in(1, std::min<int64_t>(s.in_h, 3)), s.kernel_w = random.in(1, std::min<int64_t>(s.in_w, 3));
+  s.pad_top = s.kernel_h / 2, s.pad_left = s.kernel_w / 2;
+  s.stride_h = random.in(1, 2), s.stride_w = random.in(1, 2);
+  s.out_h = (s.in_h - 1) / s.stride_h + 1, s.out_w = (s.in_w - 1) / s.stride_w + 1;  // windows start in the map
+  s.shift = static_cast<int32_t>(random.in(0, 40));
+  const int64_t in_count = s.in_h * s.in_w * channels, count = s.out_h * s.out_w * channels;
+  const Guarded x(in_count * size_of(t), edge, size_of(t)), most(count * size_of(t), edge, size_of(t));
+  const Guarded sum(count * 4, edge, 4);
+  fill(t, x.get(), in_count, random);
+  const int64_t cut = random.in(0, s.out_h);
+  for (const auto& [begin, end] : {std::pair(cut, s.out_h), std::pair(int64_t{0}, cut)}) {
+    row.max_pool[static_cast<int>(t)](s, x.get(), most.get(), begin, end);
+    row.sum_pool[static_cast<int>(t)](s, x.get(), sum.get(), begin, end);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t c = i % channels, px = i / channels % s.out_w, py = i / channels / s.out_w;
+    int64_t largest = INT64_MIN, total = 0;
+    for (int64_t y = py * s.stride_h - s.pad_top; y < py * s.stride_h - s.pad_top + s.kernel_h; ++y)
+      for (int64_t u = px * s.stride_w - s.pad_left; u < px * s.stride_w - s.pad_left + s.kernel_w; ++u) {
+        if (y < 0 || u < 0 || y >= s.in_h || u >= s.in_w) continue;
+        const int64_t v = read(t, x.get(), (y * s.in_w + u) * channels + c);
+        largest = std::max(largest, v);
+        total += v;
+      }
+    expect_equal(row.isa, "max_pool", name_of(t), i, read(t, most.get(), i), largest);
+    expect_equal(row.isa, "sum_pool", name_of(t), i, sum.get<int32_t>()[i],
+                 static_cast<int32_t>(align(total, s.shift)));
+  }
+}
+
+int run_all() {
+  for (const std::string& isa : available_isas()) {
+    const Kernels& row = select_kernels(isa);
+    if (isa != row.isa) {
+      std::fprintf(stderr, "%s was asked for, %s was given\n", isa.c_str(), row.isa);
+      return 1;
+    }
+    test_convs(row);
+    uint64_t seed = 0;
+    for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65})
+      for (Edge edge : {Edge::end, Edge::begin}) {
+        test_add_and_clip(row, n, edge, ++seed);
+        for (DType t : kAll) {
+          test_pools(row, t, n, edge, ++seed);
+          for (DType to : kAll) test_requant(row, t, to, n, edge, ++seed);
+        }
+      }
+    std::printf("%s: %s\n", isa.c_str(), failures == 0 ? "ok" : "FAILED");
+  }
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace bitstrata::test
+
+int main() { return bitstrata::test::run_all(); }

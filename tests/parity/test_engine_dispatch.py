@@ -1,0 +1,179 @@
+"""Which kernels run, on how many threads, in which memory: none of it changes the integers."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from bitstrata_runtime import plan as p
+from bitstrata_runtime.engine import EngineExecutor, available_isas
+from bitstrata_runtime.reference import ReferenceExecutor
+
+C = 12
+
+
+def conv(name: str, x: int, y: int, rng: np.random.Generator, **kw: int) -> p.Conv:
+    channels, out, groups, bits = kw.get("channels", C), kw.get("out", C), kw.get("groups", 1), kw.get("bits", 2)
+    k, stride = kw.get("kernel", 3), kw.get("stride", 1)
+    half = 1 << (bits - 1)
+    codes = rng.integers(-half, half, (out, channels // groups, k, k)).astype(np.int8)
+    pad_code = np.zeros(channels, np.int32)
+    sizes = ((stride, stride), (k // 2,) * 4, (1, 1), groups)
+    return p.Conv(name, (x,), y, name, codes, 2, 1, *sizes, pad_code)
+
+
+def requant(name: str, x: int, y: int, shift: int, hi: int, channels: int = C) -> p.Requant:
+    constants = (np.full(channels, 3, np.int32), np.full(channels, 1 << shift, np.int64))
+    lo = 0 if hi < 2**31 - 1 else -(2**31) + 1
+    return p.Requant(name, (x,), y, *constants, np.full(channels, shift, np.uint8), lo, hi)
+
+
+def residual_plan() -> p.Plan:
+    """Every operation, values that live long and short, and all three of the AVX2 convolutions."""
+    rng = np.random.default_rng(0)
+    wide, top = (-(2**31), 2**31 - 1), 2**31 - 1
+
+    def acc(name: str, h: int, w: int, c: int = C) -> p.Value:
+        return p.Value(name, (h, w, c), "i32", *wide)
+
+    def codes(name: str, h: int, w: int, hi: int) -> p.Value:
+        return p.Value(name, (h, w, C), "u8", 0, hi)
+
+    values = (
+        p.Value("x", (9, 8, 3), "u8", 0, 255),
+        acc("stem", 9, 8),
+        acc("residual", 9, 8),
+        codes("a", 9, 8, 3),
+        acc("conv", 9, 8),
+        codes("b", 9, 8, 3),
+        acc("depthwise", 9, 8),
+        acc("fixed", 9, 8),
+        acc("sum", 9, 8),
+        acc("clipped", 9, 8),
+        acc("half", 5, 4),
+        acc("more", 5, 4, 24),
+        acc("largest", 3, 2, 24),
+        acc("pooled", 1, 1, 24),
+        acc("flat", 1, 1, 24),
+        p.Value("c", (1, 1, 24), "u8", 0, 15),
+        acc("linear", 1, 1, 10),
+        acc("logits", 1, 1, 10),
+    )
+    ops = (
+        conv("stem", 0, 1, rng, channels=3, bits=8),
+        requant("residual", 1, 2, 4, top),
+        requant("a", 2, 3, 12, 3),
+        conv("conv", 3, 4, rng),
+        requant("b", 4, 5, 5, 3),
+        conv("depthwise", 5, 6, rng, groups=C),
+        requant("fixed", 6, 7, 0, top),
+        p.Add("sum", (2, 7), 8, 1, -2),
+        p.Clip("clipped", (8,), 9, -50000, 70000),
+        p.Slice("half", (9,), 10, (0, 9, 2), (0, 8, 2), (0, C, 1)),
+        p.Pad("more", (10,), 11, (0, 0), (0, 0), (5, 7)),
+        p.MaxPool("largest", (11,), 12, (3, 3), (2, 2), (1, 1, 1, 1)),
+        p.SumPool("pooled", (12,), 13, (3, 2), (1, 1), (0, 0, 0, 0), 1),
+        p.Flatten("flat", (13,), 14),
+        requant("c", 14, 15, 12, 15, 24),
+        conv("linear", 15, 16, rng, channels=24, out=10, kernel=1, bits=4),
+        requant("logits", 16, 17, 1, top, 10),
+    )
+    return p.Plan(values, ops, 0, len(values) - 1, 1.0, (0.0,))
+
+
+def pixels(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 256, (batch, 9, 8, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 65])
+def test_threads_and_memory(isa: str, threads: int, batch: int) -> None:
+    plan, x = residual_plan(), pixels(batch)
+    expected = ReferenceExecutor(plan).run_all(x)
+    engine = EngineExecutor(plan, isa=isa, threads=threads)
+    assert expected["logits"].std() > 0
+    assert expected["c"].std() > 0
+    for _ in range(3):
+        np.testing.assert_array_equal(engine.run(x), expected["logits"])
+        everything = engine.run_all(x)
+        assert everything.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(everything[name], value, name)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threads_share_the_rows_of_one_image(threads: int, batch: int) -> None:
+    """Work large enough to be shared within an image, on every phase of a convolution."""
+    rng = np.random.default_rng(0)
+    shape = (31, 33, C)
+    values = (p.Value("x", shape, "u8", 0, 3), p.Value("y", shape, "i32", -(2**31), 2**31 - 1))
+    plan = p.Plan(values, (conv("y", 0, 1, rng),), 0, 1, 1.0, (0.0,))
+    x = rng.integers(0, 4, (batch, *shape)).astype(np.uint8)
+    expected = ReferenceExecutor(plan).run(x)
+    for isa in available_isas():
+        engine = EngineExecutor(plan, isa=isa, threads=threads)
+        for _ in range(20):
+            np.testing.assert_array_equal(engine.run(x), expected)
+
+
+def test_memory_is_reused() -> None:
+    plan = residual_plan()
+    total = sum(int(np.prod(v.shape)) * (4 if v.dtype == "i32" else 1) for v in plan.values[1:-1])
+    engine = EngineExecutor(plan, isa="generic")
+    assert engine.chunk > 1
+    assert 0 < engine.arena_bytes < engine.chunk * total * 0.6
+
+
+def test_concurrent_callers() -> None:
+    plan = residual_plan()
+    inputs = [pixels(n) for n in (1, 4, 9)]
+    expected = [ReferenceExecutor(plan).run(x) for x in inputs]
+    engine = EngineExecutor(plan, threads=2)
+    failures: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(30):
+            if not np.array_equal(engine.run(inputs[i]), expected[i]):
+                failures.append(i)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for t in callers:
+        t.start()
+    for t in callers:
+        t.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITSTRATA_ISA", isa)
+    by_environment = EngineExecutor(residual_plan())
+    monkeypatch.setenv("BITSTRATA_ISA", "generic")
+    by_argument = EngineExecutor(residual_plan(), isa=isa)
+    expected = {
+        "generic": dict.fromkeys(("stem", "conv", "depthwise", "linear"), "generic"),
+        "avx2": {"stem": "avx2-wide", "conv": "avx2-narrow", "depthwise": "avx2-depthwise", "linear": "avx2-narrow"},
+    }[isa]
+    for executor in (by_environment, by_argument):
+        assert executor.isa == isa
+        assert executor.kernels == expected
+
+
+def test_default_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITSTRATA_ISA", raising=False)
+    assert EngineExecutor(residual_plan()).isa == available_isas()[-1]
+    monkeypatch.setenv("BITSTRATA_ISA", "")
+    assert EngineExecutor(residual_plan()).isa == available_isas()[-1]
+    assert available_isas()[0] == "generic"
+
+
+def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"isa=sse9: not an instruction set of this build; available: generic"):
+        EngineExecutor(residual_plan(), isa="sse9")
+    monkeypatch.setenv("BITSTRATA_ISA", "AVX2")
+    with pytest.raises(ValueError, match=r"BITSTRATA_ISA=AVX2: not an instruction set"):
+        EngineExecutor(residual_plan())

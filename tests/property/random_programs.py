@@ -1,0 +1,308 @@
+"""Random valid programs for property tests: `programs()` and `choices(program)` are hypothesis strategies.
+
+Structure (operations, shapes, precisions, grids) is drawn; numbers (weights, factors) come from a drawn seed, scaled so
+that real values stay near 1 and codes use their range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from bitstrata_runtime.program import AffineInfo, Factors, Layer, Node, Program, Weights
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+PRECISION_SETS = ((1,), (2, 4), (1, 2, 3), (1, 4, 8), (2, 8))
+SIGNED = {p: (-(1 << (p - 1)), (1 << (p - 1)) - 1) for p in range(1, 9)}
+UNSIGNED = {p: (0, (1 << p) - 1) for p in range(1, 9)}
+
+
+class _Builder:
+    """A program under construction; every method appends nodes and returns the name of the value they make."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+        self.rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        self.precisions: tuple[int, ...] = draw(st.sampled_from(PRECISION_SETS))
+        self.nodes: list[Node] = []
+        self.shapes: dict[str, tuple[int, int, int]] = {}
+        self.layers: dict[str, Layer] = {}
+        self.affines: dict[str, AffineInfo] = {}
+        self.sizes: dict[str, float] = {}  # affine -> typical magnitude of what it is applied to
+
+    def pick(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def node(self, op: str, inputs: tuple[str, ...], shape: tuple[int, int, int], **attrs: Any) -> str:
+        name = f"{op}{len(self.nodes)}"
+        self.nodes.append(Node(name, op, inputs, attrs))
+        self.shapes[name] = shape
+        return name
+
+    # Windows
+
+    def window(self, size: int, largest: int = 3) -> tuple[int, int, int, int, int]:
+        """Kernel, stride, dilation, padding before and after that fit an axis of `size`; and its result's size."""
+        kernel = self.draw(st.integers(1, min(largest, size)))
+        before, after = self.pick(0, kernel // 2), self.pick(0, kernel // 2)
+        dilation = self.pick(1, 2) if 2 * (kernel - 1) < size else 1
+        return kernel, self.pick(1, 1, 2), dilation, before, after
+
+    @staticmethod
+    def out_size(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> int:
+        return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+    def pool(self, op: str, source: str) -> str:
+        channels, *sizes = self.shapes[source]
+        axes = [self.window(size) for size in sizes]
+        outs = [self.out_size(size, k, s, 1, b, a) for size, (k, s, _, b, a) in zip(sizes, axes, strict=True)]
+        return self.node(
+            op,
+            (source,),
+            (channels, *outs),
+            kernel=[axis[0] for axis in axes],
+            stride=[axis[1] for axis in axes],
+            padding=[pad for axis in axes for pad in axis[3:]],
+        )
+
+    # Layers
+
+    def layer(self, shape: tuple[int, int, int, int], channels: int, entry: str | None) -> Layer:
+        """A new layer; `entry` is the input kind if it reads the network's input."""
+        nested, planes = self.pick(True, False), self.pick(True, False)
+        source_bits = self.pick(*(b for b in (1, 2, 3, 4, 8) if nested or b > 1)) if planes else 8
+        table = self.pick(UNSIGNED, SIGNED)
+        ranges = {p: table[p] if self.pick(True, True, False) else table[8] for p in self.precisions}
+        pad_code: tuple[int, ...] = (0,)
+        offset: tuple[float, ...] = (0.0,)
+        if entry == "pixels":
+            ranges = dict.fromkeys(self.precisions, (0, 255))
+            pad_code = tuple(int(c) for c in self.rng.integers(0, 256, channels))
+            offset = tuple(float(-c) for c in self.rng.uniform(90, 140, channels))
+        elif entry == "codes" and self.pick(True, False):
+            offset = (float(self.rng.integers(-3, 4)),)
+        name = f"layer{len(self.layers)}"
+        layer = Layer(
+            name=name,
+            kind="conv" if shape[2] * shape[3] > 1 else "linear",
+            shape=shape,
+            source_bits=source_bits,
+            planes=planes,
+            weight_bits={p: min(p, source_bits) if planes else 8 for p in self.precisions},
+            integer_form=dict.fromkeys(self.precisions, (2, 1) if nested else (1, 0)),
+            input_range=ranges,
+            pad_code=pad_code,
+            input_offset=offset,
+            grid="nested" if nested else "zero",
+        )
+        self.layers[name] = layer
+        return layer
+
+    def affine(self, owner: str, channels: int, size: float) -> str:
+        name = f"{owner}.affine{len(self.affines)}"
+        self.affines[name] = AffineInfo(owner, channels)
+        self.sizes[name] = size
+        return name
+
+    def layer_after(self, source: str, entry: str | None = None, linear: bool = False) -> tuple[Layer, dict[str, Any]]:
+        """A layer that can read a value of `source`'s shape, and the attributes of its conv node."""
+        channels, *sizes = self.shapes[source]
+        divisors = [g for g in (1, 2, 3, 4, channels) if channels % g == 0]
+        groups = 1 if linear else self.pick(1, *divisors)
+        out = groups * self.draw(st.integers(1, max(1, 6 // groups)))
+        axes = [(1, 1, 1, 0, 0)] * 2 if linear else [self.window(size) for size in sizes]
+        kernel_h, kernel_w = (axis[0] for axis in axes)
+        attrs = {
+            "stride": [axis[1] for axis in axes],
+            "dilation": [axis[2] for axis in axes],
+            "padding": [pad for axis in axes for pad in axis[3:]],
+            "groups": groups,
+        }
+        return self.layer((out, channels // groups, kernel_h, kernel_w), channels, entry), attrs
+
+    def conv(self, source: str, layer: Layer, attrs: dict[str, Any]) -> tuple[str, str]:
+        """The conv node, and the affine that its layer owns."""
+        sizes = self.shapes[source][1:]
+        outs = [
+            self.out_size(size, kernel, stride, dilation, *attrs["padding"][2 * axis : 2 * axis + 2])
+            for axis, (size, kernel, stride, dilation) in enumerate(
+                zip(sizes, layer.shape[2:], attrs["stride"], attrs["dilation"], strict=True)
+            )
+        ]
+        acc = self.node("conv", (source,), (layer.shape[0], *outs), layer=layer.name, **attrs)
+        weight = max(2.0 ** (bits - 1) for bits in layer.weight_bits.values())
+        code = max(max(abs(low), high) for low, high in layer.input_range.values())
+        size = math.sqrt(math.prod(layer.shape[1:])) * weight * code * layer.integer_form[self.precisions[0]][0] / 3
+        return acc, self.affine(layer.name, layer.shape[0], size)
+
+    def clip(self) -> list[float | None]:
+        return self.pick([0.0, None], [0.0, 6.0], [-1.5, 1.0], [None, None], [None, 0.75])
+
+    def codes(self, source: str, layer: Layer, affines: list[str]) -> str:
+        if self.nodes_by_name()[source].op != "conv" and self.pick(True, False):
+            affines = [*affines, self.affine(layer.name, self.shapes[source][0], 1.0)]
+        return self.node("requant", (source,), self.shapes[source], to=layer.name, affine=affines, clip=self.clip())
+
+    def fixed(self, acc: str, affines: list[str]) -> str:
+        return self.node("rescale", (acc,), self.shapes[acc], affine=affines, clip=self.clip())
+
+    def nodes_by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    # Blocks, each from a `fixed` value to a `fixed` value
+
+    def branch(self, source: str, linear: bool = False) -> str:
+        layer, attrs = self.layer_after(source, linear=linear)
+        codes = self.codes(source, layer, [])
+        acc, affine = self.conv(codes, layer, attrs)
+        if not linear and self.pick(True, False, False):
+            following, attrs = self.layer_after(acc)
+            codes = self.codes(acc, following, [affine])
+            acc, affine = self.conv(codes, following, attrs)
+        return self.fixed(acc, [affine])
+
+    def crop(self, source: str, channels: bool = True) -> str:
+        bounds: dict[str, list[int]] = {}
+        outs = []
+        for key, size in zip("chw", self.shapes[source], strict=True):
+            start = self.draw(st.integers(0, size - 1)) if channels or key != "c" else 0
+            stop = self.draw(st.integers(start + 1, size)) if channels or key != "c" else size
+            bounds[key] = [start, stop, self.pick(1, 2) if channels or key != "c" else 1]
+            outs.append(len(range(*bounds[key])))
+        return self.node("slice", (source,), (outs[0], outs[1], outs[2]), **bounds)
+
+    def fit(self, source: str, shape: tuple[int, int, int]) -> str:
+        """Slice and pad `source` to `shape`, as a shortcut without weights does."""
+        have = self.shapes[source]
+        cut = {key: [0, min(h, w), 1] for key, h, w in zip("chw", have, shape, strict=True)}
+        middle = (min(have[0], shape[0]), min(have[1], shape[1]), min(have[2], shape[2]))
+        source = self.node("slice", (source,), middle, **cut)
+        gaps = {key: w - h for key, h, w in zip("chw", middle, shape, strict=True)}
+        return self.node("pad", (source,), shape, **{key: [gap // 2, gap - gap // 2] for key, gap in gaps.items()})
+
+    def residual(self, source: str) -> str:
+        branch = self.branch(source)
+        return self.node("add", (branch, self.fit(source, self.shapes[branch])), self.shapes[branch])
+
+    def pooled(self, source: str) -> str:
+        pooled = self.pool("avgpool", source)
+        return self.node("rescale", (pooled,), self.shapes[pooled], affine=[], clip=[None, None])
+
+    def block(self, source: str) -> str:
+        make = self.pick(
+            self.branch,
+            self.residual,
+            self.residual,
+            self.crop,
+            self.pooled,
+            lambda x: self.pool("maxpool", x),
+            lambda x: self.node("clip", (x,), self.shapes[x], clip=self.clip()),
+        )
+        return make(source)
+
+    def start(self, kind: str) -> str:
+        shape = (self.draw(st.integers(1, 4)), self.draw(st.integers(3, 7)), self.draw(st.integers(3, 7)))
+        codes = self.node("input", (), shape)
+        if self.pick(True, False, False):
+            codes = self.crop(codes, channels=False)
+        layer, attrs = self.layer_after(codes, entry=kind)
+        acc, affine = self.conv(codes, layer, attrs)
+        return self.fixed(acc, [affine])
+
+    def finish(self, source: str) -> str:
+        """A linear layer on the flattened codes."""
+        channels, height, width = self.shapes[source]
+        count = channels * height * width
+        self.shapes["flat"] = (count, 1, 1)
+        layer, attrs = self.layer_after("flat", linear=True)
+        codes = self.codes(source, layer, [])
+        if self.pick(True, False):
+            codes = self.pool("maxpool", codes)
+            count = math.prod(self.shapes[codes])
+            layer = self.layers[layer.name] = _with_inputs(layer, count)
+        flat = self.node("flatten", (codes,), (count, 1, 1))
+        acc, affine = self.conv(flat, layer, attrs)
+        return self.fixed(acc, [affine])
+
+    # Numbers
+
+    def weights(self) -> dict[str, Weights]:
+        return {
+            name: Weights(
+                self.rng.integers(-(1 << layer.source_bits >> 1), 1 << layer.source_bits >> 1, layer.shape).astype(
+                    np.int8
+                ),
+                layer.source_bits,
+            )
+            for name, layer in self.layers.items()
+        }
+
+    def affine_values(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Gains of either sign, now and then 0; moderate offsets."""
+        channels = self.affines[name].channels
+        gain = self.rng.uniform(-2, 2, channels) / self.sizes[name]
+        gain[self.rng.uniform(size=channels) < 0.05] = 0.0
+        return np.stack([gain, self.rng.normal(0, 0.3, channels)])
+
+    def factors(self, precision: int) -> Factors:
+        steps = {}
+        for name, layer in self.layers.items():
+            low, high = layer.input_range[precision]
+            steps[name] = float(self.rng.uniform(1, 3) / max(-low, high, 1))
+        return Factors({name: self.affine_values(name) for name in self.affines}, steps)
+
+    def plan(self) -> tuple[dict[str, int], Factors]:
+        chosen = {name: int(self.rng.choice(self.precisions)) for name in self.layers}
+        names = [name for name in self.affines if self.rng.uniform() < 0.5]
+        return chosen, Factors({name: self.affine_values(name) for name in names})
+
+
+def _with_inputs(layer: Layer, count: int) -> Layer:
+    fields = {**vars(layer), "shape": (layer.shape[0], count, 1, 1)}
+    return Layer(**fields)
+
+
+@st.composite
+def programs(draw: Draw, blocks: int = 3) -> Program:
+    """A valid program of up to `blocks` random blocks between a first and a last layer; it has the plan "mixed"."""
+    builder = _Builder(draw)
+    kind = builder.pick("pixels", "codes")
+    value = builder.start(kind)
+    for _ in range(draw(st.integers(0, blocks))):
+        value = builder.block(value)
+    if builder.pick(True, True, False):
+        value = builder.finish(value)
+    chosen, reestimated = builder.plan()
+    factors = {str(p): builder.factors(p) for p in builder.precisions}
+    return Program(
+        input_shape=builder.shapes[builder.nodes[0].name],
+        input_kind=kind,
+        nodes=tuple(builder.nodes),
+        output=value,
+        layers=builder.layers,
+        affines=builder.affines,
+        precisions=builder.precisions,
+        weights=builder.weights(),
+        factors={**factors, "mixed": reestimated},
+        plans={"mixed": chosen},
+    )
+
+
+def choices(program: Program) -> st.SearchStrategy[Any]:
+    """Precisions, plans and per-layer maps that `program` can run at."""
+    maps = st.fixed_dictionaries({name: st.sampled_from(program.precisions) for name in program.layers})
+    return st.one_of(st.sampled_from(program.precisions), st.sampled_from(sorted(program.plans)), maps)
+
+
+def input_codes(program: Program, low: int, high: int, count: int, seed: int) -> np.ndarray[Any, Any]:
+    """`count` inputs (N, H, W, C) of the plan's input dtype: the first all lowest, the second all highest, then random."""
+    rng = np.random.default_rng(seed)
+    channels, height, width = program.input_shape
+    codes = rng.integers(low, high + 1, (count, height, width, channels))
+    codes[0], codes[1 % count] = low, high
+    codes[2:4] = rng.choice([low, high], codes[2:4].shape)
+    return codes.astype(np.uint8 if low >= 0 else np.int8)
