@@ -114,10 +114,18 @@ NB_MODULE(_engine, m) {
            "shift"_a.noconvert(), "lo"_a, "hi"_a, "dtype"_a)
       .def("add", &Graph::add, "name"_a, "a"_a, "b"_a, "shift_a"_a, "shift_b"_a)
       .def("clip", &Graph::clip, "name"_a, "x"_a, "lo"_a, "hi"_a)
-      .def("max_pool", [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride,
-                          Sides padding) { return g.max_pool(name, x, {kernel, stride, padding}); })
-      .def("sum_pool", [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride, Sides padding,
-                          int64_t shift) { return g.sum_pool(name, x, {kernel, stride, padding}, shift); })
+      .def(
+          "max_pool",
+          [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride, Sides padding) {
+            return g.max_pool(name, x, {kernel, stride, padding});
+          },
+          "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a)
+      .def(
+          "sum_pool",
+          [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride, Sides padding, int64_t shift) {
+            return g.sum_pool(name, x, {kernel, stride, padding}, shift);
+          },
+          "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "shift"_a)
       .def("slice", &Graph::slice, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("pad", &Graph::pad, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("flatten", &Graph::flatten, "name"_a, "x"_a)

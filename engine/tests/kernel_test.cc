@@ -80,8 +80,8 @@ ConvShape conv_shape(int64_t h, int64_t w, int64_t in, int64_t out, int64_t grou
 }
 
 void test_convs(const Kernels& row) {
-  const Range ranges[] = {{DType::u8, 0, 255}, {DType::u8, 0, 15},   {DType::u8, 0, 1},
-                          {DType::s8, -8, 7},  {DType::s8, -128, 127}};
+  const Range ranges[] = {
+      {DType::u8, 0, 255}, {DType::u8, 0, 15}, {DType::u8, 0, 1}, {DType::s8, -8, 7}, {DType::s8, -128, 127}};
   const int64_t extents[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33};
   uint64_t seed = 0;
   for (const Range& range : ranges)
@@ -130,8 +130,12 @@ void test_requant(const Kernels& row, DType in, DType to, int64_t channels, Edge
     shift.get<int64_t>()[c] = random.in(0, 62);
   }
   const int64_t p = random.in(lowest(to), highest(to)), q = random.in(lowest(to), highest(to));
-  const RequantArgs args{m.get<int64_t>(), b.get<int64_t>(), shift.get<int64_t>(), channels,
-                         static_cast<int32_t>(std::min(p, q)), static_cast<int32_t>(std::max(p, q))};
+  const RequantArgs args{m.get<int64_t>(),
+                         b.get<int64_t>(),
+                         shift.get<int64_t>(),
+                         channels,
+                         static_cast<int32_t>(std::min(p, q)),
+                         static_cast<int32_t>(std::max(p, q))};
   row.requant[static_cast<int>(in)][static_cast<int>(to)](args, x.get(), out.get(), pixels);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = i % channels;

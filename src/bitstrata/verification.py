@@ -125,7 +125,9 @@ def verify(
     layers = quantized_layers(twin)
     missing = sorted(set(program.layers) - set(layers))
     if missing:
-        raise ValueError(f"verify: the model has no quantized layer {missing[0]!r}; is it the one this program was lowered from?")
+        raise ValueError(
+            f"verify: the model has no quantized layer {missing[0]!r}; is it the one this program was lowered from?"
+        )
     real = _normalised(twin, program, x) if pixels else torch.as_tensor(x).double()
     checked = tuple(available_isas() if isas is None else isas)
     rows: list[VerifyRow] = []
@@ -230,7 +232,12 @@ def _rounding(program: Program, plan: Plan) -> dict[str, float]:
         if scale is not None:
             steps = {key: factor.step.get(str(node.attrs["to"])) for key, factor in program.factors.items()}
             step = min(s for s in steps.values() if s)
-            gains = [np.abs(f.affine[a][0]).max() for f in program.factors.values() for a in node.attrs["affine"] if a in f.affine]
+            gains = [
+                np.abs(f.affine[a][0]).max()
+                for f in program.factors.values()
+                for a in node.attrs["affine"]
+                if a in f.affine
+            ]
             fixed = sum(1 for n in nodes.values() if n.op in ("rescale", "add", "clip", "avgpool"))
             result[node.name] = slack + fixed * float(scale) / step * float(max(gains, default=1.0))
     return result

@@ -24,7 +24,7 @@ def conv(name: str, x: int, y: int, rng: np.random.Generator, **kw: int) -> p.Co
     return p.Conv(name, (x,), y, name, codes, 2, 1, *sizes, pad_code)
 
 
-def requant(name: str, x: int, y: int, shift: int, hi: int, channels: int = C) -> p.Requant:
+def requant(name: str, x: int, y: int, shift: int, hi: int, *, channels: int = C) -> p.Requant:
     constants = (np.full(channels, 3, np.int32), np.full(channels, 1 << shift, np.int64))
     lo = 0 if hi < 2**31 - 1 else -(2**31) + 1
     return p.Requant(name, (x,), y, *constants, np.full(channels, shift, np.uint8), lo, hi)
@@ -76,9 +76,9 @@ def residual_plan() -> p.Plan:
         p.MaxPool("largest", (11,), 12, (3, 3), (2, 2), (1, 1, 1, 1)),
         p.SumPool("pooled", (12,), 13, (3, 2), (1, 1), (0, 0, 0, 0), 1),
         p.Flatten("flat", (13,), 14),
-        requant("c", 14, 15, 12, 15, 24),
+        requant("c", 14, 15, 12, 15, channels=24),
         conv("linear", 15, 16, rng, channels=24, out=10, kernel=1, bits=4),
-        requant("logits", 16, 17, 1, top, 10),
+        requant("logits", 16, 17, 1, top, channels=10),
     )
     return p.Plan(values, ops, 0, len(values) - 1, 1.0, (0.0,))
 

@@ -95,8 +95,8 @@ def test_bad_dtypes_and_shapes() -> None:
         EngineExecutor(plan_of(CONV, (4, 5, 4), "s8"))
     with pytest.raises(ValueError, match="shift_a is 63"):
         EngineExecutor(plan_of(replace(ADD, shift_a=63), (4, 5, 3), "i32", "i32"))
+    plan = plan_of(CONV, (4, 5, 4), "i32")
     with pytest.raises(ValueError, match="dtype 'f4' is not one of"):
-        plan = plan_of(CONV, (4, 5, 4), "i32")
         EngineExecutor(replace(plan, values=(replace(plan.values[0], dtype="f4"), plan.values[1])))
     with pytest.raises(ValueError, match="the plan reads value 1"):
         EngineExecutor(replace(plan_of(CONV, (4, 5, 4), "i32"), ops=()))

@@ -1,4 +1,4 @@
-"""The engine's own kernel test: buffers that touch unmapped pages, under the address and undefined-behaviour sanitizers."""
+"""The engine's own kernel test, built with sanitizers: its buffers touch unmapped pages."""
 
 from __future__ import annotations
 

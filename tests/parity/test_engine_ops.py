@@ -105,7 +105,7 @@ def formula(op: p.Op, *x: Ints) -> Ints:
 
 
 # Building and checking plans of one operation.
-def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, lo: int, hi: int, how: str) -> NDArray[Any]:
+def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, lo: int, hi: int, *, how: str) -> NDArray[Any]:
     values = {
         "random": rng.integers(lo, hi, shape, endpoint=True),
         "extreme": rng.choice(np.array([lo, hi]), shape),
@@ -115,11 +115,11 @@ def fill(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any, lo: int, 
     return values[how].astype(dtype)
 
 
-def check(op: p.Op, x: NDArray[Any], lo: int, hi: int, dtype_out: str, threads: int = 1) -> None:
+def check(op: p.Op, x: NDArray[Any], lo: int, hi: int, dtype_out: str, *, threads: int = 1) -> None:
     """`op` reads the input alone (an Add: twice); every executor must give the formula's integers."""
     expected = formula(op, *[x.astype(np.int64)] * len(op.inputs))
     low, high = LIMITS[dtype_out]
-    assert low <= expected.min() and expected.max() <= high, "the case itself overflows"
+    assert low <= expected.min() <= expected.max() <= high, "the case itself overflows"
     dtype_in = {v: k for k, v in DTYPES.items()}[x.dtype.type]
     values = (
         p.Value("x", x.shape[1:], dtype_in, lo, hi),
@@ -157,12 +157,12 @@ def conv_case(
     """channels: of each group, in and out."""
     rng = np.random.default_rng(seed)
     c_in, c_out = channels[0] * groups, channels[1] * groups
-    x = fill(rng, (batch, *hw, c_in), DTYPES[dtype], *x_range, fills[0])
+    x = fill(rng, (batch, *hw, c_in), DTYPES[dtype], *x_range, how=fills[0])
     half = 1 << (bits - 1)
-    codes = fill(rng, (c_out, channels[0], *kernel), np.int8, -half, half - 1, fills[1])
-    pad_code = fill(rng, (c_in,), np.int32, *x_range, "random")
+    codes = fill(rng, (c_out, channels[0], *kernel), np.int8, -half, half - 1, how=fills[1])
+    pad_code = fill(rng, (c_in,), np.int32, *x_range, how="random")
     op = p.Conv("conv", (0,), 1, "layer", codes, *form, stride, padding, dilation, groups, pad_code)
-    check(op, x, *x_range, "i32", threads)
+    check(op, x, *x_range, "i32", threads=threads)
 
 
 RANGES = st.sampled_from(
@@ -240,7 +240,7 @@ def test_conv_every_width(bits: int, a_bits: int) -> None:
         conv_case(2, channels=(1, 1), groups=19, bits=bits, x_range=x_range, form=form, fills=("highest", how), batch=1)
 
 
-def requant_case(x: NDArray[Any], m: Any, b: Any, s: Any, dtype: str, bounds: tuple[int, int] | None = None) -> None:
+def requant_case(x: NDArray[Any], m: Any, b: Any, s: Any, dtype: str, *, bounds: tuple[int, int] | None = None) -> None:
     low, high = LIMITS[{v: k for k, v in DTYPES.items()}[x.dtype.type]]
     c = x.shape[-1]
     arrays = (np.resize(m, c).astype(np.int32), np.resize(b, c).astype(np.int64), np.resize(s, c).astype(np.uint8))
@@ -268,13 +268,13 @@ def test_requant_random(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     dtype_in, dtype_out = data.draw(st.sampled_from(list(LIMITS))), data.draw(st.sampled_from(list(LIMITS)))
     c = data.draw(st.integers(1, 33))
-    x = fill(rng, (2, 3, 5, c), DTYPES[dtype_in], *LIMITS[dtype_in], data.draw(st.sampled_from(FILLS)))
+    x = fill(rng, (2, 3, 5, c), DTYPES[dtype_in], *LIMITS[dtype_in], how=data.draw(st.sampled_from(FILLS)))
     shift = rng.integers(0, 63, c)
     m = rng.integers(-(2**31) + 1, 2**31, c) >> rng.integers(0, 31, c)
     b = rng.integers(-(2**62), 2**62, c) >> rng.integers(0, 62, c)
     b = np.where(np.abs(b) + 2**31 * np.abs(m) < 2**62, b, b >> 2)
     lo, hi = sorted(int(v) for v in rng.integers(*LIMITS[dtype_out], 2, endpoint=True))
-    requant_case(x, m, b, shift, dtype_out, data.draw(st.sampled_from([None, (lo, hi)])))
+    requant_case(x, m, b, shift, dtype_out, bounds=data.draw(st.sampled_from([None, (lo, hi)])))
 
 
 @pytest.mark.parametrize("shifts", [(0, 0), (-3, 2), (5, 5), (31, 30), (1, 33), (62, 8), (-8, 1)])
@@ -283,7 +283,7 @@ def test_add(shifts: tuple[int, int], count: int) -> None:
     rng = np.random.default_rng(count)
     bound = 2**31 - 1 if min(shifts) > 0 else 2**30 - 1 if min(shifts) == 0 else 2**30 >> (1 - min(shifts))
     for how in FILLS:
-        x = fill(rng, (1, 1, count, 1), np.int32, -bound, bound, how)
+        x = fill(rng, (1, 1, count, 1), np.int32, -bound, bound, how=how)
         check(p.Add("add", (0, 0), 1, *shifts), x, -bound, bound, "i32")
 
 
@@ -293,7 +293,7 @@ def test_clip(dtype: str, count: int) -> None:
     rng = np.random.default_rng(count)
     low, high = LIMITS[dtype]
     for how, (lo, hi) in product(FILLS, [(low, high), (0, 0), (low // 2, high // 3), (high, high)]):
-        x = fill(rng, (1, 1, count, 1), DTYPES[dtype], low, high, how)
+        x = fill(rng, (1, 1, count, 1), DTYPES[dtype], low, high, how=how)
         check(p.Clip("clip", (0,), 1, lo, hi), x, low, high, dtype)
 
 
@@ -307,7 +307,7 @@ def test_pools(data: st.DataObject) -> None:
     shape = (2, *(draw(st.integers(k, k + 8)) for k in kernel), draw(st.integers(1, 70)))
     stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    x = fill(rng, shape, DTYPES[dtype], *LIMITS[dtype], draw(st.sampled_from(FILLS)))
+    x = fill(rng, shape, DTYPES[dtype], *LIMITS[dtype], how=draw(st.sampled_from(FILLS)))
     if maximum:
         check(p.MaxPool("pool", (0,), 1, kernel, stride, padding), x, *LIMITS[dtype], dtype)
     else:
@@ -319,7 +319,7 @@ def test_moves(dtype: str) -> None:
     rng = np.random.default_rng(0)
     low, high = LIMITS[dtype]
     for h, w, c in product([1, 2, 7], [1, 3, 8], [1, 5, 16]):
-        x = fill(rng, (3, h, w, c), DTYPES[dtype], low, high, "random")
+        x = fill(rng, (3, h, w, c), DTYPES[dtype], low, high, how="random")
         check(p.Flatten("flatten", (0,), 1), x, low, high, dtype)
         check(p.Pad("pad", (0,), 1, (0, 2), (1, 0), (c // 2, 3)), x, low, high, dtype)
         check(p.Slice("slice", (0,), 1, (0, h, 2), (w // 2, w, 1), (c // 3, c, 3)), x, low, high, dtype)

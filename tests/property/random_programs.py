@@ -53,13 +53,14 @@ class _Builder:
         return kernel, self.pick(1, 1, 2), dilation, before, after
 
     @staticmethod
-    def out_size(size: int, kernel: int, stride: int, dilation: int, before: int, after: int) -> int:
+    def out_size(size: int, axis: tuple[int, int, int, int, int]) -> int:
+        kernel, stride, dilation, before, after = axis
         return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
     def pool(self, op: str, source: str) -> str:
         channels, *sizes = self.shapes[source]
         axes = [self.window(size) for size in sizes]
-        outs = [self.out_size(size, k, s, 1, b, a) for size, (k, s, _, b, a) in zip(sizes, axes, strict=True)]
+        outs = [self.out_size(size, (k, s, 1, b, a)) for size, (k, s, _, b, a) in zip(sizes, axes, strict=True)]
         return self.node(
             op,
             (source,),
@@ -126,13 +127,10 @@ class _Builder:
 
     def conv(self, source: str, layer: Layer, attrs: dict[str, Any]) -> tuple[str, str]:
         """The conv node, and the affine that its layer owns."""
-        sizes = self.shapes[source][1:]
-        outs = [
-            self.out_size(size, kernel, stride, dilation, *attrs["padding"][2 * axis : 2 * axis + 2])
-            for axis, (size, kernel, stride, dilation) in enumerate(
-                zip(sizes, layer.shape[2:], attrs["stride"], attrs["dilation"], strict=True)
-            )
-        ]
+        outs = []
+        for axis, size in enumerate(self.shapes[source][1:]):
+            stride, dilation, pads = attrs["stride"][axis], attrs["dilation"][axis], attrs["padding"][2 * axis :][:2]
+            outs.append(self.out_size(size, (layer.shape[2 + axis], stride, dilation, *pads)))
         acc = self.node("conv", (source,), (layer.shape[0], *outs), layer=layer.name, **attrs)
         weight = max(2.0 ** (bits - 1) for bits in layer.weight_bits.values())
         code = max(max(abs(low), high) for low, high in layer.input_range.values())
@@ -299,7 +297,7 @@ def choices(program: Program) -> st.SearchStrategy[Any]:
 
 
 def input_codes(program: Program, low: int, high: int, count: int, seed: int) -> np.ndarray[Any, Any]:
-    """`count` inputs (N, H, W, C) of the plan's input dtype: the first all lowest, the second all highest, then random."""
+    """`count` inputs (N, H, W, C) of the plan's input dtype: one all lowest, one all highest, then random ones."""
     rng = np.random.default_rng(seed)
     channels, height, width = program.input_shape
     codes = rng.integers(low, high + 1, (count, height, width, channels))

@@ -22,10 +22,11 @@ class CommandError(Exception):
     """A command cannot go on; the message is all that the user needs."""
 
 
-def need_training(command: str) -> None:
-    """Raise CommandError when torch is absent, naming what to install."""
-    if importlib.util.find_spec("torch") is None:
-        raise CommandError(f'{command}: this command needs PyTorch; install it with: pip install "bitstrata[train]"')
+def need_training(command: str, *others: str) -> None:
+    """Raise CommandError when torch, or one of the `others` that the command uses, is absent: what to install."""
+    missing = [module for module in ("torch", *others) if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CommandError(f'{command}: needs {", ".join(missing)}; install it with: pip install "bitstrata[train]"')
 
 
 def choose(value: str, allowed: Iterable[str], what: str) -> str:

@@ -32,7 +32,7 @@ class Demo:
 
     def run(self) -> None:
         """Train, pack, run, upgrade, plot."""
-        need_training("demo")
+        need_training("demo", "sklearn", "matplotlib")
         from bitstrata.cli import tour
 
         tour.run(self)

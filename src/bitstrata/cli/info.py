@@ -49,7 +49,7 @@ class Info:
 
         console = output()
         shape = "x".join(map(str, program.input_shape))
-        console.print(
+        print(
             f"{self.artifact}: {human_bytes(info.total)} in {len(info.files)} files, input {shape} "
             f"{program.input_kind}, {sum(macs.values()):,} multiply-adds, sha256 {info.sha256[:16]}",
         )

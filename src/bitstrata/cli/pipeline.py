@@ -85,8 +85,10 @@ def train_from_scratch(options: Train, out: Path) -> None:
     run = begin(options, out)
     if run is None:
         return
-    model, accuracy = float_stage(run, options)
-    finish(run, model, accuracy)
+    seed_all(options.seed)
+    model = loading.make_model(options.model, run.train)
+    claim(run)
+    finish(run, model, float_stage(run, model, options))
 
 
 def quantize_checkpoint(options: Quantize, out: Path) -> None:
@@ -97,31 +99,46 @@ def quantize_checkpoint(options: Quantize, out: Path) -> None:
     seed_all(options.seed)
     model = loading.make_model(options.model, run.train)
     loading.load_weights(model, options.checkpoint)
+    claim(run)
     accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
-    run.console.print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}")
+    print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
     finish(run, model, accuracy)
 
 
 def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None) -> Run | None:
-    """Check options, open the output directory and the data; None when the run is already complete."""
-    bits = parse_bits(options.bits)
+    """Check the options and open the data; None when the run is already complete."""
+    bits = check(options)
     if options.fresh and out.exists():
         for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt"):
             (out / name).unlink(missing_ok=True)
-    config = resolved(options)
     saved = out / "config.json"
     if saved.exists():
-        check_same_options(saved, read_json(saved), config)
+        check_same_options(saved, read_json(saved), resolved(options))
         if (out / "results.json").exists():
-            output().print(f"{out} is complete; --fresh starts over")
+            print(f"{out} is complete; --fresh starts over")
             print_results(output(), read_json(out / "results.json"))
             return None
     train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
     test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)
-    write_json(saved, config)
     if options.threads:
         torch.set_num_threads(options.threads)
     return Run(options, out, bits, train, test)
+
+
+def check(options: RunOptions) -> tuple[int, ...]:
+    """Check every option that can be checked without data; returns the bit-widths."""
+    bits = parse_bits(options.bits)
+    loading.make_recipe(options, bits)
+    stage_config(options)
+    if isinstance(options, Train):
+        float_config(options)
+    return bits
+
+
+def claim(run: Run) -> None:
+    """Make the output directory this run's, once its inputs have proved good."""
+    assert run.out is not None
+    write_json(run.out / "config.json", resolved(run.options))
 
 
 def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -148,15 +165,17 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**shared, **changes})
 
 
-def float_stage(run: Run, options: Train) -> tuple[nn.Module, float]:
-    """A float network of the zoo, trained, and its accuracy."""
-    seed_all(options.seed)
-    model = loading.make_model(options.model, run.train)
-    config = stage_config(
+def float_config(options: Train) -> TrainConfig:
+    """Training configuration of the float stage."""
+    return stage_config(
         options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup, distill=None
     )
-    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="float")
-    return model, run.timed("float", trainer.fit)["float"]
+
+
+def float_stage(run: Run, model: nn.Module, options: Train) -> float:
+    """Train a float network; returns its accuracy."""
+    trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
+    return run.timed("float", trainer.fit)["float"]
 
 
 def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:

@@ -14,6 +14,7 @@ from bitstrata.cli import loading, measure, pipeline
 from bitstrata.cli.common import output, parse_bits, write_json
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.train import Train
+from bitstrata.train.checkpoint import seed_all
 
 
 def run(options: Demo) -> None:
@@ -25,7 +26,9 @@ def run(options: Demo) -> None:
     bits = parse_bits(training.bits)
     train, test = (loading.load_data("digits", None, split) for split in ("train", "test"))
     work = pipeline.Run(training, None, bits, train, test, console)
-    model, float_accuracy = pipeline.float_stage(work, training)
+    seed_all(training.seed)
+    model = loading.make_model(training.model, train)
+    float_accuracy = pipeline.float_stage(work, model, training)
     fake = pipeline.joint_stage(work, model)
     artifact = options.out / "digits.strata"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,7 @@ def run(options: Demo) -> None:
     plot(rows, figure)
     console.print(table(rows))
     seconds = sum(work.seconds[stage] for stage in ("float", "joint"))
-    console.print(
+    print(
         f"float network {float_accuracy:.2%}; {len(test)} test images; trained in {seconds:.0f} s\n"
         f"{artifact}, {options.out / 'results.json'}, {figure}"
     )

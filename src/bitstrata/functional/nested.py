@@ -38,16 +38,17 @@ class _Nested(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
         ctx: Any, w: Tensor, step: Tensor, ratio: Tensor, source_bits: int, bits: int, grad_scale: float
     ) -> Tensor:
         codes = nested_codes(w, step, source_bits, bits)
         ctx.save_for_backward(w, step, ratio, codes)
         ctx.config = (source_bits, bits, grad_scale)
-        return (codes + 0.5).mul_(positive(nested_scale(step, ratio, source_bits, bits)))
+        scale = nested_scale(step, ratio, source_bits, bits)
+        return (codes + 0.5).mul_(scale.reshape(()) if scale.numel() == 1 else scale).to(w.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w, step, ratio, codes = ctx.saved_tensors
         source_bits, bits, grad_scale = ctx.config
         divisor = positive(step)

@@ -50,15 +50,15 @@ class _Uniform(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
         ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, grad_scale: float, open_range: bool
     ) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.config = (lo, hi, grad_scale, open_range)
-        return uniform_codes(x, step, lo, hi).mul_(positive(step))
+        return uniform_codes(x, step, lo, hi).mul_(positive(step)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step = ctx.saved_tensors
         lo, hi, grad_scale, open_range = ctx.config
         u = x.div(positive(step))

@@ -42,9 +42,12 @@ class Builder:
         self._made: dict[Any, str] = {}
 
     def emit(self, name: str, op: str, inputs: tuple[str, ...], **attrs: Any) -> str:
-        """Append a node and return its (unique) name; an identical node made before is used again."""
+        """Append a node and return its (unique) name; an identical node made before is used again.
+
+        Convolutions alone are repeated, so that the program runs a layer as often as the model does.
+        """
         key = (op, inputs, repr(sorted(attrs.items())))
-        if key in self._made:
+        if key in self._made and op != "conv":
             return self._made[key]
         unique, count = name, 1
         while unique in self._names:

@@ -1,4 +1,4 @@
-"""The float64 factors of a program: what a layer's accumulators, a normalization and an input grid mean in real numbers."""
+"""The float64 factors of a program: what accumulators, normalizations and input grids mean in real numbers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .errors import LowerError
 Array = NDArray[np.float64]
 
 
-def norm_affine(norm: nn.Module) -> tuple[Array, Array]:
-    """Multiplier and addend, float64 (C,), of a batch normalization with running statistics."""
-    if getattr(norm, "running_mean", None) is None:
-        raise LowerError("lower: a batch normalization without running statistics cannot be folded; train with them")
+def norm_affine(norm: nn.Module, name: str) -> tuple[Array, Array]:
+    """Multiplier and addend, float64 (C,), of the batch normalization `name`, which needs running statistics."""
+    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    if norm.running_mean is None or norm.running_var is None:
+        raise LowerError(f"lower: batch normalization {name!r} has no running statistics to fold; use track_running_stats=True")
     var, mean = norm.running_var.double(), norm.running_mean.double()
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach().double()
     beta = torch.zeros_like(var) if norm.bias is None else norm.bias.detach().double()
@@ -51,7 +52,7 @@ def shape4(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     return weight[:, :, None, :] if weight.ndim == 3 else weight
 
 
-def layer_affine(layer: QuantizedLayer, name: str, norm: nn.Module | None) -> NDArray[np.float64]:
+def layer_affine(layer: QuantizedLayer, name: str, norm: PrecisionBatchNorm | None) -> NDArray[np.float64]:
     """The layer's affine at its current precision, (2, out): spec/numerics.md section 6."""
     grid = layer.weight_quant.grid()
     mul, add = integer_form(grid.offset, name)
@@ -65,7 +66,7 @@ def layer_affine(layer: QuantizedLayer, name: str, norm: nn.Module | None) -> ND
         constant = constant + unit * (integers.sum(axis=(2, 3)) * _per_group(offset, layer)).sum(axis=1)
     if norm is None:
         return np.stack([unit, constant])
-    gain, shift = norm_affine(norm)
+    gain, shift = norm_affine(norm.level, f"of {name}")
     return np.stack([unit * gain, constant * gain + shift])
 
 
@@ -99,9 +100,8 @@ def program_factors(
     """
     factors = Factors()
     for name, layer in layers.items():
-        norm = folded[name].level if name in folded else None
-        factors.affine[name] = layer_affine(layer, name, norm)
+        factors.affine[name] = layer_affine(layer, name, folded.get(name))
         factors.step[name] = input_grid(layer)[0]
     for name, norm in standalone.items():
-        factors.affine[name] = np.stack(norm_affine(norm.level))
+        factors.affine[name] = np.stack(norm_affine(norm.level, name))
     return factors

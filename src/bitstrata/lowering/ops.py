@@ -1,7 +1,9 @@
 """How each operation of a model becomes program nodes. One handler an operation; anything else is an error.
 
 A handler takes (context, fx node, arguments) where tensor arguments are `Real`s and everything else is a plain value.
+Handlers have the signatures of the torch functions they stand for.
 """
+# ruff: noqa: PLR0917
 
 from __future__ import annotations
 
@@ -95,11 +97,26 @@ def hardtanh(
 def clamp(ctx: Context, node: fx.Node, x: Real, min: float | None = None, max: float | None = None) -> Real:
     if x.kind == "input":
         raise LowerError(f"lower: {where(node)} clips the network's input before any quantized layer has read it")
-    bounds = [None if b is None else float(b) for b in (min, max)]
-    return ctx.builder.clip(x, *bounds)
+    lo = None if min is None or min == -math.inf else float(min)
+    hi = None if max is None or max == math.inf else float(max)
+    if not all(math.isfinite(bound) for bound in (lo, hi) if bound is not None):
+        raise LowerError(f"lower: {where(node)} clips to [{lo}, {hi}]: bounds must be finite")
+    if lo is not None and hi is not None and lo > hi:
+        lo = hi  # as torch does
+    return ctx.builder.clip(x, lo, hi)
 
 
-@_on(F.dropout, F.dropout1d, F.dropout2d, "contiguous")
+@_on(torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")
+def clamp_min(ctx: Context, node: fx.Node, x: Real, min: float) -> Real:
+    return clamp(ctx, node, x, min, None)
+
+
+@_on(torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_")
+def clamp_max(ctx: Context, node: fx.Node, x: Real, max: float) -> Real:
+    return clamp(ctx, node, x, None, max)
+
+
+@_on(F.dropout, F.dropout1d, F.dropout2d, torch.clone, "clone", "contiguous", "detach")
 def identity(ctx: Context, node: fx.Node, x: Real, *_args: Any, **_kwargs: Any) -> Real:
     return x
 
@@ -126,13 +143,17 @@ def getitem(ctx: Context, node: fx.Node, x: Real, index: Any) -> Real:
         items[at : at + 1] = [slice(None)] * (len(shape) + 1 - (len(items) - 1))
     items += [slice(None)] * (len(shape) + 1 - len(items))
     if not all(isinstance(i, slice) for i in items) or items[0].indices(1 << 30) != (0, 1 << 30, 1):
-        raise LowerError(f"lower: {where(node)} must slice channels and positions only (x[:, :, ::2, ::2]), got {index!r}")
+        raise LowerError(
+            f"lower: {where(node)} must slice channels and positions only (x[:, :, ::2, ::2]), got {index!r}"
+        )
     spans = [list(i.indices(n)) for i, n in zip(items[1:], shape, strict=True)]
     if any(step < 1 or stop <= start for start, stop, step in spans):
         raise LowerError(f"lower: {where(node)} slices {shape} with {index!r}: empty or reversed")
     c, h, w = _axes(spans, [0, 1, 1])
     source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
-    return _moved(source, ctx.builder.emit(name_of(node, "slice"), "slice", (source.base,), c=c, h=h, w=w), ctx.shape(node))
+    return _moved(
+        source, ctx.builder.emit(name_of(node, "slice"), "slice", (source.base,), c=c, h=h, w=w), ctx.shape(node)
+    )
 
 
 @_on(F.pad, torch.constant_pad_nd)
@@ -162,17 +183,16 @@ def _moved(source: Real, base: str, shape: tuple[int, int, int]) -> Real:
     return Real(base, source.kind, shape, pooled=source.pooled)
 
 
-@_on(torch.flatten, "flatten", torch.reshape, "reshape", "view", torch.squeeze, "squeeze")
+@_on(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, "flatten", "reshape", "view", "squeeze", "unsqueeze")
 def flatten(ctx: Context, node: fx.Node, x: Real, *_args: Any, **_kwargs: Any) -> Real:
     shape = ctx.values[node]
-    if shape == ctx.values[node.args[0]]:  # type: ignore[index]
-        return x
+    if 1 <= len(shape) <= 3 and ctx.shape(node) == x.shape:
+        return x  # axes of one position come or go; (C), (C, 1) and (C, 1, 1) are the same map
     if len(shape) != 1 or shape[0] != math.prod(x.shape):
         raise LowerError(
-            f"lower: {where(node)} reshapes {x.shape} to {shape}; only flattening everything behind the batch is supported"
+            f"lower: {where(node)} reshapes {x.shape} to {shape}; only flattening everything behind the batch is "
+            "supported"
         )
-    if x.shape[1:] == (1, 1):
-        return x  # one position: the channels are the features already
     source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
     return _moved(source, ctx.builder.emit(name_of(node, "flatten"), "flatten", (source.base,)), ctx.shape(node))
 
@@ -196,7 +216,9 @@ def max_pool(
     if set(_pair(ctx, node, dilation, 1)) != {1} or return_indices:
         raise LowerError(f"lower: {where(node)}: max pooling with dilation or indices is not supported")
     source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
-    return _moved(source, ctx.builder.emit(name_of(node, "maxpool"), "maxpool", (source.base,), **window), ctx.shape(node))
+    return _moved(
+        source, ctx.builder.emit(name_of(node, "maxpool"), "maxpool", (source.base,), **window), ctx.shape(node)
+    )
 
 
 @_on(F.avg_pool2d, F.avg_pool1d)
@@ -214,8 +236,8 @@ def avg_pool(
     window = _window(ctx, node, x, kernel_size, stride, padding, ceil_mode)
     if any(window["padding"]) and not count_include_pad:
         raise LowerError(
-            f"lower: {where(node)}: average pooling with padding and count_include_pad=False divides by another number at "
-            "the border; set count_include_pad=True or padding=0"
+            f"lower: {where(node)}: average pooling with padding and count_include_pad=False divides by another number "
+            "at the border; set count_include_pad=True or padding=0"
         )
     if divisor_override not in (None, math.prod(window["kernel"])):
         raise LowerError(f"lower: {where(node)}: divisor_override={divisor_override} is not supported")
@@ -228,8 +250,8 @@ def adaptive_avg_pool(ctx: Context, node: fx.Node, x: Real, output_size: Any) ->
     _, rows, columns = ctx.shape(node)
     if height % rows or width % columns:
         raise LowerError(
-            f"lower: {where(node)} pools {height}x{width} to {rows}x{columns}: windows of several sizes; choose an output size "
-            "that divides the input"
+            f"lower: {where(node)} pools {height}x{width} to {rows}x{columns}: windows of several sizes; choose an "
+            "output size that divides the input"
         )
     kernel = [height // rows, width // columns]
     return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
@@ -268,7 +290,9 @@ def _window(
     border = _pair(ctx, node, padding, 0)
     for size, k, s, p in zip(x.shape[1:], kernel, steps, border, strict=True):
         if ceil_mode and (size + 2 * p - k) % s:
-            raise LowerError(f"lower: {where(node)}: ceil_mode=True makes windows that stick out of the map; use padding")
+            raise LowerError(
+                f"lower: {where(node)}: ceil_mode=True makes windows that stick out of the map; use padding"
+            )
     return {"kernel": kernel, "stride": steps, "padding": [border[0], border[0], border[1], border[1]]}
 
 
@@ -298,7 +322,11 @@ for _max in (nn.MaxPool1d, nn.MaxPool2d):
     )
 for _avg in (nn.AvgPool1d, nn.AvgPool2d):
     MODULES[_avg] = lambda ctx, node, m, x: avg_pool(
-        ctx, node, x, **_pool_args(m, *_POOL, "count_include_pad"), divisor_override=getattr(m, "divisor_override", None)
+        ctx,
+        node,
+        x,
+        **_pool_args(m, *_POOL, "count_include_pad"),
+        divisor_override=getattr(m, "divisor_override", None),
     )
 for _adaptive in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
     MODULES[_adaptive] = lambda ctx, node, m, x: adaptive_avg_pool(ctx, node, x, m.output_size)

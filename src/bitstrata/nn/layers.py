@@ -22,8 +22,8 @@ class QuantizedLayer(nn.Module):
     precision: the precision the layer runs at now; its weight and input widths follow from the quantizers' `bits`.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # Parameter or None; torch's own classes declare it in two ways
     weight_quant: WeightQuantizer
     act_quant: Quantizer | None
     edge: bool  # first or last layer, on the recipe's edge grid
@@ -82,8 +82,8 @@ class QuantizedLayer(nn.Module):
 class QuantLinear(QuantizedLayer, nn.Linear):
     """`torch.nn.Linear` on quantized input and weight: (..., in) -> (..., out)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class _QuantConv(QuantizedLayer):
@@ -111,16 +111,16 @@ class _QuantConv(QuantizedLayer):
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """`torch.nn.Conv1d` on quantized input and weight: (N, C, L)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, padding = self._padded(x)
+    def forward(self, input: Tensor) -> Tensor:
+        q, padding = self._padded(input)
         return F.conv1d(q, self.quantized_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """`torch.nn.Conv2d` on quantized input and weight: (N, C, H, W)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, padding = self._padded(x)
+    def forward(self, input: Tensor) -> Tensor:
+        q, padding = self._padded(input)
         return F.conv2d(q, self.quantized_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -142,7 +142,9 @@ def convert(
     """
     form = FORMS.get(type(layer))
     if form is None:
-        raise TypeError(f"convert: no quantized form of {type(layer).__name__}; there are: {[t.__name__ for t in FORMS]}")
+        raise TypeError(
+            f"convert: no quantized form of {type(layer).__name__}; there are: {[t.__name__ for t in FORMS]}"
+        )
     mode = getattr(layer, "padding_mode", "zeros")
     if mode != "zeros":
         raise ValueError(f"convert: padding_mode must be 'zeros', got {mode!r}")

@@ -6,40 +6,45 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .layers import QuantizedLayer
 
 
 class PrecisionBatchNorm(nn.Module):
     """One batch normalization a precision (vertical layering, section 6.3.1: individual statistics and weights).
 
     Activations quantized to few bits have other means and variances than the same activations at more bits, so each
-    precision normalizes by its own. `owner` is the quantized layer whose precision this normalization follows: the
-    layer it normalizes, or, after an addition, the first layer it feeds.
+    precision normalizes by its own. It follows the precision of one quantized layer: the layer it normalizes, or, after
+    an addition, the first layer it feeds.
 
     A float state_dict (weight, bias, running_mean, running_var) loads into every precision.
 
     Args:
         norm: the float BatchNorm1d/2d; copied to every precision.
         precisions: ascending.
-        owner: qualified name of the owning layer.
+        owner: qualified name of the layer to follow, as it was when the model was quantized.
+        layer: that layer.
     """
 
-    def __init__(self, norm: nn.Module, precisions: tuple[int, ...], owner: str) -> None:
+    def __init__(self, norm: _BatchNorm, precisions: tuple[int, ...], owner: str, layer: QuantizedLayer) -> None:
         super().__init__()
         self.levels = nn.ModuleDict({str(p): copy.deepcopy(norm) for p in precisions})
         self.owner = owner
-        self.precision = max(precisions)
+        self._followed = (layer,)  # in a tuple, so that it does not count as a submodule
         self.training = norm.training
 
     @property
-    def level(self) -> nn.Module:
-        """The normalization of the current precision."""
-        return self.levels[str(self.precision)]
+    def precision(self) -> int:
+        """The precision of the layer that is followed."""
+        return self._followed[0].precision
 
-    def set_precision(self, precision: int) -> None:
-        """ValueError if there is no such level."""
-        if str(precision) not in self.levels:
-            raise ValueError(f"set_precision: {precision} is not among this normalization's {list(self.levels)}")
-        self.precision = precision
+    @property
+    def level(self) -> _BatchNorm:
+        """The normalization of the current precision."""
+        level = self.levels[str(self.precision)]
+        assert isinstance(level, _BatchNorm)
+        return level
 
     def precision_parameters(self) -> dict[int, list[nn.Parameter]]:
         return {int(p): list(level.parameters()) for p, level in self.levels.items()}

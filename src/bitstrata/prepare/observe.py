@@ -48,9 +48,9 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
     count = 0
 
     def layer_hook(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal count
-            seen, x = trace.layers[name], args[0]
+            seen, x = trace.layers[name], _input_of(args, kwargs)
             seen.negative |= bool((x < 0).any())
             seen.order = count if seen.calls == 0 else seen.order
             seen.calls += 1
@@ -65,8 +65,8 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
         return hook
 
     def norm_hook(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-            owner = producer.get(id(args[0]))
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            owner = producer.get(id(_input_of(args, kwargs)))
             if owner is None:
                 waiting.append(name)
             else:
@@ -74,10 +74,10 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
 
         return hook
 
-    handles = [module.register_forward_hook(layer_hook(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(layer_hook(name), with_kwargs=True) for name, module in layers.items()]
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS):
-            handles.append(module.register_forward_hook(norm_hook(name)))
+            handles.append(module.register_forward_hook(norm_hook(name), with_kwargs=True))
     try:
         with torch.no_grad(), evaluating(model):
             model(*example) if isinstance(example, tuple | list) else model(example)
@@ -89,6 +89,10 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
             last = max((t.order, n) for n, t in trace.layers.items())[1]
             trace.norm_owner.setdefault(norm, last)
     return trace
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["input"]
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..nn.layers import QuantizedLayer
-from ..nn.norm import PrecisionBatchNorm
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -43,12 +42,11 @@ def set_precision(model: nn.Module, precision: int | Mapping[str, int]) -> None:
         if name not in layers:
             raise ValueError(f"set_precision: no quantized layer named {name!r}; there are: {', '.join(layers)}")
         if value not in layers[name].precisions:
-            raise ValueError(f"set_precision: {value!r} is not among the precisions {layers[name].precisions} of {name!r}")
+            raise ValueError(
+                f"set_precision: {value!r} is not among the precisions {layers[name].precisions} of {name!r}"
+            )
     for name, value in wanted.items():
-        layers[name].set_precision(value)
-    for module in model.modules():
-        if isinstance(module, PrecisionBatchNorm):
-            module.set_precision(layers[module.owner].precision)
+        layers[name].set_precision(int(value))
 
 
 @contextmanager

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.layers import FORMS, QuantizedLayer, convert
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import Quantizer, WeightQuantizer
 from ..quantizers.registry import build
 from ..recipes.base import Part, Recipe
-from .observe import LayerTrace, Trace, observe
+from .observe import BATCH_NORMS, LayerTrace, Trace, observe
 from .precision import quantized_layers
 
 Filter = Callable[[str, nn.Module], bool]
@@ -105,7 +105,8 @@ def quantize_(
         candidates[name].__dict__[SKIPPED] = reason
     for name, (weight_quant, act_quant) in plans.items():
         convert(candidates[name], weight_quant, act_quant, edge=name in edges)
-    _convert_norms(model, recipe.precisions, trace, set(chosen))
+    _convert_norms(model, recipe.precisions, trace)
+    _disable_fused_paths(model)
     return model
 
 
@@ -126,32 +127,46 @@ def _quantizers(
 ) -> tuple[WeightQuantizer, Quantizer | None]:
     weight_part = recipe.edge_weight if edge else recipe.weight
     bits = dict.fromkeys(recipe.precisions, recipe.edge_bits or 8) if edge else {p: p for p in recipe.precisions}
-    channels = layer.weight.shape[0] if recipe.per_channel else None
+    assert isinstance(layer.weight, Tensor)
+    shape = layer.weight.shape
+    channels = shape[0] if recipe.per_channel else None
     weight_quant = build(weight_part.quantizer, "weight", weight_part.options, bits=bits, channels=channels)
     assert isinstance(weight_quant, WeightQuantizer)
     if recipe.activation is None:
         return weight_quant, None
     part = recipe.edge_activation if edge else recipe.activation
     if pixels is not None:
-        features = layer.weight.shape[1] * int(getattr(layer, "groups", 1))
+        features = shape[1] * int(getattr(layer, "groups", 1))
         part = Part("pixels", "input", pixels.for_channels(features, name))
     act_bits = bits if edge else recipe.activation_bits
     act_quant = build(part.quantizer, part.role, part.options, bits=act_bits, signed=seen.negative, shared=edge)
     return weight_quant, act_quant
 
 
-def _convert_norms(model: nn.Module, precisions: tuple[int, ...], trace: Trace, quantized: set[str]) -> None:
-    named = dict(model.named_modules())
+def _convert_norms(model: nn.Module, precisions: tuple[int, ...], trace: Trace) -> None:
+    layers = quantized_layers(model)
     replaced: dict[int, PrecisionBatchNorm] = {}
-    for name, owner in trace.norm_owner.items():
-        if owner in quantized:
-            replaced[id(named[name])] = PrecisionBatchNorm(named[name], precisions, owner)
-        else:
-            named[name].__dict__[SKIPPED] = f"follows {owner!r}, which is in float"
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            owner = trace.norm_owner.get(name)
+            if owner in layers:
+                replaced[id(module)] = PrecisionBatchNorm(module, precisions, owner, layers[owner])
+            else:
+                reason = f"follows {owner!r}, which is in float" if owner else "did not run on the example"
+                module.__dict__[SKIPPED] = reason
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in parent._modules.items():  # named_children would hide a second name of the same module
             if id(child) in replaced:
-                setattr(parent, child_name, replaced[id(child)])
+                parent._modules[child_name] = replaced[id(child)]
+
+
+def _disable_fused_paths(model: nn.Module) -> None:
+    """Torch's transformer layers have a fused path for evaluation that reads the float weights of their parts."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer) and quantized_layers(module):
+            module.activation_relu_or_gelu = 0
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -33,7 +33,9 @@ class Summary:
         head = ("layer", "type", "weight", "input", "params", "note")
         table = [head] + [(r.name, r.kind, r.weight, r.input, f"{r.parameters:,}", r.note) for r in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
         quantized = sum(r.parameters for r in self.rows if r.weight != "-")
         total = sum(r.parameters for r in self.rows)
         lines.append(f"{quantized:,} of {total:,} parameters are in quantized layers")

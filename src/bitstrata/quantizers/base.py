@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 class Grid:
     """The values that codes stand for: value = scale * (code + offset), code in [lo, hi].
 
-    scale: one element, or broadcastable to the quantized tensor (one an output channel of a weight).
+    scale: one element, or one an output channel, the first dimension of a weight.
     offset: a number, or a tensor broadcastable to the quantized tensor.
     """
 
@@ -24,8 +25,9 @@ class Grid:
     hi: int
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """scale * (codes + offset), in the scale's dtype."""
-        return (codes.to(self.scale.dtype) + self.offset) * self.scale
+        """scale * (codes + offset), in the scale's dtype and the codes' shape."""
+        scale = self.scale if self.scale.numel() == 1 else self.scale.view(-1, *[1] * (codes.dim() - 1))
+        return (codes.to(scale.dtype) + self.offset) * scale
 
 
 class Quantizer(nn.Module):
@@ -102,14 +104,20 @@ class ActivationQuantizer(Quantizer):
 
     Args:
         shared: one step for all precisions (edge layers) instead of one a precision.
+        numel: "sample" or "batch", the features N that the gradient scale of the step counts.
     """
 
     initialized: Tensor  # bool, one flag a step
     statistic: Tensor  # running maximum while observing, one a step
 
-    def __init__(self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False, numel: str = "sample"
+    ) -> None:
         super().__init__(bits, signed=signed)
+        if numel not in ("sample", "batch"):
+            raise ValueError(f"{type(self).__name__}: numel must be 'sample' or 'batch', got {numel!r}")
         self.shared = shared
+        self.numel = numel
         self._slots = {p: 0 if shared else i for i, p in enumerate(self.bits)}
         keys = ["shared"] if shared else [str(p) for p in self.bits]
         self.steps = nn.ParameterDict({key: nn.Parameter(torch.ones(1)) for key in keys})
@@ -126,6 +134,10 @@ class ActivationQuantizer(Quantizer):
         """Smallest and largest code at the current precision."""
         width = self.width
         return (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if self.signed else (0, 2**width - 1)
+
+    def count(self, x: Tensor) -> int:
+        """N of the gradient scale 1/sqrt(N Q_P): features a sample or elements a batch, at least 1."""
+        return max(x.numel() if self.numel == "batch" else x.numel() // max(x.shape[0], 1), 1)
 
     def statistic_of(self, x: Tensor) -> Tensor:
         """The statistic that the initial step is proportional to, one element."""
@@ -150,16 +162,26 @@ class ActivationQuantizer(Quantizer):
             raise ValueError(
                 f"{type(self).__name__}: cannot set the step from a batch of shape {tuple(x.shape)}: not finite"
             )
+        if not self.signed and bool((x < 0).any()):
+            warnings.warn(
+                f"{type(self).__name__}: inputs below zero meet an unsigned grid, which cuts them: the example given to "
+                "quantize_ showed none; give it an example drawn from the data",
+                stacklevel=2,
+            )
         self.statistic[slot] = current
         if current > 0:  # an all-zero batch tells nothing; keep the old step
             self.step.copy_(self.step_from(current).reshape(1).to(self.step))
             self.initialized[slot] = True
 
     def prepare(self, x: Tensor) -> None:
-        """Called at the start of forward: observe, or initialise on the first training batch."""
+        """Called at the start of forward: observe, or initialise on the first training batch.
+
+        An all-zero batch sets no step, and needs none: zero is on every activation grid.
+        """
         if self.observing or (self.training and not self._is_initialized()):
             self.init_(x)
-        self.require_initialized()
+        else:
+            self.require_initialized()
 
     def _is_initialized(self) -> bool:
         flag = self.__dict__.get("_initialized_cache")

@@ -38,8 +38,7 @@ class LSQWeight(WeightQuantizer):
         return -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
 
     def grid(self) -> Grid:
-        scale = self.step.detach().clamp_min(EPS)
-        return Grid(scale if self.channels is None else scale.view(-1, 1, 1, 1), self.offset, *self._limits())
+        return Grid(self.step.detach().clamp_min(EPS), self.offset, *self._limits())
 
     def codes(self, x: Tensor) -> Tensor:
         return uniform_codes(x, self._broadcast(self.step.detach(), x), *self._limits()).to(torch.int32)
@@ -71,10 +70,9 @@ class LSQActivation(ActivationQuantizer):
     def __init__(
         self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False, numel: str = "sample"
     ) -> None:
-        super().__init__({p: max(b, 2) if signed else b for p, b in bits.items()}, signed=signed, shared=shared)
-        if numel not in ("sample", "batch"):
-            raise ValueError(f"LSQActivation: numel must be 'sample' or 'batch', got {numel!r}")
-        self.numel = numel
+        super().__init__(
+            {p: max(b, 2) if signed else b for p, b in bits.items()}, signed=signed, shared=shared, numel=numel
+        )
 
     def statistic_of(self, x: Tensor) -> Tensor:
         return x.abs().mean()
@@ -93,5 +91,5 @@ class LSQActivation(ActivationQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         self.prepare(x)
         lo, hi = self.limits()
-        count = x.numel() if self.numel == "batch" else x.numel() // x.shape[0]
+        count = self.count(x)
         return uniform_fake_quantize(x, self.step, lo, hi, grad_scale=(count * hi) ** -0.5)

@@ -58,8 +58,6 @@ class NestedSymmetric(WeightQuantizer):
 
     def grid(self) -> Grid:
         scale = nested_scale(self.step.detach(), self._ratio().detach(), self.source_bits, self.width)
-        if self.channels is not None:
-            scale = scale.view(-1, 1, 1, 1)
         return Grid(scale, self.offset, -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -79,9 +77,15 @@ class NestedSymmetric(WeightQuantizer):
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
-        """D = k(B) * std(w); r_b minimises the squared error of the codes on this very weight."""
+        """D = k(B) * std(w); r_b minimises the squared error of the codes on this very weight.
+
+        Weights that are (nearly) all alike, a fixed averaging filter for one, have no deviation: their root mean square
+        takes its place.
+        """
         rows = x.detach().reshape(self.step.numel(), -1)
-        deviation = rows.std(dim=1) if rows.shape[1] > 1 else rows.abs().mean(dim=1)
+        power = rows.square().mean(dim=1).sqrt()
+        deviation = rows.std(dim=1) if rows.shape[1] > 1 else power
+        deviation = torch.where(deviation > 1e-3 * power, deviation, power)
         widths = tuple(sorted(set(self.bits.values())))
         constant = nested_step(widths, free=self.scales == "free", target_db=self.target_db)
         self.step.copy_((constant * deviation).clamp_min(1e-6))

@@ -31,10 +31,9 @@ class UniqActivation(ActivationQuantizer):
     def __init__(
         self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False, numel: str = "batch"
     ) -> None:
-        super().__init__({p: max(b, 2) if signed else b for p, b in bits.items()}, signed=signed, shared=shared)
-        if numel not in ("sample", "batch"):
-            raise ValueError(f"UniqActivation: numel must be 'sample' or 'batch', got {numel!r}")
-        self.numel = numel
+        super().__init__(
+            {p: max(b, 2) if signed else b for p, b in bits.items()}, signed=signed, shared=shared, numel=numel
+        )
 
     def statistic_of(self, x: Tensor) -> Tensor:
         power = x.square().mean()
@@ -57,5 +56,5 @@ class UniqActivation(ActivationQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         self.prepare(x)
         lo, hi = self.limits()
-        count = x.numel() if self.numel == "batch" else x.numel() // x.shape[0]
+        count = self.count(x)
         return uniform_fake_quantize(x, self.step, lo, hi, grad_scale=(count * (hi - lo)) ** -0.5, open_range=True)

@@ -74,7 +74,9 @@ class Recipe:
             raise ValueError(f"Recipe {self.name!r}: distill must be 'cosine' or None, got {self.distill!r}")
 
     def __str__(self) -> str:
-        edges = "float" if self.edge_bits is None else f"{self.edge_bits} bits, {self.edge_weight} x {self.edge_activation}"
+        edges = (
+            "float" if self.edge_bits is None else f"{self.edge_bits} bits, {self.edge_weight} x {self.edge_activation}"
+        )
         widths = ", ".join(f"w{p}a{self.activation_bits.get(p, 'f')}" for p in self.precisions)
         return "\n".join(
             [

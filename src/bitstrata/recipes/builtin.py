@@ -45,9 +45,7 @@ def strata(
 
 
 @register("lsq", LSQ)
-def lsq(
-    bits: int = 4, a: str | int | None = "same", *, per_channel: bool = False, edge_bits: int | None = 8
-) -> Recipe:
+def lsq(bits: int = 4, a: str | int | None = "same", *, per_channel: bool = False, edge_bits: int | None = 8) -> Recipe:
     """LSQ (Esser et al., ICLR 2020) at one width, 2 to 8 bits.
 
     Args:

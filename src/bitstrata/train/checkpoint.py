@@ -49,7 +49,8 @@ def load_tensors(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # malformed pickles fail in any way
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        # torch goes on to recommend loading the file without protection, which is no advice to pass on.
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CheckpointError(f"checkpoint {path}: not readable as weights only ({reason})") from error
 
 

@@ -1,0 +1,217 @@
+"""What the benchmarks share: arguments, interleaved timing, result rows, result files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitstrata.cli.common import environment, write_json
+
+Clocked = Callable[[], float]  # one timed run, in seconds; what it prepares before is not in it
+
+_PAUSE_S = 0.01  # between contestants, so that the thread pool of the last one is asleep when the next one starts
+_MOST_RUNS = 500
+_SIMD = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: `rounds` turns of every contestant, each of at least `turn_s` seconds (and one run)."""
+
+    rounds: int
+    turn_s: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one run: over rounds, the median of each round's median, and the least and largest of them."""
+
+    median: float
+    least: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result. ratio = peer_ms / ours_ms, so above 1 ours is faster."""
+
+    case: str
+    threads: int
+    isa: str
+    bits: str
+    ours_ms: float
+    ours_ms_min: float
+    ours_ms_max: float
+    peer: str
+    peer_ms: float
+    peer_ms_min: float
+    peer_ms_max: float
+    ratio: float
+    extra: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, case: str, threads: int, isa: str, bits: str, ours: Times, peer: str, theirs: Times, **extra: Any) -> Row:
+        """A row from two measurements of one `interleave`; `extra` columns go to the result file."""
+        return cls(
+            case, threads, isa, bits, ours.median, ours.least, ours.largest,
+            peer, theirs.median, theirs.least, theirs.largest, theirs.median / ours.median, extra,
+        )  # fmt: skip
+
+    def columns(self) -> dict[str, Any]:
+        """The row as it is written: `extra` is spread into columns of its own."""
+        columns = asdict(self)
+        return columns | columns.pop("extra")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    made = argparse.ArgumentParser(description=(doc or "").strip().partition("\n")[0])
+    made.add_argument("--quick", action="store_true", help="the short form: fewer cases and repeats, under a minute")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and versions to FILE")
+    made.add_argument("--rounds", type=int, help="turns of every contestant (default depends on --quick)")
+    return made
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """'1,2' -> (1, 2), for argparse."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers separated by commas, such as 1,2, got {text!r}")
+    return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """'a,b' -> ('a', 'b'), for argparse."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def effort(arguments: argparse.Namespace, quick: Effort, full: Effort) -> Effort:
+    """The effort that the arguments ask for."""
+    chosen = quick if arguments.quick else full
+    if arguments.rounds is not None and arguments.rounds < 1:
+        raise SystemExit(f"--rounds {arguments.rounds}: must be at least 1")
+    return chosen if arguments.rounds is None else Effort(arguments.rounds, chosen.turn_s)
+
+
+def clock(work: Callable[[], object]) -> Clocked:
+    """A contestant that needs no preparation before each run."""
+
+    def run() -> float:
+        begun = time.perf_counter()
+        work()
+        return time.perf_counter() - begun
+
+    return run
+
+
+def interleave(contestants: Mapping[str, Clocked], chosen: Effort) -> dict[str, Times]:
+    """Time the contestants in turns, forwards in even rounds and backwards in odd ones.
+
+    A machine that slows down or is busy for a while then slows all of them. A turn is a pause, one run that is not
+    counted (it warms the caches and wakes the threads), and as many runs as fill the turn; its median is the result.
+    """
+    runs: dict[str, int] = {}
+    for name, run in contestants.items():
+        run()
+        runs[name] = min(_MOST_RUNS, max(1, math.ceil(chosen.turn_s / max(run(), 1e-7))))
+    medians: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_number in range(chosen.rounds):
+        for name in sorted(contestants, key=list(contestants).index, reverse=bool(round_number % 2)):
+            time.sleep(_PAUSE_S)
+            contestants[name]()
+            medians[name].append(statistics.median(contestants[name]() for _ in range(runs[name])) * 1e3)
+    return {name: Times(statistics.median(ms), min(ms), max(ms)) for name, ms in medians.items()}
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print one line for each thing of ours that was timed, with its ratio to every peer."""
+    grouped: dict[tuple[str, int], dict[tuple[str, str], list[Row]]] = {}
+    for row in rows:
+        grouped.setdefault((row.case, row.threads), {}).setdefault((row.isa, row.bits), []).append(row)
+    for (case, threads), ours in grouped.items():
+        peers = {row.peer: row.peer_ms for group in ours.values() for row in group}
+        print(f"\n{case}, {threads} thread{'s' if threads > 1 else ''}")
+        for peer, peer_ms in peers.items():
+            print(f"    {peer_ms:10.3f} ms  {peer}")
+        for (isa, bits), group in ours.items():
+            first = group[0]
+            spread = f"{first.ours_ms_min:.3f} to {first.ours_ms_max:.3f}"
+            print(f"    {first.ours_ms:10.3f} ms  ours, {isa}, {bits} bits ({spread}); ratio to")
+            print("".join(f"{'':18}{row.ratio:8.2f}  {row.peer}\n" for row in group), end="")
+
+
+def finish(arguments: argparse.Namespace, rows: Sequence[Row], packages: Sequence[str], **notes: Any) -> None:
+    """Print the rows, and write the result file if one is asked for."""
+    report(rows)
+    if arguments.json is not None:
+        machine = machine_record(packages)
+        write_json(arguments.json, {**machine, **notes, "rows": [row.columns() for row in rows]})
+        print(f"\n{len(rows)} rows written to {arguments.json}")
+
+
+def machine_record(packages: Sequence[str]) -> dict[str, Any]:
+    """Command, processor and its instruction sets, versions, commit, and how busy the machine is."""
+    record: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), **environment()}
+    record["versions"].update({name: version_of(name) for name in packages})
+    record["uncommitted_changes"] = _uncommitted()
+    record["instruction_sets"] = _instruction_sets()
+    record["usable_cores"] = usable_cores()
+    record["load_average"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    record["limits"] = {name: value for name, value in os.environ.items() if name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    return record
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None if the package is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Say on standard error what is being done and how long it took."""
+    begun = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+
+
+def _instruction_sets() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return []
+    flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return [name for name in _SIMD if name in flags.split()]
+
+
+def _uncommitted() -> bool | None:
+    """Whether the tracked source differs from the commit; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent.parent), "status", "--porcelain", "--untracked-files=no"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # Results are written to the repository, so they do not count as a change of what is measured.
+    changed = [line for line in result.stdout.splitlines() if "benchmarks/results/" not in line]
+    return bool(changed) if result.returncode == 0 else None

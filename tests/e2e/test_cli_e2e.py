@@ -1,0 +1,203 @@
+"""The command line from training to serving, on scikit-learn's digits with a very small budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bitstrata as bs
+import bitstrata_runtime as runtime
+from bitstrata.cli import main
+from bitstrata.train import Trainer
+from bitstrata.train.metrics import read
+
+TRAIN = (
+    "train --data digits --model digits_cnn --bits 1,2,4 --float-epochs 2 --epochs 1 --lr 0.05 --batch-size 32 "
+    "--train-limit 256 --test-limit 60 --calibration-batches 1 --verify-images 4 --checkpoint-every 3 --threads 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A finished run of `bitstrata train`."""
+    out = tmp_path_factory.mktemp("run") / "digits"
+    assert main([*TRAIN, "--out", str(out)]) == 0
+    return out
+
+
+def digits_test(count: int = 60) -> bs.data.Dataset:
+    return bs.cli.loading.first_images(bs.data.load("digits", None, "test"), count)
+
+
+def test_results_hold_a_row_a_precision(run_dir):
+    results = json.loads((run_dir / "results.json").read_text())
+    rows = results["rows"]
+    assert [row["bits"] for row in rows] == [1, 2, 4]
+    assert [row["bytes"] for row in rows] == sorted({row["bytes"] for row in rows})
+    for row in rows:
+        assert row["images"] == 60
+        assert all(0 <= row[key] <= 1 for key in ("float_accuracy", "fake_accuracy", "engine_accuracy"))
+        assert row["top1_agreement"] >= 0.95
+    assert rows[0]["float_accuracy"] > 0.3  # ten classes: it has learnt something
+    assert results["verify"]["ok"] is True
+    assert sum(results["files"].values()) == rows[-1]["bytes"]
+    assert set(results["seconds"]) == {"float", "joint", "lower", "measure", "verify"}
+    assert json.loads((run_dir / "config.json").read_text())["bits"] == "1,2,4"
+    assert {event["run"] for event in read(run_dir / "metrics.jsonl")} == {"float", "joint"}
+
+
+def test_results_agree_with_the_artifact(run_dir):
+    data = digits_test()
+    images, labels = data.batch(range(60))
+    for row in json.loads((run_dir / "results.json").read_text())["rows"]:
+        session = runtime.load(run_dir / "model.strata", bits=row["bits"], executor="reference")
+        accuracy = float(np.mean(session.run(images.numpy()).argmax(1) == labels.numpy()))
+        assert accuracy == row["engine_accuracy"]
+
+
+def test_finished_run_is_shown_not_repeated(run_dir, capsys):
+    before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
+    assert main([*TRAIN, "--out", str(run_dir)]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
+
+
+def test_other_options_in_the_same_directory_are_an_error(run_dir, capsys):
+    assert main([*TRAIN, "--seed", "7", "--out", str(run_dir)]) == 1
+    assert "is of another run (seed: 0 there, 7 now); use another --out, or --fresh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["float", "joint"])
+def test_interrupted_command_continues_bit_for_bit(run_dir, stage, tmp_path, monkeypatch, capsys):
+    original = Trainer._step
+
+    def interrupting(self, images, labels):
+        if self.name == stage and self.position.step == 5:
+            raise KeyboardInterrupt
+        return original(self, images, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupting)
+        assert main([*TRAIN, "--out", str(tmp_path / "cut")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert main([*TRAIN, "--out", str(tmp_path / "cut")]) == 0
+    for file in (run_dir / "model.strata").iterdir():
+        assert (tmp_path / "cut" / "model.strata" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_info_run_and_verify(run_dir, tmp_path, capsys):
+    artifact = str(run_dir / "model.strata")
+    assert main(["info", artifact, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in facts["precisions"]] == ["1", "2", "4"]
+    assert facts["total"] == sum(file.stat().st_size for file in Path(artifact).iterdir())
+
+    images = digits_test(3).batch(range(3))[0].numpy()
+    np.save(tmp_path / "x.npy", images)
+    command = ["run", artifact, "--bits", "4", "--input", str(tmp_path / "x.npy")]
+    assert main([*command, "--output", str(tmp_path / "logits.npy")]) == 0
+    expected = runtime.load(artifact, bits=4, executor="reference").run(images)
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+    capsys.readouterr()
+    assert main([*command, "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[3]) for line in lines] == expected.argmax(1).tolist()
+
+    assert main(["verify", str(run_dir), "--images", "5"]) == 0
+    assert "verified 5 inputs" in capsys.readouterr().out
+
+
+def test_run_reads_image_files_and_rejects_other_shapes(run_dir, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    pixels = digits_test(1).batch([0])[0].numpy()
+    image.fromarray(pixels[0, 0]).save(tmp_path / "digit.png")
+    np.save(tmp_path / "digit.npy", pixels)
+    artifact, shown = str(run_dir / "model.strata"), []
+    for name in ("digit.png", "digit.npy"):
+        assert main(["run", artifact, "--bits", "2", "--input", str(tmp_path / name)]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    assert main(["run", artifact, "--bits", "2", "--input", str(tmp_path / "wide.png")]) == 1
+    assert "shape (1, 1, 8, 9), the program reads (N, 1, 8, 8)" in capsys.readouterr().err
+
+
+def test_verify_finds_a_foreign_artifact(run_dir, tmp_path, capsys):
+    out = tmp_path / "other"
+    assert main([*TRAIN, "--seed", "1", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(run_dir), "--artifact", str(out / "model.strata"), "--images", "4"]) == 1
+    assert "differs from the network of" in capsys.readouterr().err
+
+
+def test_pack_repeats_the_artifact_byte_for_byte(run_dir, tmp_path, capsys):
+    target = tmp_path / "again.strata"
+    assert main(["pack", str(run_dir), str(target)]) == 0
+    for file in (run_dir / "model.strata").iterdir():
+        assert (target / file.name).read_bytes() == file.read_bytes(), file.name
+    assert main(["pack", str(run_dir), str(target)]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_lower_and_eval(run_dir, tmp_path, capsys):
+    assert main(["lower", str(run_dir)]) == 0
+    assert "headroom@4" in capsys.readouterr().out
+    rows = json.loads((run_dir / "results.json").read_text())["rows"]
+    assert main(["eval", str(run_dir), "--json", str(tmp_path / "fake.json")]) == 0
+    assert json.loads((tmp_path / "fake.json").read_text()) == {str(r["bits"]): r["fake_accuracy"] for r in rows}
+    assert main(["eval", str(run_dir), "--stage", "float", "--json", str(tmp_path / "float.json")]) == 0
+    assert json.loads((tmp_path / "float.json").read_text()) == {"float": rows[0]["float_accuracy"]}
+    command = ["eval", str(run_dir / "model.strata"), "--data", "digits", "--limit", "60", "--executor", "oracle"]
+    assert main([*command, "--json", str(tmp_path / "integer.json")]) == 0
+    assert json.loads((tmp_path / "integer.json").read_text()) == {str(r["bits"]): r["engine_accuracy"] for r in rows}
+
+
+def test_quantize_a_users_checkpoint(run_dir, tmp_path, capsys):
+    state = torch.load(run_dir / "float.ckpt", weights_only=True)["model"]
+    save_file(state, tmp_path / "mine.safetensors")
+    options = "--data digits --model bitstrata.zoo:digits_cnn --bits 2,3 --epochs 1 --lr 0.02 --batch-size 32"
+    limits = "--train-limit 128 --test-limit 60 --calibration-batches 1 --verify-images 2 --mean 0.3 --std 0.4"
+    out = tmp_path / "mine"
+    argv = ["quantize", str(tmp_path / "mine.safetensors"), *options.split(), *limits.split(), "--out", str(out)]
+    assert main(argv) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["bits"] for row in rows] == [2, 3]
+    assert main(["verify", str(out), "--images", "2"]) == 0
+    manifest = (out / "model.strata" / "manifest.json").read_text()
+    assert "mine.safetensors" in manifest
+    assert str(tmp_path) not in manifest
+
+
+@pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
+def test_bench_writes_rows_with_an_honest_peer(run_dir, tmp_path, capsys):
+    target = tmp_path / "rows.json"
+    argv = ["bench", str(run_dir / "model.strata"), "--bits", "1,4", "--runs", "1", "--repeats", "2"]
+    assert main([*argv, "--json", str(target)]) == 0
+    rows = json.loads(target.read_text())
+    assert {row["isa"] for row in rows} == set(runtime.available_isas())
+    for row in rows:
+        assert set(row) == {"case", "threads", "isa", "bits", "ours_ms", "peer", "peer_ms", "ratio"}
+        assert row["ours_ms"] > 0
+        assert (row["peer"] == "none") == (row["isa"] == "generic") == (row["ratio"] is None)
+    assert main([*argv, "--isa", "avx9"]) == 1
+    assert "--isa 'avx9' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
+def test_demo_upgrades_one_artifact(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--float-epochs", "1", "--epochs", "1", "--threads", "1"]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["bits"] for row in rows] == [1, 2, 3, 4]
+    total = sum(file.stat().st_size for file in (tmp_path / "digits.strata").iterdir())
+    assert rows[-1]["bytes_fetched"] == total == sum(row["bytes_added"] for row in rows)
+    for row in rows:
+        assert row["layers_differing_from_reference"] == 0
+        assert row["top1_agreement"] >= 0.95
+        assert row["latency_ms"] > 0
+    assert (tmp_path / "accuracy_vs_bytes.png").read_bytes().startswith(b"\x89PNG")
+    assert "one artifact, upgraded in place" in capsys.readouterr().out

@@ -1,0 +1,458 @@
+"""Derivation: constants against brute force in exact arithmetic, bounds and scales worked out by hand, failures."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from helpers_programs import PRECISIONS, conv, fill, layer, plain_program, pool, requant, rescale, residual_program
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitstrata_runtime import AffineInfo, Factors, Node, Program, ProgramError, Weights, derive, headroom, intervals
+from bitstrata_runtime.derive import resolve_map
+from bitstrata_runtime.plan import Add, Clip, Conv, Plan, Requant, SumPool
+from bitstrata_runtime.reference import ReferenceExecutor
+
+
+def values(plan: Plan) -> dict[str, object]:
+    return {value.name: value for value in plan.values}
+
+
+def one_layer(
+    codes: np.ndarray, gain: list[float], shift: list[float], *tail: Node, bits: int = 8, **fields
+) -> Program:
+    """Codes in, one 1x1 convolution "c" (weights = codes), a rescale "y", then the nodes of `tail`."""
+    out, channels = codes.shape
+    item = layer(
+        "l",
+        (out, channels, 1, 1),
+        planes=False,
+        precisions=(bits,),
+        input_range=fields.pop("input_range", {bits: (0, 255)}),
+        **fields,
+    )
+    nodes = (Node("x", "input"), conv("c", "x", "l"), rescale("y", "c", "a"), *tail)
+    return Program(
+        input_shape=(channels, 2, 2),
+        input_kind="codes",
+        nodes=nodes,
+        output=nodes[-1].name,
+        layers={"l": item},
+        affines={"a": AffineInfo("l", out)},
+        precisions=(bits,),
+        weights={"l": Weights(codes.astype(np.int8).reshape(out, channels, 1, 1), 8)},
+        factors={str(bits): Factors({"a": np.array([gain, shift], dtype=np.float64)}, {"l": 0.5})},
+    )
+
+
+# Requantization constants
+
+
+def brute_force(scale: float, offset: float, magnitude: int) -> tuple[int, int, int] | None:
+    """(M, B, s) of spec/numerics.md, section 3, in exact rational arithmetic."""
+    for s in range(62, -1, -1):
+        m, b = round(Fraction(scale) * 2**s), round(Fraction(offset) * 2**s) + (2**s // 2)
+        if abs(m) < 2**31 and magnitude * abs(m) + abs(b) < 2**63:
+            return m, b, s
+    return None
+
+
+reals = st.one_of(
+    st.floats(-4, 4),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.builds(lambda m, e: math.ldexp(m, e), st.integers(-(2**53), 2**53), st.integers(-120, 12)),
+    st.builds(lambda m, e: math.ldexp(m + 0.5, e), st.integers(-9, 9), st.integers(-62, 31)),  # ties
+    st.builds(lambda k, e: math.ldexp(1, 31 - e) * (1 + k * 2.0**-33), st.integers(-3, 3), st.integers(0, 62)),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(reals, reals, st.one_of(st.integers(0, 2**31 - 1), st.sampled_from([0, 1, 2**31 - 1])))
+def test_requant_constants_equal_brute_force(scale, offset, magnitude):
+    expected = brute_force(scale, offset, magnitude)
+    arguments = (np.array([scale]), np.array([offset]), np.array([magnitude]), "here")
+    if expected is None:
+        with pytest.raises(ProgramError, match="here: channel 0: no requantization constants"):
+            intervals.requant_constants(*arguments)
+    else:
+        found = intervals.requant_constants(*arguments)
+        assert (int(found.multiplier[0]), int(found.bias[0]), int(found.shift[0])) == expected
+        assert (found.multiplier.dtype, found.bias.dtype, found.shift.dtype) == (np.int32, np.int64, np.uint8)
+
+
+def test_requant_constants_of_many_channels_are_those_of_each():
+    rng = np.random.default_rng(0)
+    scale = rng.normal(size=300) * 2.0 ** rng.integers(-40, 20, 300)
+    offset = rng.normal(size=300) * 2.0 ** rng.integers(-20, 30, 300)
+    magnitude = rng.integers(0, 2**31, 300)
+    found = intervals.requant_constants(scale, offset, magnitude, "here")
+    together = zip(found.multiplier.tolist(), found.bias.tolist(), found.shift.tolist(), strict=True)
+    alone = [brute_force(*args) for args in zip(scale.tolist(), offset.tolist(), magnitude.tolist(), strict=True)]
+    assert list(together) == alone
+    assert {s for _, _, s in alone} > set(range(25, 55))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("which", [0, 1])
+def test_requant_constants_of_what_is_not_finite_do_not_exist(bad, which):
+    pair = [np.array([0.5, 0.5]), np.array([0.5, 0.5])]
+    pair[which][1] = bad
+    with pytest.raises(ProgramError, match="channel 1: no requantization constants"):
+        intervals.requant_constants(*pair, np.array([1, 1]), "here")
+
+
+def test_requant_of_a_program_has_the_constants_of_its_affines():
+    """Two affines on an accumulator, a clip and a range, worked out here step by step."""
+    program = plain_program()
+    plan = derive(program, 2)
+    op = next(op for op in plan.ops if op.name == "mid.in")
+    assert isinstance(op, Requant)
+    factors, source = program.factors["2"], values(plan)["stem.acc"]
+    gain, shift = factors.affine["stem.bn"]
+    step = factors.step["mid"]
+    lows, highs = channel_bounds(plan, "stem.acc")
+    for channel in range(7):
+        magnitude = max(-lows[channel], highs[channel])
+        expected = brute_force(gain[channel] / step, shift[channel] / step, magnitude)
+        assert (op.multiplier[channel], op.bias[channel], op.shift[channel]) == expected
+    assert (op.lo, op.hi) == (0, 3)
+    assert (source.lo, source.hi) == (min(lows), max(highs))
+
+
+def channel_bounds(plan: Plan, name: str) -> tuple[list[int], list[int]]:
+    """Section 2 for a convolution of the network's input, in Python integers."""
+    op = next(op for op in plan.ops if op.name == name)
+    source = plan.values[op.inputs[0]]
+    lows, highs = [], []
+    for kernel in op.codes:
+        weights = [op.mul * int(code) + op.add for code in kernel.ravel()]
+        lows.append(sum(min(w * source.lo, w * source.hi) for w in weights))
+        highs.append(sum(max(w * source.lo, w * source.hi) for w in weights))
+    return lows, highs
+
+
+# Bounds and scales, by hand
+
+
+def test_conv_bounds_by_hand():
+    program = one_layer(np.array([[3, -2], [-128, -1]]), [1e-4, 1e-4], [0, 0], input_range={8: (-4, 3)})
+    program.layers["l"] = replace(program.layers["l"], integer_form={8: (2, 1)})
+    plan = derive(program, 8)
+    # weights 7, -3 and -255, -1: [-28 - 9, 21 + 12] and [-765 - 3, 1020 + 4]
+    acc = values(plan)["c"]
+    assert (acc.lo, acc.hi, acc.dtype, acc.scale, acc.shape) == (-768, 1024, "i32", None, (2, 2, 2))
+    assert values(plan)["x"].dtype == "s8"
+    assert headroom(program, 8) == {"l": 21.0}
+
+
+def test_conv_bounds_are_reached():
+    rng = np.random.default_rng(1)
+    program = one_layer(rng.integers(-128, 128, (5, 9)), [1e-4] * 5, [0] * 5, input_range={8: (-100, 77)})
+    plan = derive(program, 8)
+    weights = program.weights["l"].codes[:, :, 0, 0].astype(int)
+    best = np.where(weights > 0, 77, -100)
+    inputs = np.concatenate([best, np.where(weights > 0, -100, 77)]).astype(np.int8)
+    acc = ReferenceExecutor(plan).run_all(np.broadcast_to(inputs[:, None, None, :], (10, 2, 2, 9)).copy())["c"]
+    assert (acc.min(), acc.max()) == (values(plan)["c"].lo, values(plan)["c"].hi)
+
+
+def test_grouped_conv_bounds_are_those_of_the_groups_channels():
+    codes = np.array([[1], [2], [3], [-4]]).reshape(4, 1, 1, 1)
+    low, high = np.array([0, -10]), np.array([5, 20])
+    found = intervals.conv(codes.astype(np.int8), 1, 0, 2, (low, high))
+    assert [end.tolist() for end in found] == [[0, 0, -30, -80], [5, 10, 60, 40]]
+
+
+@pytest.mark.parametrize(
+    ("gain", "shift", "expected"),
+    [
+        (2.0**-8, 0.0, 29),  # 255 * 2^-8 < 1: 2^30 * 255/256 would fit, 2^31 of it not; see the clause on f below
+        (0.0, 0.0, 30),
+        (0.0, 1.0, 30),
+        (0.0, 2.0 - 2.0**-20, 30),  # exactly 2^31 - 2^10
+        (0.0, 2.0 - 2.0**-21, 29),
+        (1.0, 0.0, 23),
+        (1.0, -255.0, 23),
+        (-1.0, -1.0, 22),  # down to -256
+        (8421504.0, 0.0, 0),  # 255 * 8421504 = 2147483520
+    ],
+)
+def test_rescale_takes_the_finest_scale_that_holds_its_values(gain, shift, expected):
+    value = values(derive(one_layer(np.array([[1]]), [gain], [shift]), 8))["y"] if expected else None
+    if value is None:
+        with pytest.raises(ProgramError, match=r"node 'y' \(rescale\): values up to .* do not fit 32-bit fixed point"):
+            derive(one_layer(np.array([[1]]), [gain], [shift]), 8)
+    else:
+        assert value.scale == 2.0 ** -min(expected, 30) or (gain, expected) == (2.0**-8, 29)
+
+
+def test_rescale_scale_follows_the_clip():
+    program = one_layer(np.array([[1]]), [1.0], [0.0])
+    clipped = replace(
+        program, nodes=(*program.nodes[:2], Node("y", "rescale", ("c",), {"affine": ["a"], "clip": [0, 6]}))
+    )
+    plan = derive(clipped, 8)
+    value, op = values(plan)["y"], plan.ops[-1]
+    assert value.scale == 2.0**-28
+    assert (op.lo, op.hi, value.lo, value.hi) == (0, 6 << 28, 0, 6 << 28)
+
+
+def test_rescale_of_a_clipped_gain_beyond_its_values():
+    """One unit of the input is more than the clip lets through: the multiplier bounds the scale."""
+    program = one_layer(np.array([[1]]), [5.0], [0.0])
+    node = Node("y", "rescale", ("c",), {"affine": ["a"], "clip": [0, 0.25]})
+    plan = derive(replace(program, nodes=(*program.nodes[:2], node)), 8)
+    value = values(plan)["y"]
+    assert value.scale == 2.0**-28
+    codes = np.array([0, 1, 2, 255], np.uint8).reshape(1, 2, 2, 1)
+    assert ReferenceExecutor(plan).run(codes).ravel().tolist() == [0, *[1 << 26] * 3]
+
+
+def test_add_aligns_to_the_finest_scale_that_holds_the_sum():
+    rows = np.array([[1]])
+    tail = (
+        rescale("small", "c", "b"),  # |value| <= 255/512: f = 30
+        Node("s", "add", ("y", "small")),  # 255 + 0.5: f = 23
+        Node("t", "add", ("small", "small")),  # below 1: f = 30, no finer than its inputs
+    )
+    program = one_layer(rows, [1.0], [0.0], *tail)
+    program.affines["b"] = AffineInfo("l", 1)
+    program.factors["8"].affine["b"] = np.array([[2.0**-9], [0.0]])
+    plan = derive(replace(program, output="s"), 8)
+    found, by_op = values(plan), {op.name: op for op in plan.ops}
+    assert (found["y"].scale, found["small"].scale) == (2.0**-23, 2.0**-30)
+    assert isinstance(by_op["s"], Add)
+    assert (by_op["s"].shift_a, by_op["s"].shift_b, found["s"].scale) == (0, 7, 2.0**-23)
+    assert (by_op["t"].shift_a, by_op["t"].shift_b, found["t"].scale) == (0, 0, 2.0**-30)
+    assert found["s"].hi == (255 << 23) + ((255 << 21) + 64 >> 7)
+    codes = np.array([0, 1, 3, 255], np.uint8).reshape(1, 2, 2, 1)
+    assert ReferenceExecutor(plan).run(codes).ravel().tolist() == [
+        (c << 23) + (((c << 21) + 64) >> 7) for c in (0, 1, 3, 255)
+    ]
+
+
+def test_average_pooling_keeps_the_divisor_in_the_scale():
+    tail = (Node("p", "avgpool", ("y",), {"kernel": [2, 2], "stride": [1, 1], "padding": [0, 0, 0, 1]}),)
+    plan = derive(one_layer(np.array([[1]]), [1.0], [0.0], *tail), 8)
+    op, source, value = plan.ops[-1], values(plan)["y"], values(plan)["p"]
+    assert isinstance(op, SumPool)
+    # 4 * 255 * 2^23 is just below 2^33, so one 32nd and one 33rd bit too many: t = 2
+    assert (op.shift, value.scale) == (2, source.scale * 4 / 4)
+    assert (value.lo, value.hi) == (0, 255 << 23)
+
+
+def test_pooling_by_a_divisor_that_is_no_power_of_two():
+    tail = (Node("p", "avgpool", ("y",), {"kernel": [1, 3], "stride": [1, 1], "padding": [0, 0, 1, 0]}),)
+    plan = derive(one_layer(np.array([[1]]), [1.0], [0.0], *tail), 8)
+    value = values(plan)["p"]
+    assert plan.ops[-1].shift == 2
+    assert value.scale == 2.0**-23 * 4 / 3
+
+
+def test_clip_rounds_its_bounds_to_the_scale():
+    tail = (Node("k", "clip", ("y",), {"clip": [0.1, None]}),)
+    plan = derive(one_layer(np.array([[1]]), [1.0], [0.0], *tail), 8)
+    op = plan.ops[-1]
+    assert isinstance(op, Clip)
+    assert (op.lo, op.hi) == (math.floor(0.1 * 2**23 + 0.5), 2**31 - 1)
+    assert values(plan)["k"].lo == op.lo
+
+
+def test_pad_joins_with_zero():
+    tail = (Node("p", "pad", ("y",), {"c": [1, 2], "h": [0, 1], "w": [1, 0]}),)
+    program = one_layer(np.array([[1]]), [1.0], [7.0], *tail, input_range={8: (1, 3)})
+    program.layers["l"] = replace(program.layers["l"], pad_code=(1,))
+    value = values(derive(program, 8))["p"]
+    assert (value.lo, value.hi, value.shape) == (0, 10 * 2**27, (3, 3, 4))
+
+
+# Precisions
+
+
+def test_resolve_map():
+    program = residual_program()
+    assert resolve_map(program, 4) == {"stem": 4, "block.conv": 4, "head": 4}
+    assert resolve_map(program, "mixed") == program.plans["mixed"]
+    given_map = {"head": 8, "stem": 2, "block.conv": 4}
+    assert list(resolve_map(program, given_map).items()) == [("stem", 2), ("block.conv", 4), ("head", 8)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        (3, r"precision: there is no 3; there are \(2, 4, 8\) and plans \['mixed'\]"),
+        (True, "there is no True"),
+        ("fast", r"no plan 'fast'; there are \['mixed'\]"),
+        ("2", "no plan '2'"),
+        ({"stem": 2}, r"missing \['block.conv', 'head'\], unknown \[\]"),
+        ({"stem": 2, "block.conv": 2, "head": 2, "tail": 2}, r"unknown \['tail'\]"),
+        ({"stem": 2, "block.conv": 5, "head": 2}, r"layer 'block.conv': no precision 5"),
+    ],
+)
+def test_unknown_precisions_are_errors(precision, message):
+    with pytest.raises(ProgramError, match=message):
+        derive(residual_program(), precision)
+
+
+def test_a_plan_uses_its_own_affines_and_a_map_does_not():
+    program = residual_program()
+    assert list(program.factors["mixed"].affine) == ["stem.scale"]
+    named, mapped = derive(program, "mixed"), derive(program, program.plans["mixed"])
+    changed = [a.name for a, b in zip(named.ops, mapped.ops, strict=True) if not same(a, b)]
+    program.factors["8"].affine["stem.scale"] = program.factors["mixed"].affine["stem.scale"]
+    again = derive(program, program.plans["mixed"])
+    assert "stream" in changed
+    assert all(same(a, b) for a, b in zip(named.ops, again.ops, strict=True))
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def test_a_map_takes_weights_ranges_and_steps_from_the_right_precisions():
+    program = residual_program()
+    plan = derive(program, {"stem": 8, "block.conv": 2, "head": 4})
+    ops = {op.name: op for op in plan.ops}
+    held = program.weights["block.conv"].codes
+    assert isinstance(ops["block.acc"], Conv)
+    np.testing.assert_array_equal(ops["block.acc"].codes, held >> 6)
+    assert (ops["block.acc"].mul, ops["block.acc"].add) == (2, 1)
+    assert (ops["block.in"].lo, ops["block.in"].hi) == (0, 3)
+    gain = program.factors["2"].affine["block.bn"][0, 0] * values(plan)["stream"].scale
+    ratio = gain / program.factors["2"].step["block.conv"]
+    assert ops["block.in"].multiplier[0] == round(ratio * 2.0 ** int(ops["block.in"].shift[0]))
+
+
+def test_fewer_planes_held_give_the_same_plan_until_they_run_out():
+    program = residual_program()
+    full = derive(program, 4)
+    held = program.weights["block.conv"]
+    program.weights["block.conv"] = Weights(held.codes >> 4, 4)
+    assert all(same(a, b) for a, b in zip(full.ops, derive(program, 4).ops, strict=True))
+    with pytest.raises(ProgramError, match="layer 'block.conv': precision 8 needs 8 bits .*, 4 are held"):
+        derive(program, 8)
+
+
+@pytest.mark.parametrize(("key", "precision", "message"), [("4", 4, "precision 4"), ("mixed", "mixed", "'mixed'")])
+def test_factors_that_are_not_held(key, precision, message):
+    program = residual_program()
+    del program.factors[key]
+    with pytest.raises(ProgramError, match=f"{message}.* not held"):
+        derive(program, precision)
+    derive(program, 2)
+
+
+def test_layers_that_share_codes_must_agree_on_their_range():
+    nodes = (
+        Node("x", "input"),
+        conv("a.acc", "x", "a"),
+        conv("b.acc", "x", "b"),
+        rescale("a.out", "a.acc", "a.s"),
+        rescale("b.out", "b.acc", "b.s"),
+        Node("y", "add", ("a.out", "b.out")),
+    )
+    ranges = {p: (0, 2**p - 1) for p in PRECISIONS}
+    layers = {name: layer(name, (2, 3, 1, 1), input_range=ranges) for name in "ab"}
+    affines = {"a.s": AffineInfo("a", 2), "b.s": AffineInfo("b", 2)}
+    program = fill(Program((3, 2, 2), "codes", nodes, "y", layers, affines, PRECISIONS, {}, {}), 0)
+    derive(program, 3)
+    with pytest.raises(ProgramError, match=r"node 'x': layers 'a' \(precision 2\) and 'b' \(precision 3\) share its"):
+        derive(program, {"a": 2, "b": 3})
+    layers["b"] = replace(layers["b"], input_range={**ranges, 4: (0, 14)})
+    with pytest.raises(ProgramError, match=r"input_range differ: \(0, 15\) and \(0, 14\)"):
+        derive(program, 1)
+
+
+# Failures
+
+
+@pytest.mark.parametrize(("channels", "fits"), [(255, True), (256, False)])
+def test_accumulator_overflow_is_found_to_the_channel(channels, fits):
+    """Weights 256 * 127 + 256 = 2^15, codes up to 255: 257 channels are the first beyond 2^31 - 1."""
+    program = one_layer(np.full((2, channels), 127), [1e-9] * 2, [0, 0])
+    program.weights["l"].codes[0] = 0
+    program.layers["l"] = replace(program.layers["l"], integer_form={8: (256, 256)}, input_range={8: (0, 255)})
+    program = replace(program, input_shape=(channels, 2, 2))
+    if fits:
+        assert values(derive(program, 8))["c"].hi == channels * 255 * 2**15 < 2**31
+        assert 0 < headroom(program, 8)["l"] < 0.02
+    else:
+        # 256 * 255 * 2^15 = 2^31 - 2^23 fits; one more input code does not
+        program.layers["l"] = replace(program.layers["l"], input_range={8: (0, 255)})
+        assert values(derive(program, 8))["c"].hi == 2**31 - 2**23
+        wide = one_layer(np.full((2, 258), 127), [1e-9] * 2, [0, 0])
+        wide.weights["l"].codes[0] = 0
+        wide.layers["l"] = replace(wide.layers["l"], integer_form={8: (256, 256)})
+        with pytest.raises(ProgramError, match=r"node 'c' \(conv\): accumulator overflow: layer 'l' .* channel 1"):
+            derive(wide, 8)
+
+
+def test_a_clip_outside_the_range_of_the_codes_is_an_error():
+    program = plain_program()
+    node = requant("mid.in", "stem.acc", "mid", "stem.bn", clip=(1e6, None))
+    nodes = tuple(node if item.name == node.name else item for item in program.nodes)
+    with pytest.raises(ProgramError, match=r"node 'mid.in' \(requant\): clip .* leaves no integer"):
+        derive(replace(program, nodes=nodes), 2)
+
+
+def test_pooling_zeros_away_is_an_error_not_a_scale_of_zero():
+    tail = []
+    for index in range(30):
+        source = tail[-1].name if tail else "y"
+        attrs = {"kernel": [16, 16], "stride": [1, 1], "padding": [8, 7, 8, 7]}
+        tail.append(Node(f"p{index}", "avgpool", (source,), attrs))
+    with pytest.raises(ProgramError, match="the scale of the result, .* is below"):
+        derive(one_layer(np.array([[1]]), [0.0], [0.0], *tail), 8)
+
+
+# Speed
+
+
+def resnet_like(widths: list[int], blocks: int) -> Program:
+    """A chain of residual stages with 3x3 convolutions, pixels in."""
+    layers, affines, nodes = {}, {}, [Node("x", "input")]
+    ranges = {p: (0, 255) for p in PRECISIONS}
+
+    def add(source: str, out: int, inner: int, kernel: int, first: bool = False, stride: int = 1) -> str:
+        name = f"l{len(layers)}"
+        layers[name] = layer(
+            name, (out, inner, kernel, kernel), planes=not first, input_range=ranges if first else None
+        )
+        affines[name] = AffineInfo(name, out)
+        codes = source
+        if not first:
+            nodes.append(requant(f"{name}.in", source, name, clip=(0.0, None)))
+            codes = f"{name}.in"
+        nodes.append(conv(f"{name}.acc", codes, name, stride=stride, padding=kernel // 2))
+        nodes.append(rescale(f"{name}.out", f"{name}.acc", name))
+        return f"{name}.out"
+
+    stream = add("x", widths[0], 3, 3, first=True)
+    inner = widths[0]
+    for width in widths:
+        for _ in range(blocks):
+            branch = add(add(stream, width, inner, 3), width, width, 3)
+            if width == inner:
+                nodes.append(Node(f"{branch}.sum", "add", (stream, branch)))
+                branch = f"{branch}.sum"
+            stream, inner = branch, width
+    nodes.append(pool("pooled", "avgpool", stream, 32, 32))
+    output = add("pooled", 10, inner, 1)
+    return fill(Program((3, 32, 32), "pixels", tuple(nodes), output, layers, affines, PRECISIONS, {}, {}), 0)
+
+
+@pytest.mark.parametrize(("widths", "blocks", "limit"), [([16, 32, 64], 3, 0.3), ([64, 128, 256, 512], 2, 3.0)])
+def test_derivation_is_fast(widths, blocks, limit):
+    """ResNet-20's and ResNet-18's sizes; twice the time that a device may take at load."""
+    program = resnet_like(widths, blocks)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        derive(program, 2)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < limit
