@@ -21,14 +21,20 @@ from bitstrata.cli.common import environment, write_json
 
 Clocked = Callable[[], float]  # one timed run, in seconds; what it prepares before is not in it
 
+_LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # of the last minute, before anything is run
 _PAUSE_S = 0.01  # between contestants, so that the thread pool of the last one is asleep when the next one starts
 _MOST_RUNS = 500
+_SHORT_S = 0.3  # a run that takes longer needs no warm-up: what another contestant evicted is a small part of it
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "BITSTRATA_ISA")  # environment variables
 _SIMD = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm")
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: `rounds` turns of every contestant, each of at least `turn_s` seconds (and one run)."""
+    """How long to measure: `rounds` turns of every contestant, each of at least `turn_s` seconds and one run.
+
+    With turn_s = 0 a turn is one run without a warm-up, for contestants that take long.
+    """
 
     rounds: int
     turn_s: float
@@ -41,6 +47,16 @@ class Times:
     median: float
     least: float
     largest: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was run, on our side."""
+
+    case: str
+    threads: int
+    isa: str
+    bits: str
 
 
 @dataclass(frozen=True)
@@ -62,12 +78,16 @@ class Row:
     extra: Mapping[str, Any]
 
     @classmethod
-    def of(cls, case: str, threads: int, isa: str, bits: str, ours: Times, peer: str, theirs: Times, **extra: Any) -> Row:
-        """A row from two measurements of one `interleave`; `extra` columns go to the result file."""
+    def of(cls, setting: Setting, times: Mapping[str, Times], ours: str, peer: str, **extra: Any) -> Row:
+        """A row from the times of the contestants `ours` and `peer`; `extra` columns go to the result file."""
+        o, p = times[ours], times[peer]
         return cls(
-            case, threads, isa, bits, ours.median, ours.least, ours.largest,
-            peer, theirs.median, theirs.least, theirs.largest, theirs.median / ours.median, extra,
-        )  # fmt: skip
+            *(setting.case, setting.threads, setting.isa, setting.bits),
+            *(o.median, o.least, o.largest),
+            *(peer, p.median, p.least, p.largest),
+            p.median / o.median,
+            extra,
+        )
 
     def columns(self) -> dict[str, Any]:
         """The row as it is written: `extra` is spread into columns of its own."""
@@ -123,41 +143,56 @@ def interleave(contestants: Mapping[str, Clocked], chosen: Effort) -> dict[str, 
     """Time the contestants in turns, forwards in even rounds and backwards in odd ones.
 
     A machine that slows down or is busy for a while then slows all of them. A turn is a pause, one run that is not
-    counted (it warms the caches and wakes the threads), and as many runs as fill the turn; its median is the result.
+    counted where runs are short (it warms the caches and wakes the threads), and as many runs as fill the turn; its
+    median is the result.
     """
-    runs: dict[str, int] = {}
+    estimates: dict[str, float] = {}
     for name, run in contestants.items():
         run()
-        runs[name] = min(_MOST_RUNS, max(1, math.ceil(chosen.turn_s / max(run(), 1e-7))))
+        estimates[name] = run() if chosen.turn_s else math.inf
     medians: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(chosen.rounds):
-        for name in sorted(contestants, key=list(contestants).index, reverse=bool(round_number % 2)):
+        for name in reversed(contestants) if round_number % 2 else contestants:
+            run, estimate = contestants[name], max(estimates[name], 1e-7)
             time.sleep(_PAUSE_S)
-            contestants[name]()
-            medians[name].append(statistics.median(contestants[name]() for _ in range(runs[name])) * 1e3)
+            if estimate < _SHORT_S:
+                run()
+            counted = min(_MOST_RUNS, max(1, math.ceil(chosen.turn_s / estimate)))
+            medians[name].append(statistics.median(run() for _ in range(counted)) * 1e3)
     return {name: Times(statistics.median(ms), min(ms), max(ms)) for name, ms in medians.items()}
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print one line for each thing of ours that was timed, with its ratio to every peer."""
-    grouped: dict[tuple[str, int], dict[tuple[str, str], list[Row]]] = {}
+    """Print the numbered peers of each case, then a line for each thing of ours with its ratio to every peer."""
+    cases: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        grouped.setdefault((row.case, row.threads), {}).setdefault((row.isa, row.bits), []).append(row)
-    for (case, threads), ours in grouped.items():
-        peers = {row.peer: row.peer_ms for group in ours.values() for row in group}
+        cases.setdefault((row.case, row.threads), []).append(row)
+    for (case, threads), group in cases.items():
         print(f"\n{case}, {threads} thread{'s' if threads > 1 else ''}")
-        for peer, peer_ms in peers.items():
-            print(f"    {peer_ms:10.3f} ms  {peer}")
-        for (isa, bits), group in ours.items():
-            first = group[0]
-            spread = f"{first.ours_ms_min:.3f} to {first.ours_ms_max:.3f}"
-            print(f"    {first.ours_ms:10.3f} ms  ours, {isa}, {bits} bits ({spread}); ratio to")
-            print("".join(f"{'':18}{row.ratio:8.2f}  {row.peer}\n" for row in group), end="")
+        peers = {row.peer: row for row in group}
+        for number, row in enumerate(peers.values(), 1):
+            print(f"  [{number}] {row.peer:34} {_shown(row.peer_ms, row.peer_ms_min, row.peer_ms_max)}")
+        ours: dict[tuple[str, str], list[Row]] = {}
+        for row in group:
+            ours.setdefault((row.isa, row.bits), []).append(row)
+        numbered = "".join(f"{f'to [{number}]':>9}" for number in range(1, len(peers) + 1))
+        print(f"{'':74}ratio{numbered}")
+        for (isa, bits), same in ours.items():
+            ratios = {row.peer: f"{row.ratio:9.3g}" for row in same}
+            first = same[0]
+            shown = _shown(first.ours_ms, first.ours_ms_min, first.ours_ms_max)
+            print(f"      {f'ours, {isa}, bits {bits}':34} {shown:38}" + "".join(ratios.get(p, " " * 9) for p in peers))
+
+
+def _shown(median: float, least: float, largest: float) -> str:
+    return f"{median:10.3f} ms ({least:.3f} to {largest:.3f})"
 
 
 def finish(arguments: argparse.Namespace, rows: Sequence[Row], packages: Sequence[str], **notes: Any) -> None:
     """Print the rows, and write the result file if one is asked for."""
     report(rows)
+    if _LOAD is not None and _LOAD > 0.5:
+        print(f"\nOther programs were running (load average {_LOAD:.1f} at the start): these ratios are not reliable.")
     if arguments.json is not None:
         machine = machine_record(packages)
         write_json(arguments.json, {**machine, **notes, "rows": [row.columns() for row in rows]})
@@ -171,8 +206,8 @@ def machine_record(packages: Sequence[str]) -> dict[str, Any]:
     record["uncommitted_changes"] = _uncommitted()
     record["instruction_sets"] = _instruction_sets()
     record["usable_cores"] = usable_cores()
-    record["load_average"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    record["limits"] = {name: value for name, value in os.environ.items() if name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")}
+    record["load_average_at_start"] = _LOAD
+    record["limits"] = {name: os.environ[name] for name in _LIMITS if name in os.environ}
     return record
 
 

@@ -62,6 +62,7 @@ def calibration(case: Case) -> list[Tensor]:
 
 def float_network(case: Case) -> nn.Module:
     """Random weights, and batch-normalization statistics of the calibration inputs; in evaluation mode."""
+    torch.set_num_threads(1)  # nothing here is timed, and several threads are slow on a machine that is busy
     torch.manual_seed(0)
     model = bs.zoo.create(case.network, classes=10, **dict(case.options)).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -78,6 +79,7 @@ def float_network(case: Case) -> nn.Module:
 
 def program(case: Case, model: nn.Module) -> Program:
     """The integer program of a copy of `model`, quantized by the strata recipe for 1 to 4 bits and calibrated."""
+    torch.set_num_threads(1)
     model = copy.deepcopy(model).train()
     example = calibration(case)[0][:1]
     bs.quantize_(model, bs.recipes.strata(w=BITS), example, input=bs.Pixels(MEAN, STD))

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from _common import version_of
 from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from _common import version_of
 
 PACKAGES = ("onnx", "onnxruntime", "openvino", "safetensors")
 
@@ -50,8 +49,9 @@ class OnnxFiles:
 
 
 def limit_isa(name: str) -> None:
-    """Keep oneDNN, in OpenVINO and torch, to an instruction set; effective only before either has run anything."""
+    """Keep OpenVINO's and torch's kernels to an instruction set; effective only before either has run anything."""
     os.environ["ONEDNN_MAX_CPU_ISA"] = name.upper()
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
 
 
 def missing() -> list[str]:
@@ -59,7 +59,7 @@ def missing() -> list[str]:
     lacking = [name for name in ("onnx", "onnxruntime") if version_of(name) is None]
     lines = []
     if lacking:
-        lines.append(f"ONNX Runtime int8, ONNX Runtime float32, OpenVINO int8 left out: {', '.join(lacking)} not installed")
+        lines.append(f"ONNX Runtime int8 and float32, OpenVINO int8 left out: not installed: {', '.join(lacking)}")
     elif version_of("openvino") is None:
         lines.append("OpenVINO int8 left out: openvino not installed")
     return lines
@@ -180,7 +180,7 @@ def _torch(model: nn.Module, x: Tensor, threads: int) -> Peer:
         with torch.inference_mode():
             return model(x).numpy()
 
-    return Peer("torch float32, eager, channels last", run, 1e-3, torch.backends.cpu.get_cpu_capability())
+    return Peer("torch float32, eager, channels last", run, 1e-3, f"torch {torch.backends.cpu.get_cpu_capability()}")
 
 
 def _with_batch(path: Path, batch: int) -> bytes:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _common import Effort, Row, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
+from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
 from _networks import BITS, CASES, Case, calibration, float_network, normalized, pixels, program
 from _peers import PACKAGES, OnnxFiles, build, check, export, have_onnx, limit_isa, missing
 from numpy.typing import NDArray
@@ -23,6 +25,20 @@ from torch import nn
 import bitstrata_runtime as runtime
 
 QUICK, FULL = Effort(rounds=3, turn_s=0.01), Effort(rounds=7, turn_s=0.05)
+
+Sessions = dict[tuple[str, int], runtime.Session]  # (instruction set, bits) -> session
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network in all the forms that are run."""
+
+    case: Case
+    model: nn.Module
+    integers: runtime.Program
+    files: OnnxFiles | None
+    images: NDArray[np.uint8]  # a batch is the first of them
+    expected: dict[int, NDArray[np.int32]]  # bits -> the reference executor's logits of the first and the last image
 
 
 def main() -> None:
@@ -35,103 +51,81 @@ def main() -> None:
         print(line)
     rows: list[Row] = []
     for name in arguments.networks:
-        rows += _network(CASES[name], arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            rows += _measured(_subject(CASES[name], Path(folder), arguments), arguments)
     finish(arguments, rows, PACKAGES, engine_isas=list(runtime.available_isas()), missing_peers=lacking)
 
 
-def _network(case: Case, arguments: argparse.Namespace) -> list[Row]:
+def _subject(case: Case, folder: Path, arguments: argparse.Namespace) -> Subject:
     with step(f"{case.name}: float network and integer program"):
         model = float_network(case)
         integers = program(case, model)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = None
-        if have_onnx():
-            with step(f"{case.name}: ONNX export and 8-bit quantization"):
-                files = export(model, calibration(case), Path(folder))
-        with step(f"{case.name}: reference executor"):
-            images = pixels(case, max(arguments.batches))
-            expected = {bits: _reference(integers, bits, images) for bits in arguments.bits}
-        for threads in arguments.threads:
-            sessions = _sessions(integers, threads, arguments)
-            for batch in arguments.batches:
-                with step(f"{case.name}: batch {batch}, {threads} threads"):
-                    _verify(sessions, expected, images, batch)
-                    rows += _group(case, model, files, sessions, images[:batch], threads, arguments)
-    return rows
+    with step(f"{case.name}: ONNX export and 8-bit quantization"):
+        files = export(model, calibration(case), folder) if have_onnx() else None
+    images = pixels(case, max(arguments.batches))
+    with step(f"{case.name}: reference executor"):
+        expected = {
+            bits: runtime.Session.from_program(integers, bits, executor="reference").run_raw(images[[0, -1]])
+            for bits in arguments.bits
+        }
+    return Subject(case, model, integers, files, images, expected)
 
 
-def _sessions(
-    integers: runtime.Program, threads: int, arguments: argparse.Namespace
-) -> dict[tuple[str, int], runtime.Session]:
-    return {
-        (isa, bits): runtime.Session.from_program(integers, bits, executor="engine", isa=isa, threads=threads)
-        for isa in arguments.isas
-        for bits in arguments.bits
-    }
+def _measured(subject: Subject, arguments: argparse.Namespace) -> Iterator[Row]:
+    for threads in arguments.threads:
+        sessions = {
+            (isa, bits): runtime.Session.from_program(
+                subject.integers, bits, executor="engine", isa=isa, threads=threads
+            )
+            for isa in arguments.isas
+            for bits in arguments.bits
+        }
+        for batch in arguments.batches:
+            with step(f"{subject.case.name}: batch {batch}, {threads} threads"):
+                _verify(subject, sessions, batch)
+                yield from _group(subject, sessions, batch, threads, effort(arguments, QUICK, FULL))
 
 
-def _reference(integers: runtime.Program, bits: int, images: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Logits of the first and the last image by the normative executor."""
-    return runtime.Session.from_program(integers, bits, executor="reference").run_raw(images[[0, -1]])
-
-
-def _verify(
-    sessions: dict[tuple[str, int], runtime.Session],
-    expected: dict[int, NDArray[np.int32]],
-    images: NDArray[np.uint8],
-    batch: int,
-) -> None:
-    """SystemExit unless every session gives the reference's integers, in a run of the batch that is timed."""
-    ends = (images[:batch], images[len(images) - batch :])
+def _verify(subject: Subject, sessions: Sessions, batch: int) -> None:
+    """SystemExit unless every session gives the reference's integers, in runs of the batch that is timed."""
+    first, last = subject.images[:batch], subject.images[-batch:]
     for (isa, bits), session in sessions.items():
-        found = np.stack([session.run_raw(ends[0])[0], session.run_raw(ends[1])[-1]])
-        if not np.array_equal(found, expected[bits]):
+        found = np.stack([session.run_raw(first)[0], session.run_raw(last)[-1]])
+        if not np.array_equal(found, subject.expected[bits]):
             raise SystemExit(f"{isa}, {bits} bits, batch {batch}: the logits differ from the reference executor's")
 
 
-def _group(
-    case: Case,
-    model: nn.Module,
-    files: OnnxFiles | None,
-    sessions: dict[tuple[str, int], runtime.Session],
-    images: NDArray[np.uint8],
-    threads: int,
-    arguments: argparse.Namespace,
-) -> list[Row]:
-    """All that is timed in turns: one network, batch and thread count."""
-    x = normalized(images)
-    peers = build(model, files, x, threads)
-    distances = check(peers, model, x)
+def _group(subject: Subject, sessions: Sessions, batch: int, threads: int, chosen: Effort) -> Iterator[Row]:
+    """Time in turns all that runs one network at one batch and thread count."""
+    images = subject.images[:batch]
+    peers = build(subject.model, subject.files, normalized(images), threads)
+    distances = check(peers, subject.model, normalized(images))
     contestants = {f"{isa} {bits}": clock(_run(session, images)) for (isa, bits), session in sessions.items()}
-    contestants |= {peer.name: clock(peer.run) for peer in peers}
-    times = interleave(contestants, effort(arguments, QUICK, FULL))
-    shape = "x".join(map(str, case.shape))
-    return [
-        Row.of(
-            f"{case.name} {shape} batch {len(images)}", threads, isa, str(bits), times[f"{isa} {bits}"],
-            peer.name, times[peer.name], peer_kernels=peer.kernels, peer_distance=distances[peer.name],
-        )
-        for isa, bits in sessions
-        for peer in peers
-    ]  # fmt: skip
+    times = interleave(contestants | {peer.name: clock(peer.run) for peer in peers}, chosen)
+    case = f"{subject.case.name} {'x'.join(map(str, subject.case.shape))} batch {batch}"
+    for isa, bits in sessions:
+        for peer in peers:
+            setting, extra = Setting(case, threads, isa, str(bits)), {"peer_kernels": peer.kernels}
+            yield Row.of(setting, times, f"{isa} {bits}", peer.name, **extra, peer_distance=distances[peer.name])
 
 
-def _run(session: runtime.Session, images: NDArray[np.uint8]):  # noqa: ANN202
+def _run(session: runtime.Session, images: NDArray[np.uint8]) -> Callable[[], object]:
     return lambda: session.run_raw(images)
 
 
 def _arguments() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--networks", type=names, help=f"default all: {','.join(CASES)}; with --quick resnet20")
-    made.add_argument("--batches", type=numbers, default=(1, 16))
+    made.add_argument("--batches", type=numbers, default=(1, 16), help="default 1,16")
     made.add_argument("--threads", type=numbers, help="default 1,2 as far as there are cores; with --quick 1")
     made.add_argument("--bits", type=numbers, help="default 1,2,3,4; with --quick 1,4")
     made.add_argument("--isas", type=names, help="of the engine, default all that this machine has")
     made.add_argument(
-        "--peer-isa", choices=("any", "avx2", "avx2_vnni"), default="any",
+        "--peer-isa",
+        choices=("any", "avx2", "avx2_vnni"),
+        default="any",
         help="limit OpenVINO and torch to an instruction set (ONNX Runtime has no such switch)",
-    )  # fmt: skip
+    )
     arguments = made.parse_args()
     available = runtime.available_isas()
     if not available:

@@ -23,7 +23,10 @@ class ConvOp final : public Op {
         row_bytes_(kernel.staged_row_bytes(shape)),
         packed_(kernel.packed_bytes(shape)) {
     kernel_.pack(shape_, p.codes, p.pad_code, packed_.data());
-    if (linear_) shape_.in_h = shape_.out_h = kMaxExtent;
+    if (linear_) {
+      shape_.in_h = shape_.out_h = kMaxExtent;
+      shape_.stride_h = 1;  // a stride means nothing on a 1x1 map, but would skip images
+    }
   }
 
   int phases() const override { return 2; }

@@ -44,7 +44,8 @@ class Guarded {
 // Numbers that repeat from run to run.
 class Random {
  public:
-  explicit Random(uint64_t seed) : state_(seed * 2654435761u + 1) {}
+  // saturate: every number is the upper end point.
+  explicit Random(uint64_t seed, bool saturate = false) : state_(seed * 2654435761u + 1), saturate_(saturate) {}
   uint64_t bits() {
     state_ ^= state_ << 13;
     state_ ^= state_ >> 7;
@@ -53,6 +54,7 @@ class Random {
   }
   // In lo..hi; an end point every third time, where kernels overflow and saturate.
   int64_t in(int64_t lo, int64_t hi) {
+    if (saturate_) return hi;
     const uint64_t r = bits() >> 8;
     if (r % 3 == 0) return r & 16 ? lo : hi;
     return lo + static_cast<int64_t>((bits() >> 8) % (static_cast<uint64_t>(hi - lo) + 1));
@@ -60,6 +62,7 @@ class Random {
 
  private:
   uint64_t state_;
+  bool saturate_;
 };
 
 inline int failures = 0;

@@ -23,8 +23,9 @@ std::string describe(const ConvShape& s) {
   return text;
 }
 
-void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edge, uint64_t seed) {
-  Random random(seed);
+void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edge, uint64_t seed,
+                bool saturate = false) {
+  Random random(seed, saturate);
   s.input_dtype = range.dtype, s.input_lo = range.lo, s.input_hi = range.hi;
   s.code_lo = -(1 << (bits - 1)), s.code_hi = (1 << (bits - 1)) - 1;
   const int64_t in_group = s.group_in(), in_count = s.in_h * s.in_w * s.in_c;
@@ -79,13 +80,27 @@ ConvShape conv_shape(int64_t h, int64_t w, int64_t in, int64_t out, int64_t grou
   return s;
 }
 
+// The largest inputs and weights throughout: sums in few bits are driven to the bound that was proved for them.
+void test_saturation(const Kernels& row, const Range& range, int bits) {
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    Random random(seed);
+    const int64_t in = random.in(60, 70), out = random.in(1, 9);
+    for (int32_t sign : {1, -1}) {
+      ConvShape s = conv_shape(4, 4, in, out, 1, random);
+      s.mul *= sign;
+      check_conv(row, s, range, bits, Edge::end, seed, true);
+    }
+  }
+}
+
 void test_convs(const Kernels& row) {
   const Range ranges[] = {
       {DType::u8, 0, 255}, {DType::u8, 0, 15}, {DType::u8, 0, 1}, {DType::s8, -8, 7}, {DType::s8, -128, 127}};
   const int64_t extents[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33};
   uint64_t seed = 0;
   for (const Range& range : ranges)
-    for (int bits : {1, 2, 4, 8})
+    for (int bits : {1, 2, 3, 4, 5, 6, 7, 8}) {
+      test_saturation(row, range, bits);
       for (int64_t n : extents) {
         Random random(++seed);
         const Edge edge = seed % 2 == 0 ? Edge::end : Edge::begin;
@@ -97,6 +112,7 @@ void test_convs(const Kernels& row) {
         check_conv(row, conv_shape(3, m, 1, 1, n, random), range, bits, edge, seed);
         check_conv(row, conv_shape(3, m, 2, n, 3, random), range, bits, edge, seed);
       }
+    }
 }
 
 int64_t read(DType t, const void* p, int64_t i) {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,141 +14,224 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitstrata_runtime import available_isas
-from bitstrata_runtime.plan import Plan
+from bitstrata_runtime.derive import Precision
+from bitstrata_runtime.plan import Conv, Plan
 from bitstrata_runtime.program import Program
 from bitstrata_runtime.session import Session
 
+from .lowering.factors import weight_codes
+from .lowering.rounding import rounding_bounds
 from .lowering.trace import double_copy
 from .nn.layers import QuantizedLayer
 from .prepare.precision import precision, quantized_layers
 from .quantizers.base import Quantizer
 from .quantizers.pixels import PixelInput
 
+Label = int | str  # a precision; a plan's name; "map" for a per-layer map
+
 
 @dataclass(frozen=True)
 class VerifyRow:
-    """One layer's input at one precision.
+    """One layer's input, or the output, at one precision.
 
-    differing: codes in which program and fake-quantized model differ, of `codes`; `distance`: the largest distance of such a code's
-    real value to the threshold that separates the two codes, in code steps; `tolerance`: what fixed-point rounding upstream explains.
+    layer: the layer that reads the codes, or "" for the output. sources: the layers whose accumulators it was computed
+    from. differing: integers, of `count`, that are not the model's real number rounded. distance: for codes, how far
+    that number is from rounding to the program's code, at most, in steps; for the output, how far it is from the
+    program's integer, in units of the fixed point. tolerance: what rounding since the sources explains.
     """
 
-    precision: int
+    precision: Label
     layer: str
-    codes: int
+    sources: tuple[str, ...]
+    count: int
     differing: int
     distance: float
     tolerance: float
 
     @property
     def explained(self) -> bool:
+        """Whether rounding explains the difference."""
         return self.distance <= self.tolerance
+
+    @property
+    def place(self) -> str:
+        """The compared value in words."""
+        what = f"the input of {self.layer!r}" if self.layer else "the output"
+        return what + (f", computed from {', '.join(map(repr, self.sources))}" if self.sources else "")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A value whose integers differ between engine and reference. difference: the largest."""
+
+    precision: Label
+    isa: str
+    value: str
+    differing: int
+    difference: int
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """What `verify` found; `str()` lays it out.
 
-    rows: layers in execution order, precision by precision. mismatches: (precision, instruction set, value, integers
-    that differ, largest difference) between engine and reference. logit_error: precision -> largest difference of logits, each layer fed the
-    program's codes. top1_agreement: precision -> share of inputs classified alike when the fake model (float64) runs on its own.
+    rows: inputs of layers in execution order and the output, precision by precision. mismatches: engine against
+    reference. weights: (precision, layer, codes that differ from the model's). logit_error: precision -> largest
+    difference of logits, each layer fed the program's codes. top1_agreement: precision -> share of inputs classified
+    alike when the float64 model runs on its own.
     """
 
     images: int
-    rows: tuple[VerifyRow, ...]
-    mismatches: tuple[tuple[int, str, str, int, int], ...]
     isas: tuple[str, ...]
-    logit_error: dict[int, float]
-    top1_agreement: dict[int, float]
+    rows: tuple[VerifyRow, ...] = ()
+    mismatches: tuple[Mismatch, ...] = ()
+    weights: tuple[tuple[Label, str, int], ...] = ()
+    logit_error: dict[Label, float] = field(default_factory=dict)
+    top1_agreement: dict[Label, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Engine equals reference everywhere, and every differing code is explained by rounding at its threshold."""
-        return not self.mismatches and all(row.explained for row in self.rows)
+        """Weights are the model's, the engine equals the reference, and rounding explains every other difference."""
+        return not self.mismatches and not self.weights and all(row.explained for row in self.rows)
 
     @property
     def first_difference(self) -> str:
-        """The first layer at which something differs, and by how much; or "none"."""
+        """Where the first difference is, and how large; or "none"."""
+        if self.weights:
+            label, layer, count = self.weights[0]
+            return f"program and model differ at precision {label} in {count} weight codes of {layer!r}"
         if self.mismatches:
-            p, isa, value, count, largest = self.mismatches[0]
-            return f"engine ({isa}) and reference differ at precision {p} in {value!r}: {count} integers, by up to {largest}"
+            m = self.mismatches[0]
+            return (
+                f"engine ({m.isa}) and reference differ at precision {m.precision} in {m.value!r}: {m.differing} "
+                f"integers, by up to {m.difference}"
+            )
         bad = next((row for row in self.rows if not row.explained), None)
         if bad is not None:
             return (
-                f"program and model differ at precision {bad.precision} in the input of {bad.layer!r}: {bad.differing} of "
-                f"{bad.codes} codes, up to {bad.distance:.3g} code steps from the threshold (rounding explains {bad.tolerance:.3g})"
+                f"program and model differ at precision {bad.precision} in {bad.place}: {bad.differing} of {bad.count} "
+                f"integers, by up to {bad.distance:.3g} steps (rounding explains {bad.tolerance:.3g})"
             )
-        near = next((row for row in self.rows if row.differing), None)
+        near = next((row for row in self.rows if row.layer and row.differing), None)
         if near is None:
             return "none"
         return (
-            f"none beyond rounding; first at precision {near.precision} in the input of {near.layer!r}: {near.differing} of "
-            f"{near.codes} codes, at most {near.distance:.3g} code steps from their threshold"
+            f"none beyond rounding; first at precision {near.precision} in {near.place}: {near.differing} of "
+            f"{near.count} integers, by at most {near.distance:.3g} steps (rounding explains {near.tolerance:.3g})"
         )
 
     def __str__(self) -> str:
         lines = [f"verified {self.images} inputs; engine: {', '.join(self.isas) or 'not built'}"]
-        for p, error in self.logit_error.items():
-            mine = [row for row in self.rows if row.precision == p]
-            total, differing = sum(r.codes for r in mine), sum(r.differing for r in mine)
-            worst = max((r.distance for r in mine), default=0.0)
-            wrong = sum(1 for m in self.mismatches if m[0] == p)
+        for label, error in self.logit_error.items():
+            codes = [row for row in self.rows if row.precision == label and row.layer]
+            total, differing = sum(row.count for row in codes), sum(row.differing for row in codes)
+            worst = max((row.distance for row in codes), default=0.0)
+            wrong = sum(1 for m in self.mismatches if m.precision == label)
             lines.append(
-                f"precision {p}: {differing} of {total:,} codes differ from the model (largest distance {worst:.2g} steps), "
-                f"logits within {error:.2g}, same class {self.top1_agreement[p]:.2%}, engine values unequal to reference: {wrong}"
+                f"precision {label}: {differing} of {total:,} codes differ from the model (at most {worst:.2g} steps "
+                f"from their threshold), logits within {error:.2g}, same class {self.top1_agreement[label]:.2%}, "
+                f"engine values unequal to the reference's: {wrong}"
             )
         lines.append(f"first difference: {self.first_difference}")
         return "\n".join(lines)
 
 
 def verify(
-    model: nn.Module, program: Program, data: Tensor | NDArray[Any], *, isas: Sequence[str] | None = None
+    model: nn.Module,
+    program: Program,
+    data: Tensor | NDArray[Any],
+    *,
+    at: Sequence[Precision] | None = None,
+    isas: Sequence[str] | None = None,
 ) -> VerifyReport:
     """Compare model, reference executor and engine on `data`, layer by layer, at every precision.
 
-    The model is evaluated in float64 and each layer is fed the program's own input codes, so that a code that differs is
-    this layer's doing and not an earlier one's. Engine and reference must agree in every integer of every value.
+    The model is evaluated in float64 and each layer is fed the program's own input codes, so that a code that differs
+    is the doing of the layers just before and not of earlier ones. A code may differ only where the model's real number
+    is so near to a rounding threshold that the fixed-point roundings since then explain it. Engine and reference must
+    agree in every integer of every value, weight codes with the model's in every one.
 
     Args:
         model: the quantized model that `program` was lowered from; unchanged.
         program: from `lower`, or read from an artifact with all precisions.
         data: uint8 pixels (N, C, H, W) for a program on pixels; else real inputs as the model takes them.
+        at: precisions, plans or per-layer maps to verify; every precision by default. A plan needs the model with its
+            normalizations re-estimated (`lowering.reestimated`).
         isas: instruction sets of the engine to check; all available by default.
 
     Raises:
         ValueError: data of the wrong dtype or shape, or a layer the model does not have.
     """
-    x = data.numpy() if isinstance(data, Tensor) else np.asarray(data)
-    pixels = program.input_kind == "pixels"
-    if pixels and x.dtype != np.uint8:
-        raise ValueError(f"verify: the program reads pixels: data must be uint8 (N, C, H, W), got {x.dtype} {x.shape}")
+    x = data.detach().cpu().numpy() if isinstance(data, Tensor) else np.asarray(data)
+    _check_data(program, x)
     twin = double_copy(model)
-    layers = quantized_layers(twin)
-    missing = sorted(set(program.layers) - set(layers))
+    missing = sorted(set(program.layers) - set(quantized_layers(twin)))
     if missing:
         raise ValueError(
             f"verify: the model has no quantized layer {missing[0]!r}; is it the one this program was lowered from?"
         )
-    real = _normalised(twin, program, x) if pixels else torch.as_tensor(x).double()
     checked = tuple(available_isas() if isas is None else isas)
-    rows: list[VerifyRow] = []
-    mismatches: list[tuple[int, str, str, int, int]] = []
-    errors, agreement = {}, {}
-    for p in program.precisions:
-        reference = Session.from_program(program, p, executor="reference")
-        values = reference.run_all(x, floats=not pixels)
-        for isa in checked:
-            engine = Session.from_program(program, p, executor="engine", isa=isa)
-            mismatches += _unequal(p, isa, values, engine.run_all(x, floats=not pixels))
-        with precision(twin, p), torch.no_grad():
-            own = twin(real)
-            logits, found = _forced(twin, layers, program, reference.plan, values, real)
-        rows += [VerifyRow(p, *row) for row in found]
-        scale = reference.plan.values[reference.plan.output].scale
-        ours = _as_model(values[program.output], logits).double() * float(scale or 1.0)
-        errors[p] = float((ours - logits).abs().max())
-        agreement[p] = float((ours.flatten(1).argmax(1) == own.flatten(1).argmax(1)).double().mean())
-    return VerifyReport(len(x), tuple(rows), tuple(mismatches), checked, errors, agreement)
+    findings = [_compare(twin, program, x, choice, checked) for choice in (program.precisions if at is None else at)]
+    return VerifyReport(
+        images=len(x),
+        isas=checked,
+        rows=tuple(row for f in findings for row in f.rows),
+        mismatches=tuple(m for f in findings for m in f.mismatches),
+        weights=tuple(w for f in findings for w in f.weights),
+        logit_error={f.label: f.logit_error for f in findings},
+        top1_agreement={f.label: f.top1_agreement for f in findings},
+    )
+
+
+def _check_data(program: Program, x: NDArray[Any]) -> None:
+    pixels = program.input_kind == "pixels"
+    if pixels and x.dtype != np.uint8:
+        raise ValueError(f"verify: the program reads pixels: data must be uint8 (N, C, H, W), got {x.dtype} {x.shape}")
+    if not pixels and not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(
+            f"verify: the program reads real numbers: data must be floating point, got {x.dtype} {x.shape}"
+        )
+    if not len(x) or x[0].size != np.prod(program.input_shape) or (pixels and x.shape[1:] != program.input_shape):
+        raise ValueError(f"verify: the program takes (N, {str(program.input_shape)[1:]}, got data of shape {x.shape}")
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """The comparison at one precision."""
+
+    label: Label
+    rows: list[VerifyRow]
+    mismatches: list[Mismatch]
+    weights: list[tuple[Label, str, int]]
+    logit_error: float
+    top1_agreement: float
+
+
+def _compare(twin: nn.Module, program: Program, x: NDArray[Any], choice: Precision, isas: tuple[str, ...]) -> _Finding:
+    label = "map" if isinstance(choice, Mapping) else choice
+    floats = program.input_kind != "pixels"
+    images = x.reshape(len(x), *program.input_shape)
+    reference = Session.from_program(program, choice, executor="reference")
+    values = reference.run_all(images, floats=floats)
+    mismatches = []
+    for isa in isas:
+        engine = Session.from_program(program, choice, executor="engine", isa=isa)
+        mismatches += _unequal(label, isa, values, engine.run_all(images, floats=floats))
+    real = torch.as_tensor(x).double() if floats else _normalised(twin, program, x)
+    with precision(twin, reference.precision_map), torch.no_grad():
+        own = twin(real)
+        weights = [(label, *found) for found in _weights(twin, reference.plan)]
+        rows: list[VerifyRow] = []
+        with _fed(twin, program, reference.plan, values, lambda *row: rows.append(VerifyRow(label, *row))):
+            theirs = twin(real)
+    unit = float(reference.plan.values[reference.plan.output].scale or 1.0)
+    ours = _as_model(values[program.output], theirs).double()
+    distance = (ours - theirs / unit).abs()
+    sources, bound = _sources(program)[program.output], rounding_bounds(reference.plan)[program.output]
+    differing = int((distance > 0.5).sum())
+    rows.append(VerifyRow(label, "", sources, ours.numel(), differing, float(distance.max()), bound))
+    same = ours.flatten(1).argmax(1) == own.flatten(1).argmax(1)
+    return _Finding(label, rows, mismatches, weights, float(distance.max()) * unit, float(same.double().mean()))
 
 
 def _normalised(model: nn.Module, program: Program, x: NDArray[np.uint8]) -> Tensor:
@@ -158,39 +242,48 @@ def _normalised(model: nn.Module, program: Program, x: NDArray[np.uint8]) -> Ten
 
 
 def _unequal(
-    p: int, isa: str, reference: dict[str, NDArray[Any]], engine: dict[str, NDArray[Any]]
-) -> list[tuple[int, str, str, int, int]]:
+    label: Label, isa: str, reference: Mapping[str, NDArray[Any]], engine: Mapping[str, NDArray[Any]]
+) -> list[Mismatch]:
     found = []
     for name, expected in reference.items():
         difference = np.abs(expected.astype(np.int64) - engine[name].astype(np.int64))
         if difference.any():
-            found.append((p, isa, name, int(np.count_nonzero(difference)), int(difference.max())))
+            found.append(Mismatch(label, isa, name, int(np.count_nonzero(difference)), int(difference.max())))
     return found
 
 
-def _forced(
+def _weights(model: nn.Module, plan: Plan) -> list[tuple[str, int]]:
+    """Layers whose weight codes in the plan are not the model's, with their number."""
+    layers = quantized_layers(model)
+    found = {
+        op.layer: int(np.count_nonzero(weight_codes(layers[op.layer]) != op.codes))
+        for op in plan.ops
+        if isinstance(op, Conv)
+    }
+    return [(layer, count) for layer, count in found.items() if count]
+
+
+@contextmanager
+def _fed(
     model: nn.Module,
-    layers: dict[str, QuantizedLayer],
     program: Program,
     plan: Plan,
-    values: dict[str, NDArray[Any]],
-    real: Tensor,
-) -> tuple[Tensor, list[tuple[str, int, int, float, float]]]:
-    """Run the model with every layer's input codes replaced by the program's; note where its own codes differ."""
-    sources: dict[str, list[str]] = defaultdict(list)
+    values: Mapping[str, NDArray[Any]],
+    note: Callable[[str, tuple[str, ...], int, int, float, float], None],
+) -> Iterator[None]:
+    """Every layer's input codes replaced by the program's; `note` is told where the model's own codes differ."""
+    read: dict[str, list[str]] = defaultdict(list)  # layer -> values it reads, in execution order
     for node in program.nodes:
         if node.op == "conv":
-            sources[str(node.attrs["layer"])].append(node.inputs[0])
-    rounding = _rounding(program, plan)
-    calls: dict[str, int] = defaultdict(int)
-    rows: list[tuple[str, int, int, float, float]] = []
+            read[str(node.attrs["layer"])].append(node.inputs[0])
+    sources, bounds = _sources(program), rounding_bounds(plan)
 
-    def hook(name: str) -> Any:
+    def hook(layer: str) -> Any:
+        waiting = iter(read[layer])
+
         def replace(quantizer: Quantizer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            value = sources[name][calls[name]]
-            calls[name] += 1
-            ours = _as_model(values[value], output)
-            theirs = quantizer.codes(args[0])
+            value = next(waiting)
+            ours, theirs = _as_model(values[value], output), quantizer.codes(args[0])
             grid = quantizer.grid(args[0]) if isinstance(quantizer, PixelInput) else quantizer.grid()
             wrong = ours != theirs
             distance = 0.0
@@ -198,52 +291,34 @@ def _forced(
                 position = args[0] / grid.scale - grid.offset
                 border = torch.where(ours > theirs, ours - 0.5, ours + 0.5)
                 distance = float((position - border)[wrong].abs().max())
-            rows.append((name, ours.numel(), int(wrong.sum()), distance, rounding.get(value, 0.0)))
+            note(layer, sources[value], ours.numel(), int(wrong.sum()), distance, bounds[value])
             return grid.dequantize(ours)
 
         return replace
 
-    handles = [
-        layer.act_quant.register_forward_hook(hook(name))
-        for name, layer in layers.items()
-        if layer.act_quant is not None and name in sources
-    ]
+    layers: dict[str, QuantizedLayer] = quantized_layers(model)
+    handles = [q.register_forward_hook(hook(name)) for name in read if (q := layers[name].act_quant) is not None]
     try:
-        return model(real), rows
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _rounding(program: Program, plan: Plan) -> dict[str, float]:
-    """Code value -> how many code steps rounding in fixed point and in the requantization constants can move it.
-
-    Each fixed-point node upstream rounds by at most one unit of a scale no coarser than the last one's.
-    """
-    named = {value.name: value for value in plan.values}
-    nodes = {node.name: node for node in program.nodes}
-    slack = 2.0**-20  # requantization constants carry about 31 bits
-    result = {}
-    for node in program.nodes:
-        if node.op != "requant":
+def _sources(program: Program) -> dict[str, tuple[str, ...]]:
+    """Value -> the layers from whose accumulators it is computed without further codes in between, in order."""
+    result: dict[str, tuple[str, ...]] = {}
+    for node in program.nodes:  # only convolutions read codes that were made, so the walk back ends there
+        if node.op == "conv":
+            result[node.name] = (str(node.attrs["layer"]),)
             continue
-        scale = named[node.inputs[0]].scale
-        result[node.name] = slack
-        if scale is not None:
-            steps = {key: factor.step.get(str(node.attrs["to"])) for key, factor in program.factors.items()}
-            step = min(s for s in steps.values() if s)
-            gains = [
-                np.abs(f.affine[a][0]).max()
-                for f in program.factors.values()
-                for a in node.attrs["affine"]
-                if a in f.affine
-            ]
-            fixed = sum(1 for n in nodes.values() if n.op in ("rescale", "add", "clip", "avgpool"))
-            result[node.name] = slack + fixed * float(scale) / step * float(max(gains, default=1.0))
+        result[node.name] = tuple(dict.fromkeys(layer for name in node.inputs for layer in result[name]))
     return result
 
 
 def _as_model(codes: NDArray[Any], like: Tensor) -> Tensor:
     """(N, H, W, C) integers in the layout of a model tensor: (N, C, H, W), (N, C, L) or (N, C)."""
-    tensor = torch.as_tensor(codes.astype(np.int32)).permute(0, 3, 1, 2)
-    return tensor.reshape(like.shape)
+    rows = np.ascontiguousarray(
+        codes.transpose(0, 3, 1, 2), dtype=np.int32
+    )  # contiguous, so that a model can view() it
+    return torch.as_tensor(rows).reshape(like.shape)

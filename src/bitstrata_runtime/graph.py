@@ -95,18 +95,25 @@ def _check_ends(program: Program, infos: dict[str, ValueInfo]) -> dict[str, Valu
     entries = [node.name for node in program.nodes if node.op == "input"]
     if len(entries) != 1:
         raise ProgramError(f"program: must have exactly one 'input' node, has {len(entries)}: {entries}")
+    readers = code_readers(program, infos)
+    first_layers = readers.get(entries[0], [])
+    if not first_layers:
+        raise ProgramError(f"node {entries[0]!r} (input): no conv reads it, so its codes have no grid")
     if program.output not in infos:
         raise ProgramError(f"program: output {program.output!r} is not the name of a node")
     if infos[program.output].kind != "fixed":
         raise ProgramError(
             f"program: output {program.output!r} is of kind {infos[program.output].kind!r}, must be 'fixed'"
         )
-    readers = code_readers(program, infos)
-    first_layers = readers.get(entries[0], [])
-    if not first_layers:
-        raise ProgramError(f"node {entries[0]!r} (input): no conv reads it, so its codes have no grid")
     for name in first_layers:
         _check_first_layer(program, program.layers[name])
+    for origin, names in readers.items():
+        offset = next((name for name in names if any(program.layers[name].input_offset)), None)
+        if origin != entries[0] and offset is not None:
+            raise ProgramError(
+                f"node {origin!r}: its codes are on the grid of layer {offset!r}, which has an input_offset of "
+                f"{program.layers[offset].input_offset}; only the network's input may have one"
+            )
     for precision in program.precisions:
         check_readers(program, readers, dict.fromkeys(program.layers, precision))
     return {
@@ -231,10 +238,6 @@ def _check_affines(program: Program, node: Node, source: ValueInfo) -> None:
 
 def _requant(program: Program, node: Node, sources: tuple[ValueInfo, ...]) -> ValueInfo:
     layer = _layer(program, node, "to")
-    if any(layer.input_offset):
-        raise node_error(
-            node, f"layer {layer.name!r} has input_offset {layer.input_offset}; only the network's input may have one"
-        )
     _check_affines(program, node, sources[0])
     clip_bounds(node)
     return ValueInfo(sources[0].shape, "code", layer=layer.name, origin=node.name)

@@ -120,17 +120,20 @@ def requant_constants(
 def _at_shift(
     scale: NDArray[np.float64], offset: NDArray[np.float64], magnitude: NDArray[np.int64], shift: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """M, B and whether they fit, at one shift. All comparisons are exact: none of the int64 operations can overflow."""
-    half = (1 << shift) >> 1
+    """M, B and whether they fit, at one shift. Every comparison is exact."""
+    half, limit = (1 << shift) >> 1, np.iinfo(np.int64).max
     with np.errstate(over="ignore", invalid="ignore"):
         real_m, real_b = np.rint(np.ldexp(scale, shift)), np.rint(np.ldexp(offset, shift))
-        fits = (np.abs(real_m) < 2.0**31) & (np.abs(real_b) < 2.0**63)  # false for NaN and infinity
+        # Below -2^63 float64 is a multiple of 2^11: adding half first is exact wherever the sum comes back into range.
+        below = real_b < -(2.0**63)
+        real_b = np.where(below, real_b + half, real_b)
+        fits = (np.abs(real_m) < 2.0**31) & (real_b >= -(2.0**63)) & (real_b < 2.0**63)  # false for NaN
     multiplier = np.where(fits, real_m, 0.0).astype(np.int64)
     bias = np.where(fits, real_b, 0.0).astype(np.int64)
-    limit = np.iinfo(np.int64).max
-    fits &= bias <= limit - half
-    bias = np.where(fits, bias, 0) + half
-    return multiplier, bias, fits & (np.abs(bias) <= limit - magnitude * np.abs(multiplier))
+    half_left = np.where(below, 0, half)
+    fits &= bias <= limit - half_left
+    bias = np.where(fits, bias + half_left, 0)
+    return multiplier, bias, fits & (bias >= -limit) & (np.abs(bias) <= limit - magnitude * np.abs(multiplier))
 
 
 def fraction_bits(bound: float, where: str) -> int:

@@ -86,9 +86,16 @@ def _check_layer(layer: Layer, precisions: tuple[int, ...]) -> None:
     for precision in precisions:
         _integer(layer.weight_bits[precision], 1, layer.source_bits, f"{where}: weight_bits[{precision}]")
         form = f"{where}: integer_form[{precision}]"
-        mul, _ = _integers(layer.integer_form[precision], 2, -MAX_FACTOR, MAX_FACTOR, form)
+        mul, add = _integers(layer.integer_form[precision], 2, -MAX_FACTOR, MAX_FACTOR, form)
         _integer(mul, 1, MAX_FACTOR, f"{form}, mul")
+        _check_integer_weights(mul, add, layer.weight_bits[precision], form)
         _check_range(layer, precision)
+
+
+def _check_integer_weights(mul: int, add: int, bits: int, form: str) -> None:
+    low, high = add - (mul << (bits - 1)), add + mul * ((1 << (bits - 1)) - 1)
+    if low < -(1 << 15) or high >= 1 << 15:
+        raise ProgramError(f"{form} = {(mul, add)}: integer weights of {bits} bits reach [{low}, {high}], beyond int16")
 
 
 def _check_range(layer: Layer, precision: int) -> None:

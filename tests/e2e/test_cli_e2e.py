@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ from safetensors.torch import save_file
 
 import bitstrata as bs
 import bitstrata_runtime as runtime
-from bitstrata.cli import main
+from bitstrata.cli import loading, main
+from bitstrata.cli.loading import first_images
 from bitstrata.train import Trainer
 from bitstrata.train.metrics import read
 
-TRAIN = (
+TRAIN = shlex.split(
     "train --data digits --model digits_cnn --bits 1,2,4 --float-epochs 2 --epochs 1 --lr 0.05 --batch-size 32 "
     "--train-limit 256 --test-limit 60 --calibration-batches 1 --verify-images 4 --checkpoint-every 3 --threads 1"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 def digits_test(count: int = 60) -> bs.data.Dataset:
-    return bs.cli.loading.first_images(bs.data.load("digits", None, "test"), count)
+    return first_images(bs.data.load("digits", None, "test"), count)
 
 
 def test_results_hold_a_row_a_precision(run_dir):
@@ -189,7 +191,10 @@ def test_bench_writes_rows_with_an_honest_peer(run_dir, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
-def test_demo_upgrades_one_artifact(tmp_path, capsys):
+def test_demo_upgrades_one_artifact(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        loading, "load_data", lambda name, root, split: first_images(bs.data.load(name, root, split), 96)
+    )
     assert main(["demo", "--out", str(tmp_path), "--float-epochs", "1", "--epochs", "1", "--threads", "1"]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["bits"] for row in rows] == [1, 2, 3, 4]

@@ -118,15 +118,15 @@ def test_recipes_lists_and_prints(capsys):
 
 
 BLOCKED = """
-import sys
+import importlib.util, sys
+NAMES = ("torch", "sklearn", "matplotlib", "PIL")
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "sklearn", "matplotlib", "PIL"):
+        if name.split(".")[0] in NAMES:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
-import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
+importlib.util.find_spec = lambda name, package=None: None if name in NAMES else find(name, package)
 from bitstrata.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -132,13 +132,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     size = [row["bytes_fetched"] / 1024 for row in rows]
     accuracy = [100 * row["engine_accuracy"] for row in rows]
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.axhline(100 * rows[0]["float_accuracy"], color="0.45", linestyle="--", linewidth=1.2, label="float network")
-    axes.plot(size, accuracy, color="#1f6f8b", marker="o", markersize=7, linewidth=1.8, label="integer engine")
+    axes.axhline(
+        100 * rows[0]["float_accuracy"], color="0.45", linestyle="--", linewidth=1.2, zorder=1, label="float network"
+    )
+    axes.plot(
+        size, accuracy, color="#1f6f8b", marker="o", markersize=7, linewidth=1.8, zorder=3, label="integer engine"
+    )
     for x, y, row in zip(size, accuracy, rows, strict=True):
         name = f"{row['bits']} bit" + ("s" if row["bits"] > 1 else "")
-        axes.annotate(
-            f"{name}\n{y:.1f} %", (x, y), (0, -14), textcoords="offset points", ha="center", va="top", fontsize=9
-        )
+        place: dict[str, Any] = {"xytext": (7, -7), "textcoords": "offset points", "ha": "left", "va": "top"}
+        paper = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+        axes.annotate(f"{name}\n{y:.1f} %", (x, y), fontsize=9, bbox=paper, zorder=2, **place)
     axes.set_xlabel("bytes read from the artifact (KiB)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title("One network, upgraded bit-plane by bit-plane (handwritten digits)", fontsize=11)

@@ -3,7 +3,8 @@
 from .errors import LowerError
 from .factors import program_factors
 from .lower import lower
+from .plans import add_plan, reestimated
 from .report import program_summary
 from .write import pack
 
-__all__ = ["LowerError", "lower", "pack", "program_factors", "program_summary"]
+__all__ = ["LowerError", "add_plan", "lower", "pack", "program_factors", "program_summary", "reestimated"]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from bitstrata_runtime.derive import derive
 from bitstrata_runtime.errors import ProgramError
 from bitstrata_runtime.graph import validate
-from bitstrata_runtime.program import AffineInfo, Layer, Program, Weights
+from bitstrata_runtime.program import AffineInfo, Factors, Layer, Program, Weights
 
 from ..nn.layers import QuantizedLayer
 from ..prepare.precision import precision
 from ..quantizers.pixels import PixelInput
 from .errors import LowerError
-from .factors import input_grid, integer_form, program_factors, shape4, weight_codes
+from .factors import input_grid, integer_form, program_factors, weight_codes
 from .ops import Context
 
 FRACTION_BITS = 20  # below this many, rounding of the residual stream was seen to change predictions
@@ -39,13 +42,18 @@ def assemble(ctx: Context, model: nn.Module, served: tuple[int, ...], shape: Sha
         LowerError: the input's grid is not one, or a grid has no integer form.
     """
     pixels = _input_is_pixels(ctx)
-    factors, layers, weights = {}, {}, {}
+    factors: dict[str, Factors] = {}
+    grids: dict[str, dict[int, _Grids]] = {name: {} for name in ctx.layers}
     with torch.no_grad():
         for p in served:
             with precision(model, p):
                 factors[str(p)] = program_factors(ctx.layers, ctx.folded, ctx.standalone)
-        for name, layer in ctx.layers.items():
-            layers[name], weights[name] = _layer_record(model, name, layer, served, shape)
+                for name, layer in ctx.layers.items():
+                    grids[name][p] = _grids(name, layer)
+    layers, weights = {}, {}
+    for name, layer in ctx.layers.items():
+        weights[name] = _source_codes(name, grids[name])
+        layers[name] = _record(name, layer, grids[name], weights[name], shape[0])
     affines = {name: AffineInfo(name, int(layer.weight.shape[0])) for name, layer in ctx.layers.items()}
     for name, norm in ctx.standalone.items():
         if norm.owner not in layers:
@@ -79,45 +87,53 @@ def _input_is_pixels(ctx: Context) -> bool:
     return kinds == {True}
 
 
-def _layer_record(
-    model: nn.Module, name: str, layer: QuantizedLayer, served: tuple[int, ...], input_shape: Shape
-) -> tuple[Layer, Weights]:
-    widths = layer.weight_quant.bits
-    with precision(model, max(served, key=lambda p: widths[p])):
-        source_bits, source = layer.weight_quant.width, weight_codes(layer)
-    forms, ranges = {}, {}
-    for p in served:
-        with precision(model, p):
-            forms[p] = integer_form(layer.weight_quant.grid().offset, name)
-            if not np.array_equal(weight_codes(layer), source >> (source_bits - widths[p])):
-                raise LowerError(
-                    f"lower: the {widths[p]}-bit codes of {name!r} are not the upper bits of its {source_bits}-bit "
-                    "codes"
-                )
-            assert layer.act_quant is not None
-            grid = layer.act_quant.grid()
-            ranges[p] = (grid.lo, grid.hi)
+@dataclass(frozen=True)
+class _Grids:
+    """What one layer's quantizers say at one precision."""
+
+    width: int
+    codes: NDArray[np.int8]
+    form: tuple[int, int]
+    input_range: tuple[int, int]
+
+
+def _grids(name: str, layer: QuantizedLayer) -> _Grids:
+    assert layer.act_quant is not None
+    grid = layer.act_quant.grid()
+    form = integer_form(layer.weight_quant.grid().offset, name)
+    return _Grids(layer.weight_quant.width, weight_codes(layer), form, (grid.lo, grid.hi))
+
+
+def _source_codes(name: str, grids: Mapping[int, _Grids]) -> Weights:
+    """The widest codes, of which all others must be the upper bits."""
+    source = max(grids.values(), key=lambda grid: grid.width)
+    for grid in grids.values():
+        if not np.array_equal(grid.codes, source.codes >> (source.width - grid.width)):
+            raise LowerError(
+                f"lower: the {grid.width}-bit codes of {name!r} are not the upper bits of its {source.width}-bit codes"
+            )
+    return Weights(source.codes, source.width)
+
+
+def _record(
+    name: str, layer: QuantizedLayer, grids: Mapping[int, _Grids], weights: Weights, input_channels: int
+) -> Layer:
     linear = isinstance(layer, nn.Linear)
     pixels = layer.act_quant if isinstance(layer.act_quant, PixelInput) else None
-    record = Layer(
+    out, per_group, height, width = weights.codes.shape
+    return Layer(
         name=name,
         kind="linear" if linear else "conv",
-        shape=_four(shape4(source).shape),
-        source_bits=source_bits,
+        shape=(out, per_group, height, width),
+        source_bits=weights.bits,
         planes=not layer.edge,
-        weight_bits={p: widths[p] for p in served},
-        integer_form=forms,
-        input_range=ranges,
+        weight_bits={p: grid.width for p, grid in grids.items()},
+        integer_form={p: grid.form for p, grid in grids.items()},
+        input_range={p: grid.input_range for p, grid in grids.items()},
         pad_code=pixels.pad_codes if pixels and not linear else (0,),
-        input_offset=_a_channel(input_grid(layer)[1], input_shape[0]),
+        input_offset=_a_channel(input_grid(layer)[1], input_channels),
         grid=type(layer.weight_quant).__name__,
     )
-    return record, Weights(source, source_bits)
-
-
-def _four(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    out, per_group, height, width = (int(n) for n in shape)
-    return out, per_group, height, width
 
 
 def _a_channel(offset: tuple[float, ...], channels: int) -> tuple[float, ...]:

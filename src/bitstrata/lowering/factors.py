@@ -23,7 +23,9 @@ def norm_affine(norm: nn.Module, name: str) -> tuple[Array, Array]:
     """Multiplier and addend, float64 (C,), of the batch normalization `name`, which needs running statistics."""
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
     if norm.running_mean is None or norm.running_var is None:
-        raise LowerError(f"lower: batch normalization {name!r} has no running statistics to fold; use track_running_stats=True")
+        raise LowerError(
+            f"lower: batch normalization {name!r} has no running statistics to fold; use track_running_stats=True"
+        )
     var, mean = norm.running_var.double(), norm.running_mean.double()
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach().double()
     beta = torch.zeros_like(var) if norm.bias is None else norm.bias.detach().double()

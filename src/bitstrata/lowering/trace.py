@@ -93,8 +93,9 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise LowerError(f"lower: {kind} does not run on an input of shape {shape}: {_first_line(error)}") from error
     if isinstance(expected, Tensor) and not torch.allclose(found, expected, equal_nan=True):
         raise LowerError(
-            f"lower: the traced graph of {kind} computes something else than the model: either an in-place operation such "
-            "as += changes a tensor that is used again (write y = y + x), or the forward is random in evaluation mode"
+            f"lower: the traced graph of {kind} computes something else than the model: either an in-place operation "
+            "such as += changes a tensor that is used again (write y = y + x), or the forward is random in evaluation "
+            "mode"
         )
     return Traced(twin, graph, recorder.values)
 

@@ -164,8 +164,8 @@ class ActivationQuantizer(Quantizer):
             )
         if not self.signed and bool((x < 0).any()):
             warnings.warn(
-                f"{type(self).__name__}: inputs below zero meet an unsigned grid, which cuts them: the example given to "
-                "quantize_ showed none; give it an example drawn from the data",
+                f"{type(self).__name__}: inputs below zero meet an unsigned grid, which cuts them: the example given "
+                "to quantize_ showed none; give it an example drawn from the data",
                 stacklevel=2,
             )
         self.statistic[slot] = current
@@ -195,7 +195,7 @@ class ActivationQuantizer(Quantizer):
         if not self._is_initialized():
             raise RuntimeError(
                 f"{type(self).__name__}: no step size at precision {self.precision}: run bitstrata.calibrate_(model, "
-                "batches), or a training batch, at this precision first"
+                "batches), or a training batch, at this precision first; an all-zero batch does not count"
             )
 
     def precision_parameters(self) -> dict[int, list[nn.Parameter]]:

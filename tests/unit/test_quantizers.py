@@ -1,0 +1,480 @@
+"""The quantizer contract, for every registered quantizer: a newly registered one is tested without a line here."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bitstrata.functional import rectified_step
+from bitstrata.quantizers import Grid, Quantizer, build, describe, names, register
+from bitstrata.quantizers.base import ActivationQuantizer, WeightQuantizer
+from bitstrata.quantizers.pixels import PixelInput
+
+ROLES = ("weight", "activation", "input")
+ALL = [(role, name) for role in ROLES for name in names(role)]
+WIDTHS = ({1: 1, 2: 2, 3: 3, 4: 4}, {2: 2, 8: 8}, {1: 4, 3: 4}, {1: 8, 2: 8}, {5: 5})
+DTYPES = (torch.float32, torch.float64)
+
+
+def grid_of(quantizer: Quantizer, x: Tensor) -> Grid:
+    return quantizer.grid(x) if isinstance(quantizer, PixelInput) else quantizer.grid()
+
+
+def sample(role: str, signed: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Normal values, a zero, values far outside, and multiples of 1/8 (ties for many steps)."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    flat = x.view(-1)
+    flat[:9] = torch.tensor([0.0, 0.125, 0.25, 0.375, 0.5, 1.0, -0.25, 40.0, -40.0], dtype=torch.float64)
+    return (x if signed else x.clamp_min(0)).to(dtype)
+
+
+def make(role: str, name: str, bits: dict[int, int], *, channels: int | None = None, signed: bool = True) -> Quantizer:
+    return build(name, role, {}, bits=bits, **({"channels": channels} if role == "weight" else {"signed": signed}))
+
+
+def widths_of(role: str, name: str) -> list[dict[int, int]]:
+    """Those of `WIDTHS` that the quantizer's own limits allow."""
+
+    def allowed(bits: dict[int, int]) -> bool:
+        try:
+            make(role, name, bits)
+        except ValueError:
+            return False
+        return True
+
+    return [bits for bits in WIDTHS if allowed(bits)]
+
+
+CASES = [(role, name, bits) for role, name in ALL for bits in widths_of(role, name)]
+
+
+def ready(quantizer: Quantizer, x: Tensor, dtype: torch.dtype) -> Quantizer:
+    """Initialised at every precision, with steps that are no round numbers."""
+    quantizer.to(dtype)
+    for p in quantizer.bits:
+        quantizer.precision = p
+        if isinstance(quantizer, WeightQuantizer | ActivationQuantizer):
+            quantizer.init_(x)
+    with torch.no_grad():
+        for i, parameter in enumerate(quantizer.parameters()):
+            parameter.mul_(1.0 + 0.0137 * (i + 1))
+    return quantizer
+
+
+def check_contract(quantizer: Quantizer, x: Tensor) -> None:
+    for p, width in quantizer.bits.items():
+        quantizer.precision = p
+        codes, grid = quantizer.codes(x), grid_of(quantizer, x)
+        value = quantizer(x)
+        assert codes.dtype == torch.int32
+        assert codes.shape == value.shape == x.shape
+        assert value.dtype == x.dtype
+        assert int(codes.min()) >= grid.lo
+        assert int(codes.max()) <= grid.hi
+        assert grid.hi - grid.lo == 2**width - 1
+        expected = grid.dequantize(codes)
+        assert expected.dtype == x.dtype
+        assert torch.equal(value, expected)
+
+
+def test_every_quantizer_is_among_the_cases():
+    assert {(role, name) for role, name, _ in CASES} == set(ALL)
+    assert {("weight", "nested"), ("weight", "lsq"), ("activation", "uniq"), ("input", "pixels")} <= set(ALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("role", "name", "bits"), CASES)
+def test_forward_is_the_grid_of_the_codes(role, name, signed, bits, dtype):
+    x = sample(role, signed, (2, 3, 4, 5), dtype)
+    check_contract(ready(make(role, name, bits, signed=signed), x, dtype), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 10), (6, 2, 5), (6, 2, 3, 3), (1, 12)], ids=str)
+@pytest.mark.parametrize(("name", "bits"), [(name, bits) for role, name, bits in CASES if role == "weight"])
+def test_channel_contract(name, bits, shape, dtype):
+    x = sample("weight", True, shape, dtype)
+    quantizer = ready(make("weight", name, bits, channels=shape[0]), x, dtype)
+    check_contract(quantizer, x)
+    assert quantizer.grid().scale.numel() == shape[0]
+
+
+@pytest.mark.parametrize("name", names("weight"))
+def test_channels_are_quantized_by_themselves(name):
+    x = sample("weight", True, (4, 9), torch.float64)
+    both = make("weight", name, {4: 4}, channels=4).double()
+    both.init_(x)
+    for row in range(4):
+        alone = make("weight", name, {4: 4}).double()
+        alone.init_(x[row : row + 1])
+        assert torch.equal(alone(x[row : row + 1])[0], both(x)[row])
+
+
+@pytest.mark.parametrize("channels", [None, 5])
+@pytest.mark.parametrize("name", names("weight"))
+def test_all_zero_weights(name, channels):
+    x = torch.zeros(5, 4)
+    quantizer = make("weight", name, {2: 2, 4: 4} if describe(name, "weight").cls.nested else {4: 4}, channels=channels)
+    quantizer.init_(x)
+    check_contract(quantizer, x)
+    assert float(quantizer(x).detach().abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", names("weight"))
+def test_weights_that_are_all_alike(name):
+    """An averaging filter has no deviation, but a magnitude."""
+    x = torch.full((2, 9), 1 / 9)
+    quantizer = make("weight", name, {4: 4})
+    quantizer.init_(x)
+    torch.testing.assert_close(quantizer(x), x, rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("name", names("weight"))
+def test_weight_gradients_are_finite_and_reach_every_parameter(name):
+    nested = describe(name, "weight").cls.nested
+    quantizer = make("weight", name, {1: 1, 4: 4} if nested else {4: 4}, channels=6)
+    x = sample("weight", True, (6, 8), torch.float32).requires_grad_()
+    quantizer.init_(x)
+    for p in quantizer.bits:
+        quantizer.precision = p
+        quantizer(x).square().sum().backward()
+    for tensor in (x, *quantizer.parameters()):
+        assert tensor.grad.shape == tensor.shape
+        assert bool(torch.isfinite(tensor.grad).all())
+        assert float(tensor.grad.abs().sum()) > 0
+
+
+@given(
+    values=st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=30),
+    source=st.integers(2, 8),
+    step=st.floats(0.015625, 1.0, width=32),
+    name=st.sampled_from([n for n in names("weight") if describe(n, "weight").cls.nested]),
+)
+@settings(max_examples=150, deadline=None)
+def test_nested_codes_are_the_upper_bits(values, source, step, name):
+    quantizer = build(name, "weight", {}, bits={b: b for b in range(1, source + 1)})
+    with torch.no_grad():
+        quantizer.step.fill_(step)
+    x = torch.tensor([*values, 0.0, step, -step, 2 * step])
+    wider = None
+    for bits in range(source, 0, -1):
+        quantizer.precision = bits
+        codes = quantizer.codes(x)
+        if wider is not None:
+            assert torch.equal(codes, torch.div(wider, 2, rounding_mode="floor"))
+        wider = codes
+
+
+@pytest.mark.parametrize(("role", "name", "bits"), CASES)
+def test_state_dict_round_trip(role, name, bits):
+    x = sample(role, False, (4, 10), torch.float32)
+    quantizer = ready(make(role, name, bits, signed=False), x, torch.float32)
+    twin = make(role, name, bits, signed=False)
+    twin.load_state_dict(copy.deepcopy(quantizer.state_dict()), strict=True)
+    twin.eval()
+    for p in bits:
+        quantizer.precision = twin.precision = p
+        assert torch.equal(twin(x), quantizer(x))
+    assert twin.state_dict().keys() == quantizer.state_dict().keys()
+
+
+@pytest.mark.parametrize(("role", "name"), ALL)
+def test_records_and_documentation(role, name):
+    record = describe(name, role)
+    assert (record.name, record.role) == (name, role)
+    assert record.description
+    assert "Source" in record.cls.__doc__ or role == "input"
+    assert re.search(r"value\w* =", record.cls.__doc__)
+
+
+@pytest.mark.parametrize(("role", "name"), ALL)
+def test_unknown_options_are_named(role, name):
+    options = ", ".join(describe(name, role).options) or "none"
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the whole text is compared below)
+        build(name, role, {"sharpness": 2, "blur": 1}, bits={2: 2})
+    assert str(caught.value) == f"{role} quantizer {name!r} has no option 'blur', 'sharpness'; it has: {options}"
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ValueError, match=r"no weight quantizer named 'nestd'; there are: lsq, nested.*did you mean 'nes"):
+        describe("nestd", "weight")
+    with pytest.raises(ValueError, match=r"no activation quantizer named 'zzzz'; there are: [a-z, ]*$"):
+        describe("zzzz", "activation")
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match=r"register: a weight quantizer named 'lsq' exists: LSQWeight"):
+        register("lsq", "weight", "again")(Quantizer)
+
+
+@pytest.mark.parametrize(("role", "name"), ALL)
+def test_bits_are_checked(role, name):
+    cls = describe(name, role).cls.__name__
+    with pytest.raises(ValueError, match=rf"{cls}: bits must name at least one precision"):
+        build(name, role, {}, bits={})
+    if role != "input":  # pixels are 8 bits at every precision
+        with pytest.raises(ValueError, match=rf"{cls}: bits must be 1..8, got 9 at precision 3"):
+            build(name, role, {}, bits={3: 9})
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"NestedSymmetric: scales must be 'free' or 'tied', got 'loose'"):
+        build("nested", "weight", {"scales": "loose"}, bits={2: 2})
+    with pytest.raises(ValueError, match=r"LSQWeight: one width for all precisions, got \[2, 3\]"):
+        build("lsq", "weight", {}, bits={2: 2, 3: 3})
+    with pytest.raises(ValueError, match=r"LSQWeight: undefined at 1 bit \(the largest code is 0\)"):
+        build("lsq", "weight", {}, bits={1: 1})
+    for name, cls in (("lsq", "LSQActivation"), ("uniq", "UniqActivation")):
+        with pytest.raises(ValueError, match=rf"{cls}: numel must be 'sample' or 'batch', got 'pixel'"):
+            build(name, "activation", {"numel": "pixel"}, bits={2: 2})
+
+
+# ---- initial steps
+
+
+def test_lsq_weight_init():
+    quantizer = build("lsq", "weight", {}, bits={2: 2}).double()
+    quantizer.init_(torch.tensor([-3, -0.9, -0.4, 0.1, 0.3, 0.8, 1.4], dtype=torch.float64))
+    assert quantizer.step.item() == pytest.approx(1.97142857, abs=1e-8)
+
+
+def test_nested_init_is_uniqs_constant_times_the_deviation():
+    w = torch.tensor([0.3, -0.1, 0.5, -0.7, 0.2, 0.0], dtype=torch.float64)
+    for bits, step in ((2, 0.41612874), (1, 0.66692205)):
+        quantizer = build("nested", "weight", {"scales": "tied"}, bits={bits: bits}).double()
+        quantizer.init_(w)
+        assert quantizer.step.item() == pytest.approx(step, rel=2e-4)
+
+
+def test_nested_ratios_minimise_the_squared_error():
+    x = sample("weight", True, (400,), torch.float64).clamp(-3, 3)
+    quantizer = build("nested", "weight", {}, bits={1: 1, 2: 2, 4: 4}).double()
+    quantizer.init_(x)
+    assert sorted(quantizer.ratios) == ["1", "2"]
+
+    def error() -> float:
+        return float((quantizer(x) - x).square().sum().detach())
+
+    for p in (1, 2):
+        quantizer.precision = p
+        best = error()
+        for factor in (0.98, 1.02):
+            with torch.no_grad():
+                quantizer.ratios[str(p)].mul_(factor)
+            assert error() > best
+            with torch.no_grad():
+                quantizer.ratios[str(p)].div_(factor)
+
+
+def test_tied_scales_have_no_ratios():
+    quantizer = build("nested", "weight", {"scales": "tied"}, bits={1: 1, 3: 3})
+    assert [name for name, _ in quantizer.named_parameters()] == ["step"]
+    assert quantizer.precision_parameters() == {}
+
+
+def test_precision_parameters():
+    weight = build("nested", "weight", {}, bits={1: 1, 2: 2, 4: 4})
+    assert weight.precision_parameters() == {1: [weight.ratios["1"]], 2: [weight.ratios["2"]]}
+    activation = build("uniq", "activation", {}, bits={1: 1, 4: 4})
+    assert activation.precision_parameters() == {1: [activation.steps["1"]], 4: [activation.steps["4"]]}
+    assert build("lsq", "activation", {}, bits={1: 8, 4: 8}, shared=True).precision_parameters() == {}
+
+
+def observed(quantizer: ActivationQuantizer, *batches: Tensor) -> float:
+    quantizer.observing = True
+    for batch in batches:
+        quantizer(batch)
+    quantizer.observing = False
+    return quantizer.step.item()
+
+
+def test_uniq_calibration_takes_the_largest_batch():
+    first, second = torch.tensor([[0.0, 0, 1, 2]]), torch.tensor([[0.0, 1, 0, 1]])
+    for batches in ((first, second), (second, first)):
+        quantizer = build("uniq", "activation", {}, bits={2: 2}).double()
+        assert observed(quantizer, *(b.double() for b in batches)) == pytest.approx(1.02895748, rel=1e-5)
+
+
+def test_signed_uniq_uses_the_deviation_and_the_gaussian_step():
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    quantizer = build("uniq", "activation", {}, bits={3: 3}, signed=True)
+    step = observed(quantizer, x)
+    errors = []
+    for factor in (0.9, 1.0, 1.1):
+        with torch.no_grad():
+            quantizer.step.fill_(step * factor)
+        errors.append(float((quantizer(x) - x).square().mean().detach()))
+    assert errors[1] < min(errors[0], errors[2])
+
+
+def test_lsq_activation_init():
+    quantizer = build("lsq", "activation", {}, bits={2: 2})
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    assert observed(quantizer, x) == pytest.approx(2 * 1.5 / 3**0.5)
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_first_training_batch_sets_the_step(name):
+    quantizer = build(name, "activation", {}, bits={2: 2, 4: 4})
+    x = torch.tensor([[0.0, 0.5, 1.0, 3.0]])
+    quantizer(x)
+    first = quantizer.step.item()
+    assert first != 1.0
+    quantizer(10 * x)
+    assert quantizer.step.item() == first
+    assert quantizer.initialized.tolist() == [False, True]
+    quantizer.precision = 2
+    quantizer(x)
+    assert quantizer.step.item() not in (1.0, first)
+    assert quantizer.initialized.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_evaluation_without_a_step_is_an_error(name):
+    quantizer = build(name, "activation", {}, bits={2: 2}).eval()
+    cls = type(quantizer).__name__
+    for use in (quantizer, quantizer.codes, lambda _: quantizer.grid()):
+        with pytest.raises(RuntimeError, match=rf"^{cls}: no step size at precision 2: run bitstrata.calibrate_\(model, b"):
+            use(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_an_all_zero_batch_sets_no_step_and_passes(name):
+    quantizer = build(name, "activation", {}, bits={2: 2})
+    assert quantizer(torch.zeros(2, 3)).tolist() == [[0, 0, 0]] * 2
+    assert quantizer.initialized.tolist() == [False]
+    quantizer(torch.tensor([[0.0, 1.0, 2.0]]))
+    assert quantizer.initialized.tolist() == [True]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", names("activation"))
+def test_a_batch_that_is_not_finite_is_an_error(name, bad):
+    quantizer = build(name, "activation", {}, bits={2: 2})
+    with pytest.raises(ValueError, match=r"cannot set the step from a batch of shape \(1, 2\): not finite"):
+        quantizer(torch.tensor([[0.0, bad]]))
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_negative_inputs_on_an_unsigned_grid_are_reported(name):
+    quantizer = build(name, "activation", {}, bits={2: 2})
+    with pytest.warns(UserWarning, match=r"inputs below zero meet an unsigned grid, which cuts them"):
+        quantizer(torch.tensor([[-1.0, 0.0, 2.0]]))
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_empty_batches_pass(name):
+    quantizer = build(name, "activation", {}, bits={2: 2})
+    quantizer(torch.ones(1, 3))
+    assert quantizer.eval()(torch.ones(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_signed_inputs_get_two_bits_at_least(name):
+    quantizer = build(name, "activation", {}, bits={1: 1, 4: 4}, signed=True)
+    assert quantizer.bits == {1: 2, 4: 4}
+
+
+@pytest.mark.parametrize("name", names("activation"))
+def test_shared_steps(name):
+    quantizer = build(name, "activation", {}, bits={1: 8, 4: 8}, shared=True)
+    quantizer(torch.ones(1, 4))
+    step = quantizer.step
+    quantizer.precision = 1
+    assert quantizer.step is step
+    quantizer.eval()(torch.ones(1, 4))  # set for both
+
+
+@pytest.mark.parametrize(("numel", "count"), [("sample", 3), ("batch", 12)])
+@pytest.mark.parametrize("name", names("activation"))
+def test_what_the_gradient_scale_counts(name, numel, count):
+    quantizer = build(name, "activation", {"numel": numel}, bits={2: 2})
+    x = torch.full((4, 3), 9.0)
+    quantizer(x)
+    with torch.no_grad():
+        quantizer.step.fill_(1.0)
+    quantizer(x).sum().backward()
+    assert quantizer.step.grad.item() == pytest.approx(12 * 3 * (count * 3) ** -0.5)  # each clipped: d value/d step = 3
+
+
+def test_weight_gradient_scales():
+    """1/sqrt(n max(2^(n-1)-1, 1)) for the nested grid (UniQ), 1/sqrt(N Q_P) for LSQ; per channel, n is a row."""
+    for name, bits, channels, count in (
+        ("nested", {1: 1, 4: 4}, None, 12 * 7),
+        ("nested", {1: 1}, None, 12),
+        ("nested", {3: 3}, 3, 4 * 3),
+        ("lsq", {3: 3}, None, 12 * 3),
+        ("lsq", {3: 3}, 3, 4 * 3),
+    ):
+        quantizer = build(name, "weight", {}, bits=bits, channels=channels)
+        quantizer(torch.full((3, 4), 99.0)).sum().backward()  # all clipped: d value/d step is the top of the grid
+        top = float(quantizer.grid().hi + quantizer.offset)
+        elements = 12 if channels is None else 4
+        assert quantizer.step.grad.tolist() == pytest.approx([elements * top * count**-0.5] * (channels or 1))
+
+
+# ---- pixels
+
+STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_pixel_is_its_own_code(dtype):
+    mean, std = STATISTICS
+    quantizer = PixelInput({2: 2}, mean=mean, std=std)
+    quantizer.dims = 2
+    pixels = torch.arange(256).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    m, s = (torch.tensor(v, dtype=dtype).view(3, 1, 1) for v in STATISTICS)
+    x = (pixels.to(dtype) / 255 - m) / s
+    assert torch.equal(quantizer.codes(x), pixels.int())
+    torch.testing.assert_close(quantizer(x), x * s, rtol=0, atol=1e-6 if dtype is torch.float32 else 1e-15)
+    assert quantizer.pad_codes == (125, 123, 114)
+
+
+def test_pixels_saturate_and_pass_gradients():
+    quantizer = PixelInput({2: 2}, mean=(0.5,), std=(0.25,))
+    x = torch.tensor([[-9.0, 0.0, 9.0]], requires_grad=True)
+    assert quantizer.codes(x).tolist() == [[0, 128, 255]]  # 127.5 rounds to even
+    value = quantizer(x)
+    assert torch.equal(value, quantizer.grid(x).dequantize(quantizer.codes(x)))
+    value.sum().backward()
+    assert x.grad.tolist() == [[0.25] * 3]
+    assert not quantizer(x).detach().requires_grad
+
+
+def test_pad_codes_stay_on_the_grid():
+    assert PixelInput({2: 2}, mean=(0.0, 1.0, 0.5), std=(1.0, 1.0, 1.0)).pad_codes == (0, 255, 128)
+
+
+# ---- the base
+
+
+def test_a_grid_dequantizes_rows():
+    grid = Grid(torch.tensor([1.0, 10.0]), 0.5, -2, 1)
+    codes = torch.tensor([[[-2, 0]], [[1, 0]]], dtype=torch.int32)
+    assert grid.dequantize(codes).tolist() == [[[-1.5, 0.5]], [[15.0, 5.0]]]
+    assert Grid(torch.tensor([0.5]), 0.0, 0, 3).dequantize(codes[0]).tolist() == [[-1.0, 0.0]]
+
+
+def test_the_contract_is_abstract_where_it_must_be():
+    quantizer = Quantizer({2: 2})
+    x = torch.ones(1)
+    for use in (quantizer.grid, lambda: quantizer.codes(x), lambda: quantizer.init_(x)):
+        with pytest.raises(NotImplementedError):
+            use()
+    assert isinstance(quantizer, nn.Module)
+    assert "bits=[2], per=tensor, signed=True" in repr(quantizer)
+
+
+def test_calibration_constant_is_the_rectified_one():
+    quantizer = build("uniq", "activation", {}, bits={4: 4})
+    x = torch.tensor([[0.0, 1.0]])
+    assert observed(quantizer, x) == pytest.approx(rectified_step(4))  # sqrt(2 mean x^2) = 1
