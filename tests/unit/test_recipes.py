@@ -99,7 +99,10 @@ def test_recipes_are_frozen_and_replaceable():
             lambda: recipes.get("lsq", bits=4, w=(1, 2)),
             r"recipe 'lsq' has no field 'w'; it has: bits, a, per_channel, edge_bits",
         ),
-        (lambda: Part("nested", "weight", {"depth": 1}), r"Part: weight .*'nested' has no option 'depth'; it has: scales"),
+        (
+            lambda: Part("nested", "weight", {"depth": 1}),
+            r"Part: weight .*'nested' has no option 'depth'; it has: scales",
+        ),
         (lambda: Part("pixel", "input"), r"no input quantizer named 'pixel'; .* did you mean 'pixels'\?"),
     ],
 )

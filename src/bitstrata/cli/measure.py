@@ -73,17 +73,37 @@ def share_equal(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.mean(a == b))
 
 
-def layers_differing(path: Path, bits: int, dataset: Dataset, isa: str | None = None) -> list[str]:
-    """Values of the program at which engine and reference executor differ in any integer on any image."""
-    engine = runtime.load(path, bits=bits, executor="engine", isa=isa)
-    reference = runtime.load(path, bits=bits, executor="reference")
-    differing: dict[str, None] = {}
+def disagreements(
+    engine: NDArray[np.int64], model: NDArray[np.int64], labels: NDArray[np.int64]
+) -> list[dict[str, int]]:
+    """Every image that engine and fake-quantized network classify differently, with both classes and its label."""
+    return [
+        {"image": int(i), "label": int(labels[i]), "engine": int(engine[i]), "model": int(model[i])}
+        for i in np.flatnonzero(engine != model)
+    ]
+
+
+def values_differing(
+    path: Path, bits: int, dataset: Dataset, isas: Sequence[str | None] = (None,), against: str = "reference"
+) -> dict[str | None, list[str]]:
+    """Per instruction set, the values of the program at which the engine differs from the reference in any integer.
+
+    against: "reference", the normative executor, or "oracle", the same with convolutions as exact float64 products.
+    """
+    reference = runtime.load(path, bits=bits, executor=against)
+    engines = {isa: runtime.load(path, bits=bits, executor="engine", isa=isa) for isa in isas}
+    differing: dict[str | None, dict[str, None]] = {isa: {} for isa in isas}
     for images in images_of(dataset):
-        ours, theirs = engine.run_all(images.numpy()), reference.run_all(images.numpy())
-        if ours.keys() != theirs.keys():
-            raise RuntimeError(f"engine and reference name different values: {sorted(ours.keys() ^ theirs.keys())}")
-        differing.update(dict.fromkeys(name for name in ours if not np.array_equal(ours[name], theirs[name])))
-    return list(differing)
+        expected = reference.run_all(images.numpy())
+        for isa, engine in engines.items():
+            found = engine.run_all(images.numpy())
+            if found.keys() != expected.keys():
+                raise RuntimeError(
+                    f"engine and reference name different values: {sorted(found.keys() ^ expected.keys())}"
+                )
+            wrong = [name for name in expected if not np.array_equal(found[name], expected[name])]
+            differing[isa].update(dict.fromkeys(wrong))
+    return {isa: list(names) for isa, names in differing.items()}
 
 
 def latency_ms(session: runtime.Session, image: NDArray[np.uint8], repeats: int = 50) -> float:

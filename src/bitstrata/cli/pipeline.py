@@ -252,6 +252,7 @@ def measured_rows(
                 "top1_agreement": measure.share_equal(engine, exact[bits]),
                 "bytes": measure.bytes_fetched(session),
                 "images": len(labels),
+                "disagreements": measure.disagreements(engine, exact[bits], labels),
             }
         )
     return rows

@@ -78,6 +78,7 @@ def upgrade(
             session.upgrade(bits)
         engine = measure.engine_top1(session, work.test)
         fetched = measure.bytes_fetched(session)
+        differing = measure.values_differing(artifact, bits, work.test, [work.options.isa])
         rows.append(
             {
                 "bits": bits,
@@ -87,9 +88,7 @@ def upgrade(
                 "fake_accuracy": fake[bits],
                 "engine_accuracy": measure.share_equal(engine, labels),
                 "top1_agreement": measure.share_equal(engine, exact[bits]),
-                "layers_differing_from_reference": len(
-                    measure.layers_differing(artifact, bits, work.test, work.options.isa)
-                ),
+                "layers_differing_from_reference": len(differing[work.options.isa]),
                 "latency_ms": round(measure.latency_ms(session, image), 4),
             }
         )

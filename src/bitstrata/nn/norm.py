@@ -32,7 +32,7 @@ class PrecisionBatchNorm(nn.Module):
         self.levels = nn.ModuleDict({str(p): copy.deepcopy(norm) for p in precisions})
         self.owner = owner
         self._followed = (layer,)  # in a tuple, so that it does not count as a submodule
-        self.training = norm.training
+        self.train(norm.training)
 
     @property
     def precision(self) -> int:
