@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bitstrata as bs
 from bitstrata_runtime import Program, Session
 
-STRATA = bs.recipes.strata(w=(1, 2, 4))
+STRATA = bs.recipes.strata(w=(1, 4))
 MEAN, STD = (0.45, 0.5, 0.4), (0.25, 0.2, 0.3)
 
 

@@ -111,6 +111,8 @@ void test_convs(const Kernels& row) {
         check_conv(row, conv_shape(4, m, 6, n, 1, random), range, bits, edge, seed);
         check_conv(row, conv_shape(3, m, 1, 1, n, random), range, bits, edge, seed);
         check_conv(row, conv_shape(3, m, 2, n, 3, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(3, m, 1, n, 2, random), range, bits, edge, seed);
+        check_conv(row, conv_shape(3, m, 2, n, 2, random), range, bits, edge, seed);
       }
     }
 }

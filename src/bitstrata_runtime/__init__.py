@@ -1,6 +1,6 @@
 """bitstrata_runtime: run low-bit networks in integer arithmetic, at any bit-width they were trained for.
 
-Needs numpy and safetensors only; the compiled engine is used where it is built.
+Needs numpy only; the compiled engine is used where it is built.
 
     session = bitstrata_runtime.load("model.strata", bits=1)
     logits = session.run(pixels)  # uint8 (N, C, H, W)

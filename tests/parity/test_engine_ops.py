@@ -240,6 +240,23 @@ def test_conv_every_width(bits: int, a_bits: int) -> None:
         conv_case(2, channels=(1, 1), groups=19, bits=bits, x_range=x_range, form=form, fills=("highest", how), batch=1)
 
 
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("x_range", [(0, 15), (0, 255)])
+def test_conv_small_groups(groups: int, x_range: tuple[int, int]) -> None:
+    """Groups of so few channels that a kernel fills them up to as many as the whole input has."""
+    for channels in product([1, 2, 3, 4], [1, 2, 9]):
+        conv_case(3, channels=channels, groups=groups, x_range=x_range, form=(2, 1))
+
+
+@pytest.mark.parametrize("stride", [(2, 1), (3, 2)])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 1, 0, 1)])
+def test_conv_of_single_pixels(stride: tuple[int, int], padding: tuple[int, int, int, int]) -> None:
+    """Maps of one pixel, whose batch the engine convolves like rows: stride and padding behind them do not matter."""
+    for batch, groups, x_max in product([1, 5, 66], [1, 3], [15, 255]):
+        shape = {"hw": (1, 1), "kernel": (1, 1), "channels": (7, 5), "groups": groups, "batch": batch}
+        conv_case(4, stride=stride, padding=padding, x_range=(0, x_max), form=(2, 1), **shape)
+
+
 def requant_case(x: NDArray[Any], m: Any, b: Any, s: Any, dtype: str, *, bounds: tuple[int, int] | None = None) -> None:
     low, high = LIMITS[{v: k for k, v in DTYPES.items()}[x.dtype.type]]
     c = x.shape[-1]

@@ -141,15 +141,12 @@ class _Builder:
         return self.pick([0.0, None], [0.0, 6.0], [-1.5, 1.0], [None, None], [None, 0.75])
 
     def codes(self, source: str, layer: Layer, affines: list[str]) -> str:
-        if self.nodes_by_name()[source].op != "conv" and self.pick(True, False):
+        if self.pick(True, False):
             affines = [*affines, self.affine(layer.name, self.shapes[source][0], 1.0)]
         return self.node("requant", (source,), self.shapes[source], to=layer.name, affine=affines, clip=self.clip())
 
     def fixed(self, acc: str, affines: list[str]) -> str:
         return self.node("rescale", (acc,), self.shapes[acc], affine=affines, clip=self.clip())
-
-    def nodes_by_name(self) -> dict[str, Node]:
-        return {node.name: node for node in self.nodes}
 
     # Blocks, each from a `fixed` value to a `fixed` value
 

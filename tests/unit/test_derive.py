@@ -237,6 +237,37 @@ def test_add_aligns_to_the_finest_scale_that_holds_the_sum():
     ]
 
 
+def test_add_refines_the_coarser_input_where_the_sum_allows():
+    """255 needs f = 23; clipped to 1/8, it can be added at the other input's 2^-30, shifted to the left."""
+    tail = (
+        Node("k", "clip", ("y",), {"clip": [0.0, 0.125]}),
+        rescale("small", "c", "b"),
+        Node("s", "add", ("k", "small")),
+    )
+    program = one_layer(np.array([[1]]), [1.0], [0.0], *tail)
+    program.affines["b"] = AffineInfo("l", 1)
+    program.factors["8"].affine["b"] = np.array([[2.0**-9], [0.0]])
+    plan = derive(program, 8)
+    op = plan.ops[-1]
+    assert (op.shift_a, op.shift_b, values(plan)["s"].scale) == (-7, 0, 2.0**-30)
+    codes = np.array([0, 1, 3, 255], np.uint8).reshape(1, 2, 2, 1)
+    found = ReferenceExecutor(plan).run(codes).ravel().tolist()
+    assert found == [(min(c << 30, 1 << 27)) + (c << 21) for c in (0, 1, 3, 255)]
+
+
+@pytest.mark.parametrize(
+    ("clip", "expected"),
+    [((0.75, 1.25), (2, 3)), ((-0.75, -0.25), (-1, 0)), ((-9.0, 9.0), (-4, 3)), ((None, None), (-4, 3))],
+)
+def test_clip_bounds_of_codes_round_half_up_within_the_range(clip, expected):
+    """In steps of 1/2: 1.5 and 2.5, -1.5 and -0.5, beyond the range, none."""
+    program = one_layer(
+        np.array([[1]]), [1.0], [0.0], requant("q", "y", "l", clip=clip), conv("d", "q", "l"), input_range={8: (-4, 3)}
+    )
+    op = next(op for op in derive(replace(program, output="y"), 8).ops if op.name == "q")
+    assert (op.lo, op.hi) == expected
+
+
 def test_average_pooling_keeps_the_divisor_in_the_scale():
     tail = (Node("p", "avgpool", ("y",), {"kernel": [2, 2], "stride": [1, 1], "padding": [0, 0, 0, 1]}),)
     plan = derive(one_layer(np.array([[1]]), [1.0], [0.0], *tail), 8)
@@ -327,6 +358,17 @@ def test_a_map_takes_weights_ranges_and_steps_from_the_right_precisions():
     gain = program.factors["2"].affine["block.bn"][0, 0] * values(plan)["stream"].scale
     ratio = gain / program.factors["2"].step["block.conv"]
     assert ops["block.in"].multiplier[0] == round(ratio * 2.0 ** int(ops["block.in"].shift[0]))
+
+
+def test_affines_are_applied_one_after_another():
+    """(3x + 1) * 2 + 5 at a scale of 2^-f."""
+    program = one_layer(np.array([[1]]), [3.0], [1.0])
+    program.affines["b"] = AffineInfo("l", 1)
+    program.factors["8"].affine["b"] = np.array([[2.0], [5.0]])
+    plan = derive(replace(program, nodes=(*program.nodes[:2], rescale("y", "c", "a", "b"))), 8)
+    codes = np.array([0, 1, 100, 255], np.uint8).reshape(1, 2, 2, 1)
+    found = ReferenceExecutor(plan).run(codes).ravel() * values(plan)["y"].scale
+    assert found.tolist() == [7.0, 13.0, 607.0, 1537.0]
 
 
 def test_fewer_planes_held_give_the_same_plan_until_they_run_out():

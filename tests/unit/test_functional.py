@@ -15,27 +15,6 @@ from bitstrata.functional import nested_codes, nested_fake_quantize, uniform_cod
 from bitstrata.functional.reduce import sum_to
 
 TIES = [-3, -2, -1.5, -1.25, -1, -0.75, -0.6, -0.5, -0.25, -0.1, 0, 0.2, 0.25, 0.5, 0.75, 1, 1.4, 1.5, 2, 9]
-    -3.0,
-    -2.0,
-    -1.5,
-    -1.25,
-    -1.0,
-    -0.75,
-    -0.6,
-    -0.5,
-    -0.25,
-    -0.1,
-    0.0,
-    0.2,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    1.4,
-    1.5,
-    2.0,
-    9.0,
-]
 
 
 def double(*values: float) -> Tensor:

@@ -204,9 +204,7 @@ def test_unknown_options_are_named(role, name):
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"no weight quantizer named 'nestd'; there are: lsq, nested.*did you mean 'nes"
-    ):
+    with pytest.raises(ValueError, match=r"no weight quantizer named 'nestd'; there are: .*; did you mean 'nested'\?$"):
         describe("nestd", "weight")
     with pytest.raises(ValueError, match=r"no activation quantizer named 'zzzz'; there are: [a-z, ]*$"):
         describe("zzzz", "activation")
@@ -344,9 +342,7 @@ def test_evaluation_without_a_step_is_an_error(name):
     quantizer = build(name, "activation", {}, bits={2: 2}).eval()
     cls = type(quantizer).__name__
     for use in (quantizer, quantizer.codes, lambda _: quantizer.grid()):
-        with pytest.raises(
-            RuntimeError, match=rf"^{cls}: no step size at precision 2: run bitstrata.calibrate_\(model, b"
-        ):
+        with pytest.raises(RuntimeError, match=rf"^{cls}: no step size at precision 2: run bitstrata.calibrate_"):
             use(torch.ones(1, 3))
 
 

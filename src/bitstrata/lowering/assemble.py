@@ -131,7 +131,7 @@ def _record(
         integer_form={p: grid.form for p, grid in grids.items()},
         input_range={p: grid.input_range for p, grid in grids.items()},
         pad_code=pixels.pad_codes if pixels and not linear else (0,),
-        input_offset=_a_channel(input_grid(layer)[1], input_channels),
+        input_offset=_a_channel(input_grid(layer, name)[1], input_channels),
         grid=type(layer.weight_quant).__name__,
     )
 

@@ -60,7 +60,7 @@ def layer_affine(layer: QuantizedLayer, name: str, norm: PrecisionBatchNorm | No
     mul, add = integer_form(grid.offset, name)
     out = layer.weight.shape[0]
     weight_scale = np.broadcast_to(grid.scale.detach().double().reshape(-1).numpy(), (out,))
-    step, offset = input_grid(layer)
+    step, offset = input_grid(layer, name)
     unit = weight_scale / mul * step
     constant = np.zeros(out) if layer.bias is None else layer.bias.detach().double().numpy().copy()
     if any(offset):
@@ -79,14 +79,17 @@ def _per_group(offset: tuple[float, ...], layer: QuantizedLayer) -> Array:
     return np.repeat(np.array(offset).reshape(groups, -1), layer.weight.shape[0] // groups, axis=0)
 
 
-def input_grid(layer: QuantizedLayer) -> tuple[float, tuple[float, ...]]:
+def input_grid(layer: QuantizedLayer, name: str) -> tuple[float, tuple[float, ...]]:
     """Step and offset (one, or one an input channel) of the layer's input grid at its current precision."""
     assert layer.act_quant is not None
     if isinstance(layer.act_quant, PixelInput):
         return 1.0 / 255.0, tuple(-255.0 * m for m in layer.act_quant.mean)
-    grid = layer.act_quant.grid()
+    try:
+        grid = layer.act_quant.grid()
+    except RuntimeError as error:  # a step that was never set
+        raise LowerError(f"lower: layer {name!r}: {error}") from error
     if float(grid.offset) != 0:
-        raise LowerError(f"lower: input grids with an offset are for the network's input only, got {grid.offset}")
+        raise LowerError(f"lower: layer {name!r} has an input grid with offset {grid.offset}; only pixels may have one")
     return float(grid.scale), (0.0,)
 
 
@@ -103,7 +106,7 @@ def program_factors(
     factors = Factors()
     for name, layer in layers.items():
         factors.affine[name] = layer_affine(layer, name, folded.get(name))
-        factors.step[name] = input_grid(layer)[0]
+        factors.step[name] = input_grid(layer, name)[0]
     for name, norm in standalone.items():
         factors.affine[name] = np.stack(norm_affine(norm.level, name))
     return factors

@@ -99,8 +99,6 @@ def clamp(ctx: Context, node: fx.Node, x: Real, min: float | None = None, max: f
         raise LowerError(f"lower: {where(node)} clips the network's input before any quantized layer has read it")
     lo = None if min is None or min == -math.inf else float(min)
     hi = None if max is None or max == math.inf else float(max)
-    if not all(math.isfinite(bound) for bound in (lo, hi) if bound is not None):
-        raise LowerError(f"lower: {where(node)} clips to [{lo}, {hi}]: bounds must be finite")
     if lo is not None and hi is not None and lo > hi:
         lo = hi  # as torch does
     return ctx.builder.clip(x, lo, hi)

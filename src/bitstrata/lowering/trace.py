@@ -24,7 +24,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class Traced:
-    """A float64 evaluation copy of the model, its graph, and every node's value on an example.
+    """A float64 evaluation copy of the model, its graph without dead ends, and every node's value on an example.
 
     values: tensors as (shape without the batch); anything else (sizes, numbers) as it is.
     """
@@ -97,6 +97,9 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
             "such as += changes a tensor that is used again (write y = y + x), or the forward is random in evaluation "
             "mode"
         )
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)  # computed, but not for the output
     return Traced(twin, graph, recorder.values)
 
 

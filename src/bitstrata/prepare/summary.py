@@ -8,6 +8,7 @@ from torch import nn
 
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
+from .observe import BATCH_NORMS
 from .quantize import SKIPPED
 
 
@@ -81,7 +82,7 @@ def _why_float(module: nn.Module) -> str:
     reason = module.__dict__.get(SKIPPED)
     if reason is not None:
         return f"float: {reason}"
-    if type(module) in FORMS:
+    if type(module) in FORMS or isinstance(module, BATCH_NORMS):
         return "float"
     nearest = next((base.__name__ for base in FORMS if isinstance(module, base)), None)
     if nearest:
