@@ -1,6 +1,6 @@
 """The normative executor: numpy int64, one short function an operation, following spec/numerics.md section by section.
 
-`OracleExecutor` computes the same integers much faster: its convolutions are float64 matrix products, which are exact
+`OracleExecutor` computes the same integers much faster: its convolutions are matrix products in floating point, exact
 because every partial sum stays below 2^53; all other operations are the reference's own.
 """
 
@@ -68,7 +68,7 @@ class ReferenceExecutor:
 
 
 class OracleExecutor(ReferenceExecutor):
-    """The reference with convolutions as float64 matrix products: the same integers, fast enough for data sets."""
+    """The reference with convolutions as exact floating-point matrix products: the same integers, fast enough for data sets."""
 
     def _conv(self, op: Conv, x: Wide) -> Wide:
         return conv_by_gemm(op, x)
@@ -124,17 +124,22 @@ def conv(op: Conv, x: Wide) -> Wide:
 
 
 def conv_by_gemm(op: Conv, x: Wide) -> Wide:
-    """`conv` by float64 matrix products over the windows laid out, a few images at a time."""
+    """`conv` by floating-point matrix products over the windows laid out, a few images at a time.
+
+    Exact: no partial sum exceeds `bound` in magnitude, and below 2^24 (2^53) float32 (float64) holds every integer.
+    """
     weights = _weights(op)
     out, per_group, kernel_h, kernel_w = weights.shape
     peak = max(int(np.abs(x).max(initial=0)), int(np.abs(op.pad_code).max()))
-    assert int(np.abs(weights).sum(axis=(1, 2, 3)).max()) * peak < 1 << 53, f"{op.name}: float64 would round"
-    padded = _pad_map(x, op.padding, op.pad_code).astype(np.float64)
+    bound = int(np.abs(weights).sum(axis=(1, 2, 3)).max()) * peak
+    assert bound < 1 << 53, f"{op.name}: float64 would round"
+    real = np.float32 if bound < 1 << 24 else np.float64
+    padded = _pad_map(x, op.padding, op.pad_code).astype(real)
     windows = _window_grid(padded, (kernel_h, kernel_w), op.stride, op.dilation)
     n, height, width = windows.shape[:3]
     depth = per_group * kernel_h * kernel_w
     # (groups, depth, out/groups) on the right of (groups, positions, depth)
-    right = weights.reshape(op.groups, out // op.groups, depth).transpose(0, 2, 1).astype(np.float64)
+    right = weights.reshape(op.groups, out // op.groups, depth).transpose(0, 2, 1).astype(real)
     acc = np.empty((n, height, width, out), np.int64)
     batch = max(1, _GATHER_BYTES // (8 * height * width * depth * op.groups))
     for start in range(0, n, batch):

@@ -201,7 +201,7 @@ def load(
     """Open an artifact and get it ready to run at `bits`, reading only the files which that needs.
 
     bits: a precision, a map layer -> precision, the name of a plan, or None for the narrowest precision. executor:
-    "engine" (compiled kernels), "reference" (slow, normative), "oracle" (the reference with float64 matrix products),
+    "engine" (compiled kernels), "reference" (slow, normative), "oracle" (the reference with exact matrix products),
     or None for the engine where it is available, else the reference with a warning. isa: the engine's instruction
     set, None for the best. threads: of the engine. Raises ArtifactError for an artifact or precision that cannot be
     used, ValueError for a wrong executor, isa or threads, ImportError if the engine is asked for and not built.

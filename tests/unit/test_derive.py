@@ -491,11 +491,11 @@ def resnet_like(widths: list[int], blocks: int) -> Program:
 
 @pytest.mark.parametrize(("widths", "blocks", "limit"), [([16, 32, 64], 3, 0.3), ([64, 128, 256, 512], 2, 3.0)])
 def test_derivation_is_fast(widths, blocks, limit):
-    """ResNet-20's and ResNet-18's sizes. The limits leave room for a slow machine."""
+    """ResNet-20's and ResNet-18's sizes; processor time, so that a busy machine does not matter."""
     program = resnet_like(widths, blocks)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         derive(program, 2)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < limit

@@ -54,7 +54,7 @@ void stage_row(const ConvShape& s, const Staging<T>& g, const T* padding, const 
     if (left < right) {
       const In* from = image + y * s.in_w * s.in_c + group * group_in;
       T* inside = row + left * lanes;
-      if (lanes == s.in_c) {
+      if (s.groups == 1 && lanes == s.in_c) {
         for (int64_t i = 0; i < (right - left) * lanes; ++i) inside[i] = static_cast<T>(from[i] + g.offset);
       } else {
         for (int64_t x = left; x < right; ++x, from += s.in_c, inside += lanes) {

@@ -28,7 +28,7 @@ class Eval:
     limit: int | None = None
     """Use only the first images of the test set."""
     executor: Literal["engine", "reference", "oracle"] = "engine"
-    """What runs an artifact: the engine, the slow reference, or the reference on float64 matrix products."""
+    """What runs an artifact: the engine, the slow reference, or the reference by matrix products."""
     isa: str | None = None
     """Instruction set of the engine; the best one by default."""
     threads: int = 1

@@ -88,7 +88,7 @@ def values_differing(
 ) -> dict[str | None, list[str]]:
     """Per instruction set, the values of the program at which the engine differs from the reference in any integer.
 
-    against: "reference", the normative executor, or "oracle", the same with convolutions as exact float64 products.
+    against: "reference", the normative executor, or "oracle", the same with convolutions as exact matrix products.
     """
     reference = runtime.load(path, bits=bits, executor=against)
     engines = {isa: runtime.load(path, bits=bits, executor="engine", isa=isa) for isa in isas}

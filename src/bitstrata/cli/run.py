@@ -32,7 +32,7 @@ class Run:
     floats: bool = False
     """The array holds floats, for programs whose input is not pixels."""
     executor: Literal["engine", "reference", "oracle"] | None = None
-    """The compiled engine, the slow reference, or the reference on float64 products; default what is there."""
+    """The compiled engine, the slow reference, or the reference by matrix products; default what is there."""
     isa: str | None = None
     """Instruction set of the engine; the best one by default."""
     threads: int = 1

@@ -27,7 +27,7 @@ class Verify:
     """Test images to verify on."""
     all: bool = False
     """Also compare every integer of every layer, engine against reference, on all test images, on every kernel set.
-    Writes RUN_DIR/exactness.json; the reference computes its convolutions as exact float64 products here."""
+    Writes RUN_DIR/exactness.json; the reference computes its convolutions as exact matrix products here."""
     root: Path | None = None
     """Directory of the data set's files, if it has moved."""
 
