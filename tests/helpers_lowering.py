@@ -63,13 +63,23 @@ def normalised(pixels: Tensor) -> Tensor:
 def prepared(
     model: nn.Module, x: Tensor, recipe: bs.Recipe = STRATA, *, pixels: bool = False, seed: int = 0
 ) -> nn.Module:
-    """`model` with random statistics, quantized and calibrated on x (a float batch, as the model takes it)."""
+    """`model` with random normalizations, quantized and calibrated on x (a float batch, as the model takes it).
+
+    Every precision's normalizations get gains and shifts of their own, and the statistics of x.
+    """
     randomize_(model, seed)
     x = x.float()
     source = bs.Pixels(MEAN[: x.shape[1]], STD[: x.shape[1]]) if pixels else None
     bs.quantize_(model, recipe, x, input=source)
     bs.calibrate_(model, [x])
-    return randomize_(model, seed + 1).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, bs.PrecisionBatchNorm):
+            for level in module.levels.values():
+                for parameter in level.parameters():
+                    parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+    bs.reestimate_batchnorm_(model, [x])
+    return model.eval()
 
 
 def lowered(model: nn.Module, shape: tuple[int, ...], recipe: bs.Recipe = STRATA, *, pixels: bool = False) -> Program:

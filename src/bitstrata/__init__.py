@@ -1,7 +1,7 @@
 """bitstrata: low-bit networks, trained once and run anywhere in pure integer arithmetic.
 
-The training side needs torch (``pip install "bitstrata[train]"``); names are imported when first used, so the serving half of
-the command line works without it. `bitstrata_runtime` is the package that runs programs.
+The training side needs torch (``pip install "bitstrata[train]"``); names are imported when first used, so the serving
+half of the command line works without it. `bitstrata_runtime` is the package that runs programs.
 """
 
 from __future__ import annotations

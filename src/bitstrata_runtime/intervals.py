@@ -101,7 +101,9 @@ def requant_constants(
     channels = scale.size
     found = Constants(np.zeros(channels, np.int32), np.zeros(channels, np.int64), np.zeros(channels, np.uint8))
     todo = np.arange(channels)
-    for shift in range(62, -1, -1):
+    # |scale| >= 2^(e-1), so at shifts above 32 - e the multiplier reaches 2^31: only zeros (and NaN) start at 62.
+    exponents = np.frexp(np.where(np.isfinite(scale) & (scale != 0), scale, 2.0**-62))[1]
+    for shift in range(min(62, int(32 - exponents.min(initial=32))), -1, -1):
         if not todo.size:
             return found
         multiplier, bias, fits = _at_shift(scale[todo], offset[todo], magnitude[todo], shift)

@@ -68,7 +68,7 @@ class ReferenceExecutor:
 
 
 class OracleExecutor(ReferenceExecutor):
-    """The reference with convolutions as exact floating-point matrix products: the same integers, fast enough for data sets."""
+    """The reference with convolutions as exact matrix products: the same integers, fast enough for data sets."""
 
     def _conv(self, op: Conv, x: Wide) -> Wide:
         return conv_by_gemm(op, x)

@@ -248,6 +248,13 @@ def test_conv_small_groups(groups: int, x_range: tuple[int, int]) -> None:
         conv_case(3, channels=channels, groups=groups, x_range=x_range, form=(2, 1))
 
 
+@pytest.mark.parametrize("form", [(-1, 0), (3, 0), (0, 9), (1, -100), (255, 127)])
+def test_conv_unusual_forms(form: tuple[int, int]) -> None:
+    """Weights that fit int8 only as codes, by the multiplier or the addend alone."""
+    for bits, (dtype, x_range), how in product([4, 8], [("u8", (0, 1)), ("u8", (0, 15)), ("s8", (-3, 9))], FILLS):
+        conv_case(5, form=form, bits=bits, dtype=dtype, x_range=x_range, fills=("random", how))
+
+
 @pytest.mark.parametrize("stride", [(2, 1), (3, 2)])
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 1, 0, 1)])
 def test_conv_of_single_pixels(stride: tuple[int, int], padding: tuple[int, int, int, int]) -> None:

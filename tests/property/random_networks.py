@@ -92,13 +92,15 @@ class _Maker:
         return self.pick(nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-0.5, 1.0), nn.Identity())
 
     def conv(self) -> nn.Module:
-        channels, height, width = self.shape
+        channels = self.shape[0]
         kernel = self.pick(1, 2, 3, (1, 3), (3, 2))
         span = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         groups = self.pick(1, 1, *(g for g in (2, channels) if channels % g == 0))
-        dilation = self.pick(1, 2) if min(height, width) > 4 else 1
+        dilation = self.pick(1, 2) if min(self.shape[1:]) > 4 else 1
         padding = self.pick(*range(max(span) // 2 + 1), "same")
-        if padding != "same" and any(n + 2 * padding < dilation * (k - 1) + 1 for n, k in zip((height, width), span)):
+        if padding != "same" and any(
+            n + 2 * padding < dilation * (k - 1) + 1 for n, k in zip(self.shape[1:], span, strict=True)
+        ):
             padding = "same"
         stride = 1 if padding == "same" else self.pick(1, 1, 2)
         out = groups * self.pick(1, 2, 3)

@@ -356,5 +356,6 @@ def test_sum_to():
     assert sum_to(x, torch.Size([1])).tolist() == [15]
     assert sum_to(x, torch.Size([2, 1])).tolist() == [[3], [12]]
     assert sum_to(x, torch.Size([1, 3])).tolist() == [[3, 5, 7]]
-    assert sum_to(x.bfloat16(), torch.Size([1])).dtype == torch.float32
+    for shape in ([1], [2, 1]):
+        assert sum_to(x.bfloat16(), torch.Size(shape)).dtype == torch.float32
     assert sum_to(x.double(), torch.Size([1])).dtype == torch.float64

@@ -112,6 +112,7 @@ def test_a_float_checkpoint_loads_into_a_quantized_network(resnet):
             module.running_mean.uniform_(-1, 1)
     model = copy.deepcopy(resnet)
     x = torch.randn(2, 3, 16, 16)
+    model.eval()(x)
     state = plain.state_dict()
     result = model.load_state_dict(state, strict=True)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
@@ -123,7 +124,7 @@ def test_a_float_checkpoint_loads_into_a_quantized_network(resnet):
         if "act_quant.steps" not in key:
             assert torch.equal(found[key], value), key
     with pytest.raises(RuntimeError, match="no step size at precision 4"):  # the old activation steps are void
-        model.eval()(x)
+        model(x)
     bs.calibrate_(model, [x])
     bs.calibrate_(expected, [x])
     with torch.no_grad():

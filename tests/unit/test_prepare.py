@@ -191,6 +191,13 @@ def test_edges_are_found_by_the_order_of_running():
     assert (model.first.edge, model.middle.edge, model.last.edge) == (True, False, True)
 
 
+def test_a_layer_that_runs_again_counts_where_it_ran_first():
+    a, b, c = (nn.Linear(4, 4) for _ in range(3))
+    model = bs.quantize_(nn.Sequential(a, b, c, a), STRATA, torch.randn(2, 4), input=bs.Pixels((0.5,), (0.5,)))
+    assert (a.edge, b.edge, c.edge) == (True, False, True)
+    assert isinstance(model[0].act_quant, PixelInput)
+
+
 def test_a_layer_on_the_fused_path_of_torchs_transformer_is_quantized():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)

@@ -77,8 +77,8 @@ def test_real_pixels_are_rounded_to_codes():
     for dtype in (np.float32, np.float64):
         np.testing.assert_array_equal(found.encode((x / 255).astype(dtype), floats=True), x.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(found.run_raw(x / 255.0, floats=True), found.run_raw(x))
-    nearly = np.full((1, 3, 6, 6), 1.4999 / 255)
-    assert (found.encode(nearly, floats=True) == 1).all()
+    for real, code in ((1.4999, 1), (1.5001, 2)):
+        assert (found.encode(np.full((1, 3, 6, 6), real / 255), floats=True) == code).all()
 
 
 def test_floats_enter_through_step_offset_and_range():

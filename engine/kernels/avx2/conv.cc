@@ -31,16 +31,17 @@ int64_t abs64(int64_t a) { return a < 0 ? -a : a; }
 struct Form {
   explicit Form(const ConvShape& s, bool wide) {
     const int32_t w_lo = s.mul * s.code_lo + s.add, w_hi = s.mul * s.code_hi + s.add;
-    const bool fits = wide || (min64(w_lo, w_hi) >= INT8_MIN && max64(w_lo, w_hi) <= INT8_MAX);
-    pack_mul = fits ? s.mul : 1;
-    pack_add = fits ? s.add : 0;
-    mul = fits ? 1 : s.mul;
-    add = fits ? 0 : s.add;
+    whole = wide || (min64(w_lo, w_hi) >= INT8_MIN && max64(w_lo, w_hi) <= INT8_MAX);
+    pack_mul = whole ? s.mul : 1;
+    pack_add = whole ? s.add : 0;
+    mul = whole ? 1 : s.mul;
+    add = whole ? 0 : s.add;
     offset = wide || s.input_lo >= 0 ? 0 : -s.input_lo;
     largest_weight =
         static_cast<int32_t>(max64(abs64(pack_mul * s.code_lo + pack_add), abs64(pack_mul * s.code_hi + pack_add)));
     largest_input = s.input_hi + offset;
   }
+  bool whole;                  // weights are packed as they are
   int32_t pack_mul, pack_add;  // packed weight = pack_mul * c + pack_add
   int32_t mul, add;            // weight = mul * packed + add
   int32_t offset;              // staged activation = a + offset
@@ -69,7 +70,7 @@ struct Packed {
 
   explicit Packed(const ConvShape& s)
       : form(s, kWide),
-        stage(s, round_up(s.group_in(), kStep), form.offset, form.add != 0),
+        stage(s, round_up(s.group_in(), kStep), form.offset, !form.whole),
         runs(s, stage),
         vectors(round_up(s.group_out(), kLanes) / kLanes),
         steps(runs.count * runs.elements / kStep),
@@ -235,8 +236,7 @@ void convolve(const Packed<kWide>& p, int64_t chunk, const Tile& tile, const __m
       for (int j = 0; j < kVectors; ++j) {
         __m256i v = total[i][j];
         if (!kWide) {
-          if (p.form.add != 0)
-            v = _mm256_add_epi32(_mm256_mullo_epi32(v, mul), _mm256_set1_epi32(tile.sums[first + i]));
+          if (!p.form.whole) v = _mm256_add_epi32(_mm256_mullo_epi32(v, mul), _mm256_set1_epi32(tile.sums[first + i]));
           v = _mm256_add_epi32(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction) + j));
         }
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at) + j, v);

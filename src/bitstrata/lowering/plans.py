@@ -7,17 +7,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from bitstrata_runtime.derive import resolve_map
-from bitstrata_runtime.errors import ProgramError
+from bitstrata_runtime.graph import validate
 from bitstrata_runtime.layout import factors_file
 from bitstrata_runtime.program import Factors, Program
 from bitstrata_runtime.source import check_name
 
 from ..nn.norm import PrecisionBatchNorm
 from ..prepare.calibrate import _average_statistics_, _input_of
-from ..prepare.precision import quantized_layers, set_precision
+from ..prepare.precision import precision, quantized_layers, set_precision
 from .assemble import prove
 from .errors import LowerError
 from .factors import program_factors
@@ -50,30 +51,48 @@ def add_plan(
     try:
         check_name(factors_file(name))
         chosen = resolve_map(program, precision_map)
+        planned = dataclasses.replace(program, plans={**program.plans, name: chosen})
+        validate(planned)
     except ValueError as error:
         raise LowerError(f"add_plan: plan {name!r}: {error}") from error
-    twin = double_copy(reestimated(model, chosen, batches))
-    layers = quantized_layers(twin)
-    missing = sorted(set(program.layers) - set(layers))
-    if missing:
-        raise LowerError(
-            f"add_plan: the model has no layer {missing[0]!r}; is it the one the program was lowered from?"
-        )
+    fitted = double_copy(reestimated(model, chosen, batches))
+    _check_model(program, double_copy(model), chosen)
+    folded, standalone = _norms(program, fitted)
+    affines = _factors(program, fitted).affine
+    kept = {key: affines[key] for key in program.affines if key in folded or key in standalone}
+    planned = dataclasses.replace(planned, factors={**program.factors, name: Factors(kept)})
+    prove(planned, (name,))
+    return planned
+
+
+def _norms(program: Program, model: nn.Module) -> tuple[dict[str, PrecisionBatchNorm], dict[str, PrecisionBatchNorm]]:
+    """Layer -> normalization folded into its affine, and affine -> normalization that is one of its own."""
     norms = {
-        key: m for key, m in twin.named_modules() if isinstance(m, PrecisionBatchNorm) and m.owner in program.layers
+        key: norm
+        for key, norm in model.named_modules()
+        if isinstance(norm, PrecisionBatchNorm) and norm.owner in program.layers
     }
     standalone = {key: norm for key, norm in norms.items() if key in program.affines}
-    folded = {norm.owner: norm for key, norm in norms.items() if key not in program.affines}
-    affines = program_factors({key: layers[key] for key in program.layers}, folded, standalone).affine
-    fitted = {key: affines[key] for key in program.affines if key in standalone or key in folded}
-    result = dataclasses.replace(
-        program, plans={**program.plans, name: chosen}, factors={**program.factors, name: Factors(fitted)}
-    )
-    try:
-        prove(result, (name,))
-    except ProgramError as error:
-        raise LowerError(f"add_plan: plan {name!r}: {error}") from error
-    return result
+    return {norm.owner: norm for key, norm in norms.items() if key not in standalone}, standalone
+
+
+def _factors(program: Program, model: nn.Module) -> Factors:
+    """Factors of the program's layers at the model's present precisions."""
+    layers = quantized_layers(model)
+    return program_factors({key: layers[key] for key in program.layers}, *_norms(program, model))
+
+
+def _check_model(program: Program, model: nn.Module, chosen: Mapping[str, int]) -> None:
+    """LowerError unless the model gives the factors that the program has: weights may not have moved since."""
+    for p in sorted(set(chosen.values())):
+        with precision(model, dict.fromkeys(program.layers, p)):
+            affines = _factors(program, model).affine
+        for key, held in program.factors[str(p)].affine.items() if str(p) in program.factors else ():
+            if not np.allclose(affines[key], held, rtol=1e-9, atol=0):
+                raise LowerError(
+                    f"add_plan: the model is not the one the program was lowered from: its affine {key!r} at precision "
+                    f"{p} is another"
+                )
 
 
 def reestimated(model: nn.Module, precision_map: Mapping[str, int], batches: Iterable[Any]) -> nn.Module:

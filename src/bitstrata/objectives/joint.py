@@ -39,8 +39,8 @@ def joint_backward(
 
     L_b = loss(logits_b, targets) + distill(logits_b, logits of the next higher precision). Parameters that all
     precisions share (weights, source steps, edge layers) receive the mean over precisions of dL_b; those of one
-    precision (normalization, activation steps, scale ratios) the unscaled dL_b. The caller zeroes gradients and steps the
-    optimizer, so gradient accumulation and clipping work as usual.
+    precision (normalization, activation steps, scale ratios) the unscaled dL_b. The caller zeroes gradients and steps
+    the optimizer, so gradient accumulation and clipping work as usual.
 
     Args:
         model: a quantized model, in training mode.
