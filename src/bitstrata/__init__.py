@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import data, functional, nn, objectives, quantizers, recipes, train, zoo
-    from .lowering import lower, pack, program_summary
+    from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
     from .objectives import joint_backward
     from .prepare import (
@@ -38,6 +38,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 _MODULES = ("data", "functional", "nn", "objectives", "quantizers", "recipes", "train", "zoo")
 _HOMES = {
+    "add_plan": "lowering",
     "lower": "lowering",
     "pack": "lowering",
     "program_summary": "lowering",
@@ -71,6 +72,7 @@ __all__ = [
     "Recipe",
     "TrainConfig",
     "Trainer",
+    "add_plan",
     "calibrate_",
     "data",
     "functional",

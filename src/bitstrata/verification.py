@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from bitstrata_runtime import available_isas
 from bitstrata_runtime.derive import Precision
-from bitstrata_runtime.plan import Conv, Plan
+from bitstrata_runtime.plan import Conv, Plan, Requant
 from bitstrata_runtime.program import Program
 from bitstrata_runtime.session import Session
 
 from .lowering.factors import weight_codes
-from .lowering.rounding import rounding_bounds
+from .lowering.rounding import rounding_bounds, unrounded
 from .lowering.trace import double_copy
 from .nn.layers import QuantizedLayer
 from .prepare.precision import precision, quantized_layers
@@ -35,9 +35,9 @@ class VerifyRow:
     """One layer's input, or the output, at one precision.
 
     layer: the layer that reads the codes, or "" for the output. sources: the layers whose accumulators it was computed
-    from. differing: integers, of `count`, that are not the model's real number rounded. distance: for codes, how far
-    that number is from rounding to the program's code, at most, in steps; for the output, how far it is from the
-    program's integer, in units of the fixed point. tolerance: what rounding since the sources explains.
+    from. differing: integers, of `count`, that are not the model's real number rounded. distance: how far the numbers
+    of program and model are apart, at most: for codes in steps, in front of the rounding to codes; for the output in
+    units of its fixed point. tolerance: how far the roundings since the sources can take them.
     """
 
     precision: Label
@@ -110,14 +110,15 @@ class VerifyReport:
         if bad is not None:
             return (
                 f"program and model differ at precision {bad.precision} in {bad.place}: {bad.differing} of {bad.count} "
-                f"integers, by up to {bad.distance:.3g} steps (rounding explains {bad.tolerance:.3g})"
+                f"integers, by up to {bad.distance:.3g} steps before rounding (explained: {bad.tolerance:.3g})"
             )
         near = next((row for row in self.rows if row.layer and row.differing), None)
         if near is None:
             return "none"
         return (
             f"none beyond rounding; first at precision {near.precision} in {near.place}: {near.differing} of "
-            f"{near.count} integers, by at most {near.distance:.3g} steps (rounding explains {near.tolerance:.3g})"
+            f"{near.count} integers, by at most {near.distance:.3g} steps before rounding (explained: "
+            f"{near.tolerance:.3g})"
         )
 
     def __str__(self) -> str:
@@ -128,9 +129,9 @@ class VerifyReport:
             worst = max((row.distance for row in codes), default=0.0)
             wrong = sum(1 for m in self.mismatches if m.precision == label)
             lines.append(
-                f"precision {label}: {differing} of {total:,} codes differ from the model (at most {worst:.2g} steps "
-                f"from their threshold), logits within {error:.2g}, same class {self.top1_agreement[label]:.2%}, "
-                f"engine values unequal to the reference's: {wrong}"
+                f"precision {label}: {differing} of {total:,} codes differ from the model's (at most {worst:.2g} steps "
+                f"before rounding), logits by at most {error:.2g}, same class {self.top1_agreement[label]:.2%}, engine "
+                f"values unequal to the reference's: {wrong}"
             )
         lines.append(f"first difference: {self.first_difference}")
         return "\n".join(lines)
@@ -146,9 +147,9 @@ def verify(
 ) -> VerifyReport:
     """Compare model, reference executor and engine on `data`, layer by layer, at every precision.
 
-    The model is evaluated in float64 and each layer is fed the program's own input codes, so that a code that differs
-    is the doing of the layers just before and not of earlier ones. A code may differ only where the model's real number
-    is so near to a rounding threshold that the fixed-point roundings since then explain it. Engine and reference must
+    The model is evaluated in float64 and each layer is fed the program's own input codes, so that what differs is the
+    doing of the layers just before and not of earlier ones. The numbers that are rounded to codes must agree up to the
+    fixed-point roundings since then, so a code can differ only at a threshold. Engine and reference must
     agree in every integer of every value, weight codes with the model's in every one.
 
     Args:
@@ -277,6 +278,7 @@ def _fed(
         if node.op == "conv":
             read[str(node.attrs["layer"])].append(node.inputs[0])
     sources, bounds = _sources(program), rounding_bounds(plan)
+    made = {plan.values[op.output].name: op for op in plan.ops if isinstance(op, Requant)}
 
     def hook(layer: str) -> Any:
         waiting = iter(read[layer])
@@ -285,13 +287,16 @@ def _fed(
             value = next(waiting)
             ours, theirs = _as_model(values[value], output), quantizer.codes(args[0])
             grid = quantizer.grid(args[0]) if isinstance(quantizer, PixelInput) else quantizer.grid()
-            wrong = ours != theirs
-            distance = 0.0
-            if wrong.any():
-                position = args[0] / grid.scale - grid.offset
-                border = torch.where(ours > theirs, ours - 0.5, ours + 0.5)
-                distance = float((position - border)[wrong].abs().max())
-            note(layer, sources[value], ours.numel(), int(wrong.sum()), distance, bounds[value])
+            difference = (ours - theirs).abs()
+            if value in made:  # not the network's input, whose codes are given
+                op = made[value]
+                before = unrounded(op, values[plan.values[op.inputs[0]].name])
+                number = args[0] / grid.scale - grid.offset
+                distance = (number.clamp(op.lo, op.hi) - _as_model(before, output)).abs()
+            else:
+                distance = difference
+            differing = int(torch.count_nonzero(difference))
+            note(layer, sources[value], ours.numel(), differing, float(distance.max()), bounds[value])
             return grid.dequantize(ours)
 
         return replace
@@ -317,8 +322,7 @@ def _sources(program: Program) -> dict[str, tuple[str, ...]]:
 
 
 def _as_model(codes: NDArray[Any], like: Tensor) -> Tensor:
-    """(N, H, W, C) integers in the layout of a model tensor: (N, C, H, W), (N, C, L) or (N, C)."""
-    rows = np.ascontiguousarray(
-        codes.transpose(0, 3, 1, 2), dtype=np.int32
-    )  # contiguous, so that a model can view() it
+    """(N, H, W, C) numbers in the layout of a model tensor: (N, C, H, W), (N, C, L) or (N, C)."""
+    dtype = np.float64 if codes.dtype == np.float64 else np.int32
+    rows = np.ascontiguousarray(codes.transpose(0, 3, 1, 2), dtype=dtype)  # a model may view() what it is fed
     return torch.as_tensor(rows).reshape(like.shape)

@@ -6,7 +6,10 @@ exact, and everything from there to the next codes (or to the output) is rounded
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from bitstrata_runtime.plan import Add, Clip, Conv, Op, Plan, Requant, SumPool
 
@@ -16,16 +19,23 @@ _ULP = 2.0**-52
 def rounding_bounds(plan: Plan) -> dict[str, float]:
     """Value name -> largest distance to its real meaning, in the value's own units.
 
-    For codes: how far, in code steps, the real number in front of the final rounding may be from the model's; two codes
-    may differ only where that number is this near to a threshold. For fixed point: half a unit for each rounding since
-    the last accumulators, times the gains between. The bounds include the float64 rounding of the model evaluated for
-    comparison (its sums in any order, a few operations an element).
+    For codes: how far, in code steps, the number in front of the final rounding (`unrounded`) may be from the model's;
+    two codes may differ only where that number is this near to a threshold. For fixed point: half a unit for each
+    rounding since the last accumulators, times the gains between. The bounds include the float64 rounding of the model
+    evaluated for comparison (its sums in any order, a few operations an element).
     """
     bounds = {plan.values[plan.input].name: 0.0}
     for op in plan.ops:
         inputs = [bounds[plan.values[index].name] for index in op.inputs]
         bounds[plan.values[op.output].name] = _bound(plan, op, inputs)
     return bounds
+
+
+def unrounded(op: Requant, x: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """The number that a requantization rounds to an integer, for inputs x (N, H, W, C), clamped as its result is."""
+    shift = op.shift.astype(np.int64)
+    scaled = x.astype(np.int64) * op.multiplier.astype(np.int64) + op.bias - ((1 << shift) >> 1)
+    return np.clip(np.ldexp(scaled.astype(np.float64), -shift), op.lo, op.hi)
 
 
 def _bound(plan: Plan, op: Op, inputs: list[float]) -> float:
@@ -46,7 +56,7 @@ def _bound(plan: Plan, op: Op, inputs: list[float]) -> float:
     return inputs[0]
 
 
-def _row_sums(op: Conv) -> np.ndarray:
+def _row_sums(op: Conv) -> NDArray[np.int64]:
     return np.abs(op.mul * op.codes.astype(np.int64) + op.add).reshape(op.codes.shape[0], -1).sum(axis=1)
 
 
