@@ -97,9 +97,7 @@ def read_plainly(files: Files) -> Program:
     return Program(
         input_shape=tuple(graph["input"]["shape"]),
         input_kind=graph["input"]["kind"],
-        nodes=tuple(
-            Node(item["name"], item["op"], tuple(item["inputs"]), item["attrs"]) for item in graph["nodes"]
-        ),
+        nodes=tuple(Node(item["name"], item["op"], tuple(item["inputs"]), item["attrs"]) for item in graph["nodes"]),
         output=graph["output"],
         layers={item.name: item for item in layers},
         affines={item["name"]: AffineInfo(item["owner"], item["channels"]) for item in graph["affines"]},

@@ -279,6 +279,7 @@ def _fed(
             read[str(node.attrs["layer"])].append(node.inputs[0])
     sources, bounds = _sources(program), rounding_bounds(plan)
     made = {plan.values[op.output].name: op for op in plan.ops if isinstance(op, Requant)}
+    clips = {node.name: node.attrs.get("clip", (None, None)) for node in program.nodes if node.op == "requant"}
 
     def hook(layer: str) -> Any:
         waiting = iter(read[layer])
@@ -292,6 +293,9 @@ def _fed(
                 op = made[value]
                 before = unrounded(op, values[plan.values[op.inputs[0]].name])
                 number = args[0] / grid.scale - grid.offset
+                lo, hi = (None if bound is None else bound / float(grid.scale) for bound in clips[value])
+                if (lo, hi) != (None, None):  # may fall between codes, and cuts the model's number there
+                    before = np.clip(np.clip(before, lo, hi), op.lo, op.hi)
                 distance = (number.clamp(op.lo, op.hi) - _as_model(before, output)).abs()
             else:
                 distance = difference

@@ -17,7 +17,7 @@ from bitstrata_runtime.program import Factors, Program
 from bitstrata_runtime.source import check_name
 
 from ..nn.norm import PrecisionBatchNorm
-from ..prepare.calibrate import _average_statistics_, _input_of
+from ..prepare.calibrate import average_statistics_, input_of
 from ..prepare.precision import precision, quantized_layers, set_precision
 from .assemble import prove
 from .errors import LowerError
@@ -106,7 +106,7 @@ def reestimated(model: nn.Module, precision_map: Mapping[str, int], batches: Ite
     Raises:
         LowerError: no batches, or a map the model cannot take.
     """
-    data = [_input_of(batch) for batch in batches]
+    data = [input_of(batch) for batch in batches]
     if not data:
         raise LowerError("add_plan: no batches given to estimate the normalizations' statistics on")
     twin = copy.deepcopy(model)
@@ -114,5 +114,5 @@ def reestimated(model: nn.Module, precision_map: Mapping[str, int], batches: Ite
         set_precision(twin, precision_map)
     except ValueError as error:
         raise LowerError(f"add_plan: {error}") from error
-    _average_statistics_(twin, data)
+    average_statistics_(twin, data)
     return twin

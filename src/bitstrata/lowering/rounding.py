@@ -34,8 +34,8 @@ def rounding_bounds(plan: Plan) -> dict[str, float]:
 def unrounded(op: Requant, x: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """The number that a requantization rounds to an integer, for inputs x (N, H, W, C), clamped as its result is."""
     shift = op.shift.astype(np.int64)
-    scaled = x.astype(np.int64) * op.multiplier.astype(np.int64) + op.bias - ((1 << shift) >> 1)
-    return np.clip(np.ldexp(scaled.astype(np.float64), -shift), op.lo, op.hi)
+    scaled = x.astype(np.int64) * op.multiplier.astype(np.int64) + op.bias  # fits int64, less its half it might not
+    return np.clip(np.ldexp(scaled.astype(np.float64), -shift) - 0.5 * (shift > 0), op.lo, op.hi)
 
 
 def _bound(plan: Plan, op: Op, inputs: list[float]) -> float:

@@ -28,7 +28,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
     Raises:
         ValueError: no batches, a float model, or activations that are not finite.
     """
-    data = [_input_of(batch) for batch in batches]
+    data = [input_of(batch) for batch in batches]
     chosen = _checked(model, "calibrate_", data, precisions)
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
@@ -56,15 +56,15 @@ def reestimate_batchnorm_(
         batches: inputs, or (input, ...) tuples.
         precisions: which to re-estimate; all by default.
     """
-    data = [_input_of(batch) for batch in batches]
+    data = [input_of(batch) for batch in batches]
     chosen = _checked(model, "reestimate_batchnorm_", data, precisions)
     for p in chosen:
         with precision(model, p):
-            _average_statistics_(model, data)
+            average_statistics_(model, data)
     return model
 
 
-def _average_statistics_(model: nn.Module, data: list[Tensor]) -> None:
+def average_statistics_(model: nn.Module, data: list[Tensor]) -> None:
     levels = [m.level for m in model.modules() if isinstance(m, PrecisionBatchNorm)]
     momenta = [level.momentum for level in levels]
     for level in levels:
@@ -79,7 +79,7 @@ def _average_statistics_(model: nn.Module, data: list[Tensor]) -> None:
             level.momentum = momentum
 
 
-def _input_of(batch: Any) -> Tensor:
+def input_of(batch: Any) -> Tensor:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
