@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bitstrata as bs
 from bitstrata_runtime import Program, Session
 
+torch.set_num_threads(1)  # maps of a few positions: more threads only wait for each other
 STRATA = bs.recipes.strata(w=(1, 4))
 MEAN, STD = (0.45, 0.5, 0.4), (0.25, 0.2, 0.3)
 

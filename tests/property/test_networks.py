@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers_lowering import images, normalised, prepared
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:lower. .* fraction bits:UserWarning", "ignore:Using padding='same'", "ignore:.*inputs below zero meet"
 )
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
-SHORT = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=QUIET)
+SHORT = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=QUIET)
 LONG = settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
 
 
@@ -91,7 +90,6 @@ def weight_codes(session: Session) -> dict[str, np.ndarray]:
 @SHORT
 @given(cases(), st.data())
 def test_networks(case: Case, data: st.DataObject) -> None:
-    torch.set_num_threads(1)
     check_network(case, data)
 
 
@@ -99,5 +97,4 @@ def test_networks(case: Case, data: st.DataObject) -> None:
 @LONG
 @given(cases(), st.data())
 def test_many_networks(case: Case, data: st.DataObject) -> None:
-    torch.set_num_threads(1)
     check_network(case, data)

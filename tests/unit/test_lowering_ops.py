@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bitstrata as bs
 from bitstrata_runtime import Program, Session
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 Op = Callable[[Net, Tensor], Tensor]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import bitstrata as bs
 from bitstrata_runtime import Program
 
+pytestmark = pytest.mark.filterwarnings("ignore:lower. .* fraction bits:UserWarning")
 STRATA = bs.recipes.strata(w=(1, 2, 3, 4))
 RECIPES = {
     "strata": STRATA,

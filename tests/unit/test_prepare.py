@@ -334,6 +334,16 @@ def test_double_precision_models_stay_double():
             r"^quantize_: input=Pixels has 3 channels, but the first layer '0' reads 4$",
         ),
         (
+            lambda m, x: bs.quantize_(m, STRATA, x, filter=lambda n, _: n != "0", input=bs.Pixels((0.5,), (0.5,))),
+            ValueError,
+            r"^quantize_: input=Pixels is for a quantized first layer, but '0' reads floats: kept in float by the f",
+        ),
+        (
+            lambda m, x: bs.recipes.strata(w=(2.7, 4)),
+            ValueError,
+            r"^strata: w must be whole numbers of bits, got \(2\.7, 4\)$",
+        ),
+        (
             lambda m, x: bs.Pixels((0.5,), (0.5, 0.5)),
             ValueError,
             r"^Pixels: mean and std must have one entry a channel, got \(0.5,\) and \(0.5, 0.5\)$",

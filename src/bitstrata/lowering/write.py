@@ -13,7 +13,7 @@ from bitstrata_runtime.program import Program
 def pack(
     program: Program, path: str | PathLike[str], provenance: dict[str, Any] | None = None, *, overwrite: bool = False
 ) -> Any:
-    """Write the program as the directory `path` (by custom NAME.strata): spec/artifact.md.
+    """Write the program as the directory `path` (customarily NAME.strata): spec/artifact.md.
 
     Args:
         program: from `lower`.

@@ -94,6 +94,9 @@ def quantize_(
     if not chosen:
         raise ValueError(f"quantize_: no layer to quantize among {len(candidates)} candidates: {skipped or 'none ran'}")
     first = ran[0][1]
+    if input is not None and (first in skipped or recipe.activation is None):
+        why = skipped.get(first, f"recipe {recipe.name!r} keeps activations in float")
+        raise ValueError(f"quantize_: input=Pixels is for a quantized first layer, but {first!r} reads floats: {why}")
     plans = {
         name: _quantizers(
             name, module, recipe, trace.layers[name], edge=name in edges, pixels=input if name == first else None

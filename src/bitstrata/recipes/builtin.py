@@ -30,7 +30,9 @@ def strata(
         edge_bits: width of the first and last layer (weights and input), or None to leave them in float.
         distill: "cosine" distillation from the next higher precision, or None.
     """
-    precisions = tuple(sorted({int(b) for b in w}))
+    if not all(isinstance(b, int) and not isinstance(b, bool) for b in w):
+        raise ValueError(f"strata: w must be whole numbers of bits, got {tuple(w)}")
+    precisions = tuple(sorted(set(w)))
     return Recipe(
         name="strata",
         description=STRATA,
