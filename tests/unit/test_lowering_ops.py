@@ -193,7 +193,9 @@ def test_flattening_keeps_torch_order(name: str) -> None:
     assert "flatten" in ops_of(check(net))
 
 
-@pytest.mark.parametrize("squeeze", [lambda x: x.squeeze(3).squeeze(2), lambda x: x[:, :, :1, :1].flatten(1)])
+@pytest.mark.parametrize(
+    "squeeze", [lambda x: x.squeeze(3).squeeze(2), lambda x: x.squeeze(), lambda x: x[:, :, :1, :1].flatten(1)]
+)
 def test_one_position_needs_no_flatten(squeeze: Callable[[Tensor], Tensor]) -> None:
     net = Net(
         lambda n, x: n.head(squeeze(F.adaptive_avg_pool2d(n.stem(x), 1))), stem=nn.Conv2d(3, 4, 3), head=nn.Linear(4, 2)

@@ -20,12 +20,10 @@ Array = NDArray[np.float64]
 
 
 def norm_affine(norm: nn.Module, name: str) -> tuple[Array, Array]:
-    """Multiplier and addend, float64 (C,), of the batch normalization `name`, which needs running statistics."""
+    """Multiplier and addend, float64 (C,), of a batch normalization; `name` is for errors."""
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
     if norm.running_mean is None or norm.running_var is None:
-        raise LowerError(
-            f"lower: batch normalization {name!r} has no running statistics to fold; use track_running_stats=True"
-        )
+        raise LowerError(f"lower: the normalization {name} has no running statistics; use track_running_stats=True")
     var, mean = norm.running_var.double(), norm.running_mean.double()
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach().double()
     beta = torch.zeros_like(var) if norm.bias is None else norm.bias.detach().double()
@@ -68,7 +66,7 @@ def layer_affine(layer: QuantizedLayer, name: str, norm: PrecisionBatchNorm | No
         constant = constant + unit * (integers.sum(axis=(2, 3)) * _per_group(offset, layer)).sum(axis=1)
     if norm is None:
         return np.stack([unit, constant])
-    gain, shift = norm_affine(norm.level, f"of {name}")
+    gain, shift = norm_affine(norm.level, f"behind {name!r}")
     return np.stack([unit * gain, constant * gain + shift])
 
 
@@ -108,5 +106,5 @@ def program_factors(
         factors.affine[name] = layer_affine(layer, name, folded.get(name))
         factors.step[name] = input_grid(layer, name)[0]
     for name, norm in standalone.items():
-        factors.affine[name] = np.stack(norm_affine(norm.level, name))
+        factors.affine[name] = np.stack(norm_affine(norm.level, repr(name)))
     return factors

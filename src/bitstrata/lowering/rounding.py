@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitstrata_runtime.plan import Add, Clip, Conv, Op, Plan, Requant, SumPool
+from bitstrata_runtime.plan import Add, Clip, Conv, Op, Plan, Requant, SumPool, Value
 
 _ULP = 2.0**-52
 
@@ -47,12 +47,12 @@ def _bound(plan: Plan, op: Op, inputs: list[float]) -> float:
         return _requant_bound(op, inputs[0], max(abs(source.lo), abs(source.hi)), is_codes=result.scale is None)
     if isinstance(op, Add):
         shifts = (op.shift_a, op.shift_b)
-        return sum(e * 2.0**-s + 0.5 * (s > 0) for e, s in zip(inputs, shifts, strict=True)) + _float(result.hi)
+        return sum(e * 2.0**-s + 0.5 * (s > 0) for e, s in zip(inputs, shifts, strict=True)) + _float(result)
     if isinstance(op, Clip):
         return inputs[0] + 0.5  # the clip's own bounds are rounded to units
     if isinstance(op, SumPool):
         window = op.kernel[0] * op.kernel[1]
-        return inputs[0] * window * 2.0**-op.shift + 0.5 * (op.shift > 0) + window * _float(result.hi)
+        return inputs[0] * window * 2.0**-op.shift + 0.5 * (op.shift > 0) + window * _float(result)
     return inputs[0]
 
 
@@ -69,5 +69,6 @@ def _requant_bound(op: Requant, before: float, magnitude: int, *, is_codes: bool
     return float((gain * before + constants + floats).max()) + (0.0 if is_codes else 0.5)
 
 
-def _float(magnitude: int) -> float:
-    return 4 * _ULP * abs(magnitude)
+def _float(value: Value) -> float:
+    """What float64 arithmetic of the model may add to a value, an operation."""
+    return 4 * _ULP * max(abs(value.lo), abs(value.hi))

@@ -81,7 +81,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     if len(inputs) != 1:
         names = ", ".join(repr(str(node.target)) for node in inputs)
         raise LowerError(f"lower: the model must take one input tensor, {kind}.forward uses {len(inputs)} ({names})")
-    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape = (2, *example.shape[1:])  # a batch of one would hide what happens to the batch dimension
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     recorder = _Recorder(twin, graph)
     try:
         with torch.no_grad():
@@ -89,7 +90,6 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     except LowerError:
         raise
     except Exception as error:
-        shape = tuple(example.shape)
         raise LowerError(f"lower: {kind} does not run on an input of shape {shape}: {_first_line(error)}") from error
     if isinstance(expected, Tensor) and not torch.allclose(found, expected, equal_nan=True):
         raise LowerError(
