@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Grid:
         return (codes.to(scale.dtype) + self.offset) * scale
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Base of all quantizers; works at the current `precision`, one of `bits`' keys.
 
     A subclass implements `grid`, `codes`, `forward` and `init_`, and names its per-precision parameters. The contract,
@@ -57,17 +58,17 @@ class Quantizer(nn.Module):
         self.signed = signed
         self.precision = max(self.bits)
 
+    @abstractmethod
     def grid(self) -> Grid:
         """The grid at the current precision."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x at the current precision: int32, x's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_(self, x: Tensor) -> None:
         """Set the step sizes from a sample: the weight itself, or a batch of activations (current precision only)."""
-        raise NotImplementedError
 
     def precision_parameters(self) -> dict[int, list[nn.Parameter]]:
         """Parameters that belong to one precision alone; every other parameter is shared by all precisions."""
@@ -139,13 +140,13 @@ class ActivationQuantizer(Quantizer):
         """N of the gradient scale 1/sqrt(N Q_P): features a sample or elements a batch, at least 1."""
         return max(x.numel() if self.numel == "batch" else x.numel() // max(x.shape[0], 1), 1)
 
+    @abstractmethod
     def statistic_of(self, x: Tensor) -> Tensor:
         """The statistic that the initial step is proportional to, one element."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step_from(self, statistic: Tensor) -> Tensor:
         """The initial step for a statistic, at the current precision."""
-        raise NotImplementedError
 
     def grid(self) -> Grid:
         self.require_initialized()

@@ -53,6 +53,9 @@ class PixelInput(Quantizer):
         pixels = x * self.channel(self.std, x) + self.channel(self.mean, x)
         return pixels.mul_(255).round_().clamp_(0, 255)
 
+    def init_(self, x: Tensor) -> None:
+        """Nothing to set: the grid is that of uint8 pixels."""
+
     def codes(self, x: Tensor) -> Tensor:
         return self._codes(x.detach()).to(torch.int32)
 
