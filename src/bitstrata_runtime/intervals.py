@@ -100,18 +100,18 @@ def requant_constants(
     """
     channels = scale.size
     found = Constants(np.zeros(channels, np.int32), np.zeros(channels, np.int64), np.zeros(channels, np.uint8))
-    todo = np.arange(channels)
+    pending = np.arange(channels)
     # |scale| >= 2^(e-1), so at shifts above 32 - e the multiplier reaches 2^31: only zeros (and NaN) start at 62.
     exponents = np.frexp(np.where(np.isfinite(scale) & (scale != 0), scale, 2.0**-62))[1]
     for shift in range(min(62, int(32 - exponents.min(initial=32))), -1, -1):
-        if not todo.size:
+        if not pending.size:
             return found
-        multiplier, bias, fits = _at_shift(scale[todo], offset[todo], magnitude[todo], shift)
-        done = todo[fits]
+        multiplier, bias, fits = _at_shift(scale[pending], offset[pending], magnitude[pending], shift)
+        done = pending[fits]
         found.multiplier[done], found.bias[done], found.shift[done] = multiplier[fits], bias[fits], shift
-        todo = todo[~fits]
-    if todo.size:
-        channel = int(todo[0])
+        pending = pending[~fits]
+    if pending.size:
+        channel = int(pending[0])
         raise ProgramError(
             f"{where}: channel {channel}: no requantization constants: one input unit is {scale[channel]!r} output "
             f"units, the offset {offset[channel]!r}; the multiplier must stay below 2^31, x*M + B below 2^63"
