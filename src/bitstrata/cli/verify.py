@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,8 +58,7 @@ class Verify:
         from bitstrata_runtime import available_isas
 
         isas = available_isas()
-        with ThreadPoolExecutor() as pool:  # numpy and the engine leave the interpreter lock while they compute
-            found = list(pool.map(lambda p: measure.values_differing(path, p, dataset, isas, "oracle"), precisions))
+        found = [measure.values_differing(path, p, dataset, isas, "oracle") for p in precisions]
         rows = [
             {"bits": p, "isa": isa, "images": len(dataset), "layers_differing_from_reference": len(names[isa])}
             for p, names in zip(precisions, found, strict=True)
