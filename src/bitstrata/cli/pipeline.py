@@ -173,9 +173,10 @@ def float_config(options: Train) -> TrainConfig:
 
 
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
-    """Train a float network; returns its accuracy."""
+    """Train a float network; returns its accuracy in float32."""
     trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
-    return run.timed("float", trainer.fit)["float"]
+    run.timed("float", trainer.fit)
+    return float32_accuracies(run, model)["float"]
 
 
 def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
@@ -183,6 +184,11 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     quantized(run, model)
     trainer = Trainer(model, stage_config(run.options), run.loader(True), run.loader(False), run.out, name="joint")
     run.timed("joint", trainer.fit)
+    return float32_accuracies(run, model)
+
+
+def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
+    """Accuracies in float32, whatever number format training and its own evaluations use."""
     if run.options.channels_last:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
