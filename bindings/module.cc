@@ -126,6 +126,12 @@ NB_MODULE(_engine, m) {
             return g.sum_pool(name, x, {kernel, stride, padding}, shift);
           },
           "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "shift"_a)
+      .def(
+          "sum_codes",
+          [](Graph& g, const std::string& name, int x, Pair kernel, Pair stride, Sides padding) {
+            return g.sum_codes(name, x, {kernel, stride, padding});
+          },
+          "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a)
       .def("slice", &Graph::slice, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("pad", &Graph::pad, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("flatten", &Graph::flatten, "name"_a, "x"_a)

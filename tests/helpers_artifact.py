@@ -80,8 +80,8 @@ def read_plainly(files: Files) -> Program:
             weight_bits=dict(zip(precisions, item["weight_bits"], strict=True)),
             integer_form=dict(zip(precisions, map(tuple, item["integer_form"]), strict=True)),
             input_range=dict(zip(precisions, map(tuple, item["input_range"]), strict=True)),
-            pad_code=tuple(item["pad_code"]),
-            input_offset=tuple(item["input_offset"]),
+            pad_code=dict(zip(precisions, map(tuple, item["pad_code"]), strict=True)),
+            input_offset=dict(zip(precisions, map(tuple, item["input_offset"]), strict=True)),
             grid=item["grid"],
         )
         for item in graph["layers"]

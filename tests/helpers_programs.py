@@ -48,9 +48,14 @@ def layer(
     planes: bool = True,
     precisions: tuple[int, ...] = PRECISIONS,
     input_range: dict[int, tuple[int, int]] | None = None,
+    pad_code: tuple[int, ...] = (0,),
+    input_offset: tuple[float, ...] = (0.0,),
     **fields: Any,
 ) -> Layer:
-    """A layer on the nested symmetric grid (planes) or on an 8-bit grid with a zero (resident)."""
+    """A layer on the nested symmetric grid (planes) or on an 8-bit grid with a zero (resident).
+
+    pad_code and input_offset are those of every precision.
+    """
     return Layer(
         name=name,
         kind="linear" if shape[2:] == (1, 1) else "conv",
@@ -60,6 +65,8 @@ def layer(
         weight_bits={p: min(p, source_bits) if planes else 8 for p in precisions},
         integer_form=dict.fromkeys(precisions, (2, 1) if planes else (1, 0)),
         input_range=input_range or {p: (0, (1 << p) - 1) for p in precisions},
+        pad_code=dict.fromkeys(precisions, pad_code),
+        input_offset=dict.fromkeys(precisions, input_offset),
         grid="strata" if planes else "lsq",
         **fields,
     )

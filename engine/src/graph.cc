@@ -97,6 +97,9 @@ int Graph::max_pool(const std::string& name, int x, const PoolParams& p) {
 int Graph::sum_pool(const std::string& name, int x, const PoolParams& p, int64_t shift) {
   return append(name, make_sum_pool(kernels_, name, operand(name, x), values(), p, shift));
 }
+int Graph::sum_codes(const std::string& name, int x, const PoolParams& p) {
+  return append(name, make_sum_codes(kernels_, name, operand(name, x), values(), p));
+}
 int Graph::slice(const std::string& name, int x, Triple h, Triple w, Triple c) {
   return append(name, make_slice(name, operand(name, x), values(), h, w, c));
 }

@@ -56,6 +56,7 @@ Made make_add(const Kernels&, const std::string& name, Operand a, Operand b, int
 Made make_clip(const Kernels&, const std::string& name, Operand x, int output, int64_t lo, int64_t hi);
 Made make_max_pool(const Kernels&, const std::string& name, Operand x, int output, const PoolParams&);
 Made make_sum_pool(const Kernels&, const std::string& name, Operand x, int output, const PoolParams&, int64_t shift);
+Made make_sum_codes(const Kernels&, const std::string& name, Operand x, int output, const PoolParams&);
 Made make_slice(const std::string& name, Operand x, int output, Triple h, Triple w, Triple c);
 Made make_pad(const std::string& name, Operand x, int output, Pair h, Pair w, Pair c);
 Made make_flatten(const std::string& name, Operand x, int output);

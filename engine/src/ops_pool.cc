@@ -57,6 +57,16 @@ void check_not_empty(const std::string& name, const char* axis, int64_t size, in
     fail(name, std::string("a window of ") + axis + " " + str(kernel) + " lies entirely in the padding");
 }
 
+// Bounds of plain sums; those of the type if its values could leave it (the caller has proved that they do not).
+std::pair<int32_t, int32_t> sum_bounds(const Value& x, const PoolParams& p) {
+  bool padded = false;
+  for (int64_t v : p.padding) padded = padded || v > 0;
+  const int64_t window = p.kernel[0] * p.kernel[1];
+  const int64_t lo = window * (padded ? std::min(x.lo, 0) : x.lo), hi = window * (padded ? std::max(x.hi, 0) : x.hi);
+  if (lo < lowest(x.dtype) || hi > highest(x.dtype)) return {lowest(x.dtype), highest(x.dtype)};
+  return {static_cast<int32_t>(lo), static_cast<int32_t>(hi)};
+}
+
 }  // namespace
 
 Made make_max_pool(const Kernels& kernels, const std::string& name, Operand x, int output, const PoolParams& p) {
@@ -75,6 +85,15 @@ Made make_sum_pool(const Kernels& kernels, const std::string& name, Operand x, i
   const DType dtype = x.value.dtype;
   return {std::make_unique<PoolOp>(kernels.sum_pool[static_cast<int>(dtype)], s, dtype, DType::i32, x.index, output),
           Value{{s.out_h, s.out_w, s.channels}, DType::i32}};
+}
+
+Made make_sum_codes(const Kernels& kernels, const std::string& name, Operand x, int output, const PoolParams& p) {
+  const PoolShape s = check_pool(name, x.value, p);
+  const DType dtype = x.value.dtype;
+  if (dtype == DType::i32) fail(name, "the input is i32, a sum of codes takes u8 or s8");
+  const auto [lo, hi] = sum_bounds(x.value, p);
+  return {std::make_unique<PoolOp>(kernels.sum_codes[static_cast<int>(dtype)], s, dtype, dtype, x.index, output),
+          Value{{s.out_h, s.out_w, s.channels}, dtype, lo, hi}};
 }
 
 }  // namespace bitstrata

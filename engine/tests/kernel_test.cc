@@ -201,12 +201,15 @@ void test_pools(const Kernels& row, DType t, int64_t channels, Edge edge, uint64
   s.shift = static_cast<int32_t>(random.in(0, 40));
   const int64_t in_count = s.in_h * s.in_w * channels, count = s.out_h * s.out_w * channels;
   const Guarded x(in_count * size_of(t), edge, size_of(t)), most(count * size_of(t), edge, size_of(t));
-  const Guarded sum(count * 4, edge, 4);
+  const Guarded sum(count * 4, edge, 4), codes(count * size_of(t), edge, size_of(t));
   fill(t, x.get(), in_count, random);
   const int64_t cut = random.in(0, s.out_h);
+  PoolShape plain = s;
+  plain.shift = 0;
   for (const auto& [begin, end] : {std::pair(cut, s.out_h), std::pair(int64_t{0}, cut)}) {
     row.max_pool[static_cast<int>(t)](s, x.get(), most.get(), begin, end);
     row.sum_pool[static_cast<int>(t)](s, x.get(), sum.get(), begin, end);
+    if (t != DType::i32) row.sum_codes[static_cast<int>(t)](plain, x.get(), codes.get(), begin, end);
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = i % channels, px = i / channels % s.out_w, py = i / channels / s.out_w;
@@ -221,6 +224,9 @@ void test_pools(const Kernels& row, DType t, int64_t channels, Edge edge, uint64
     expect_equal(row.isa, "max_pool", name_of(t), i, read(t, most.get(), i), largest);
     expect_equal(row.isa, "sum_pool", name_of(t), i, sum.get<int32_t>()[i],
                  static_cast<int32_t>(align(total, s.shift)));
+    if (t == DType::i32) continue;
+    const int64_t wrapped = t == DType::u8 ? int64_t{static_cast<uint8_t>(total)} : int64_t{static_cast<int8_t>(total)};
+    expect_equal(row.isa, "sum_codes", name_of(t), i, read(t, codes.get(), i), wrapped);
   }
 }
 

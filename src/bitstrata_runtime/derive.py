@@ -102,6 +102,12 @@ class _Chosen:
         low, high = self.program.layers[layer].input_range[self.map[layer]]
         return low, high
 
+    def input_offset(self, layer: str) -> tuple[float, ...]:
+        return tuple(float(value) for value in self.program.layers[layer].input_offset[self.map[layer]])
+
+    def pad_code(self, layer: str) -> NDArray[np.int32]:
+        return np.asarray(self.program.layers[layer].pad_code[self.map[layer]], np.int32)
+
     def codes(self, layer: Layer) -> NDArray[np.int8]:
         """Section 1: the weight codes at the layer's width."""
         held, bits = self.program.weights[layer.name], layer.weight_bits[self.map[layer.name]]
@@ -137,8 +143,7 @@ class _Derivation:
         program = self.chosen.program
         entry = next(node.name for node in program.nodes if node.op == "input")
         layer = program.layers[self.infos[entry].layer or ""]
-        offset = tuple(float(value) for value in layer.input_offset)
-        step = self.chosen.step(layer.name)
+        offset, step = self.chosen.input_offset(layer.name), self.chosen.step(layer.name)
         ends = self.index[entry], self.index[program.output]
         return Plan(tuple(self.values), tuple(self.ops), *ends, step, offset)
 
@@ -181,7 +186,7 @@ def _conv(state: _Derivation, node: Node) -> None:
     layer, (source, bounds) = state.chosen.program.layers[node.attrs["layer"]], state.source(node)
     codes, (mul, add) = state.chosen.codes(layer), layer.integer_form[state.chosen.map[layer.name]]
     pads, groups = attrs.padding(node), node.attrs["groups"]
-    pad_code = np.broadcast_to(np.asarray(layer.pad_code, np.int32), source.shape[2:]).copy()
+    pad_code = np.broadcast_to(state.chosen.pad_code(layer.name), source.shape[2:]).copy()
     result = intervals.conv(codes, mul, add, groups, intervals.join(bounds, pad_code) if any(pads) else bounds)
     magnitude = intervals.largest(result)
     if int(magnitude.max()) > INT32_MAX:
@@ -199,9 +204,10 @@ def _conv(state: _Derivation, node: Node) -> None:
 def _requant(state: _Derivation, node: Node) -> None:
     (source, _), to = state.source(node), node.attrs["to"]
     step, code_range = state.chosen.step(to), state.chosen.input_range(to)
+    (offset,) = state.chosen.input_offset(to)  # validation has made sure that it is one
     a, b = state.chosen.line(attrs.affine_names(node), source.scale, source.shape[2])
-    low, high = intervals.clamp_range(attrs.clip_bounds(node), step, *code_range, _where(node))
-    _store_requant(state, node, (a, b, step), (low, high), (_dtype(code_range), None))
+    clamp = intervals.code_clamp(attrs.clip_bounds(node), step, offset, code_range)
+    _store_requant(state, node, (a, b, step, offset), clamp, (_dtype(code_range), None))
 
 
 def _rescale(state: _Derivation, node: Node) -> None:
@@ -216,20 +222,20 @@ def _rescale(state: _Derivation, node: Node) -> None:
     bound = float(max(np.abs(ends).max(), np.abs(a).max()))
     unit = math.ldexp(1.0, -intervals.fraction_bits(bound, _where(node)))
     clamp = intervals.clamp_range(clip, unit, -INT32_MAX, INT32_MAX, _where(node))
-    _store_requant(state, node, (a, b, unit), clamp, ("i32", unit))
+    _store_requant(state, node, (a, b, unit, 0.0), clamp, ("i32", unit))
 
 
 def _store_requant(
     state: _Derivation,
     node: Node,
-    line: tuple[NDArray[np.float64], NDArray[np.float64], float],
+    line: tuple[NDArray[np.float64], NDArray[np.float64], float, float],
     clamp: tuple[int, int],
     result: tuple[str, float | None],
 ) -> None:
-    """Section 3, common to requant and rescale: line = (a, b, target step), result = (dtype, scale)."""
-    (_, bounds), (a, b, step) = state.source(node), line
+    """Section 3, common to requant and rescale: line = (a, b, target step, target offset), result = (dtype, scale)."""
+    (_, bounds), (a, b, step, z) = state.source(node), line
     with np.errstate(over="ignore", invalid="ignore"):
-        scale, offset = a / step, b / step
+        scale, offset = a / step, b / step - z
     constants = intervals.requant_constants(scale, offset, intervals.largest(bounds), _where(node))
     op = Requant(*state.head(node), constants.multiplier, constants.bias, constants.shift, *clamp)
     state.store(node, constants.image(bounds, *clamp), *result, op)
@@ -276,12 +282,26 @@ def _avgpool(state: _Derivation, node: Node) -> None:
     kernel, stride, pads = attrs.extents(node, "kernel"), attrs.extents(node, "stride"), attrs.padding(node)
     window = kernel[0] * kernel[1]
     low, high = (end * window for end in (intervals.join(bounds, 0) if any(pads) else bounds))
+    if state.infos[node.name].kind == "code":
+        _check_code_sums(node, source.dtype, low, high)
+        state.store(node, (low, high), source.dtype, None, SumPool(*state.head(node), kernel, stride, pads, 0))
+        return
     shift = next(t for t in range(64) if align(low, t).min() >= -INT32_MAX and align(high, t).max() <= INT32_MAX)
     scale = math.ldexp(source.scale or 1.0, shift) / window
     if scale < MIN_STEP:
         raise ProgramError(f"{_where(node)}: the scale of the result, {scale!r}, is below {MIN_STEP}")
     op = SumPool(*state.head(node), kernel, stride, pads, shift)
     state.store(node, (align(low, shift), align(high, shift)), "i32", scale, op)
+
+
+def _check_code_sums(node: Node, dtype: str, low: NDArray[np.int64], high: NDArray[np.int64]) -> None:
+    """Section 4: sums of codes stay in the codes' own 8 bits."""
+    least, most = (0, 255) if dtype == "u8" else (-128, 127)
+    if low.min() < least or high.max() > most:
+        raise ProgramError(
+            f"{_where(node)}: sums of codes can reach [{int(low.min())}, {int(high.max())}], beyond the range "
+            f"[{least}, {most}] of {dtype}; pool fixed point instead, or fewer codes"
+        )
 
 
 def _slice(state: _Derivation, node: Node) -> None:

@@ -166,6 +166,8 @@ def _(op: p.MaxPool, graph: Any, inputs: list[int], dtype: str) -> int:
 
 @_append.register
 def _(op: p.SumPool, graph: Any, inputs: list[int], dtype: str) -> int:
+    if dtype != "i32" and op.shift == 0:
+        return int(graph.sum_codes(op.name, *inputs, op.kernel, op.stride, op.padding))
     return int(graph.sum_pool(op.name, *inputs, op.kernel, op.stride, op.padding, op.shift))
 
 

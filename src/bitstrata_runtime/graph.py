@@ -77,17 +77,22 @@ def code_readers(program: Program, infos: Mapping[str, ValueInfo]) -> dict[str, 
 
 
 def check_readers(program: Program, readers: Mapping[str, list[str]], chosen: Mapping[str, int]) -> None:
-    """Layers that read the same codes must mean the same by them: equal input ranges at the precisions `chosen`."""
+    """Layers that read the same codes must mean the same by them: equal ranges and offsets at precisions `chosen`."""
     for origin, names in readers.items():
-        first = names[0]
-        want = tuple(program.layers[first].input_range[chosen[first]])
-        for name in names[1:]:
-            have = tuple(program.layers[name].input_range[chosen[name]])
-            if have != want:
-                raise ProgramError(
-                    f"node {origin!r}: layers {first!r} (precision {chosen[first]}) and {name!r} (precision "
-                    f"{chosen[name]}) share its codes, but their input_range differ: {want} and {have}"
-                )
+        first, p = names[0], chosen[names[0]]
+        for name, q in ((name, chosen[name]) for name in names[1:]):
+            for table in ("input_range", "input_offset"):
+                want, have = (tuple(getattr(program.layers[n], table)[at]) for n, at in ((first, p), (name, q)))
+                if not (_same_offsets(want, have) if table == "input_offset" else want == have):
+                    raise ProgramError(
+                        f"node {origin!r}: layers {first!r} (precision {p}) and {name!r} (precision {q}) share its "
+                        f"codes, but their {table} differ: {want} and {have}"
+                    )
+
+
+def _same_offsets(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two offsets, each one for all channels or one a channel, are the same."""
+    return a == b or (1 in (len(a), len(b)) and len({*a, *b}) == 1)
 
 
 def _check_ends(program: Program, infos: dict[str, ValueInfo]) -> dict[str, ValueInfo]:
@@ -108,12 +113,10 @@ def _check_ends(program: Program, infos: dict[str, ValueInfo]) -> dict[str, Valu
     for name in first_layers:
         _check_first_layer(program, program.layers[name])
     for origin, names in readers.items():
-        offset = next((name for name in names if any(program.layers[name].input_offset)), None)
-        if origin != entries[0] and offset is not None:
-            raise ProgramError(
-                f"node {origin!r}: its codes are on the grid of layer {offset!r}, which has an input_offset of "
-                f"{program.layers[offset].input_offset}; only the network's input may have one"
-            )
+        if origin != entries[0]:
+            for name in names:
+                _check_inner_offset(origin, program.layers[name])
+    _check_padded_sums(program, infos, readers)
     for precision in program.precisions:
         check_readers(program, readers, dict.fromkeys(program.layers, precision))
     return {
@@ -124,17 +127,43 @@ def _check_ends(program: Program, infos: dict[str, ValueInfo]) -> dict[str, Valu
 
 def _check_first_layer(program: Program, layer: Layer) -> None:
     channels = program.input_shape[0]
-    if len(layer.input_offset) not in (1, channels):
-        raise ProgramError(
-            f"layer {layer.name!r}: input_offset has {len(layer.input_offset)} entries, the network's input that it "
-            f"reads {channels} channels; give one entry, or one a channel"
-        )
+    for precision, offsets in layer.input_offset.items():
+        if len(offsets) not in (1, channels):
+            raise ProgramError(
+                f"layer {layer.name!r}: input_offset[{precision}] has {len(offsets)} entries, the network's input that "
+                f"it reads {channels} channels; give one entry, or one a channel"
+            )
     for precision, bounds in layer.input_range.items():
         if program.input_kind == "pixels" and tuple(bounds) != (0, 255):
             raise ProgramError(
                 f"layer {layer.name!r}: input_range[{precision}] = {tuple(bounds)}, but the layer reads pixels, whose "
                 f"range is (0, 255)"
             )
+
+
+def _check_inner_offset(origin: str, layer: Layer) -> None:
+    for precision, offsets in layer.input_offset.items():
+        if len(offsets) != 1:
+            raise ProgramError(
+                f"node {origin!r}: its codes are on the grid of layer {layer.name!r}, whose input_offset[{precision}] "
+                f"has {len(offsets)} entries; only the network's input may have one a channel"
+            )
+
+
+def _check_padded_sums(program: Program, infos: Mapping[str, ValueInfo], readers: Mapping[str, list[str]]) -> None:
+    """What a pooling of codes adds outside the map is the code 0, which must mean the value 0."""
+    for node in program.nodes:
+        info = infos[node.name]
+        if node.op != "avgpool" or info.kind != "code" or not any(padding(node)):
+            continue
+        for name in readers.get(info.origin, []):
+            for precision, offsets in program.layers[name].input_offset.items():
+                if any(offsets):
+                    raise node_error(
+                        node,
+                        f"attribute 'padding' = {padding(node)}: the codes are on the grid of layer {name!r}, whose "
+                        f"input_offset[{precision}] is {offsets}, so code 0 is not the value 0; pool without padding",
+                    )
 
 
 # Rules: how many inputs of which kinds an operation takes, its attributes, and the result's shape and kind.
@@ -212,10 +241,12 @@ def _conv(program: Program, node: Node, sources: tuple[ValueInfo, ...]) -> Value
             f"layer {layer.name!r} of shape {tuple(layer.shape)} with groups = {groups} takes {per_group * groups} "
             f"input channels, and groups must divide its {out} output channels; the input has {channels} channels",
         )
-    if len(layer.pad_code) not in (1, channels):
-        raise node_error(
-            node, f"layer {layer.name!r}: pad_code has {len(layer.pad_code)} entries, the input {channels} channels"
-        )
+    for precision, codes in layer.pad_code.items():
+        if len(codes) not in (1, channels):
+            raise node_error(
+                node,
+                f"layer {layer.name!r}: pad_code[{precision}] has {len(codes)} entries, the input {channels} channels",
+            )
     size = _windows(node, source.shape, (kernel_h, kernel_w), extents(node, "dilation"))
     return ValueInfo((out, *size), "acc", layer=layer.name)
 
@@ -311,7 +342,7 @@ _RULES: dict[str, _Rule] = {
     "add": _Rule(_add, (_FIXED, _FIXED)),
     "clip": _Rule(_clip, (_FIXED,), ("clip",)),
     "maxpool": _Rule(_maxpool, (_HELD,), ("kernel", "stride", "padding")),
-    "avgpool": _Rule(_avgpool, (_FIXED,), ("kernel", "stride", "padding")),
+    "avgpool": _Rule(_avgpool, (_HELD,), ("kernel", "stride", "padding")),
     "slice": _Rule(_slice, (_HELD,), ("c", "h", "w")),
     "pad": _Rule(_pad, (_FIXED,), ("c", "h", "w")),
     "flatten": _Rule(_flatten, (_HELD,)),

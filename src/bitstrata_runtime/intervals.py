@@ -73,6 +73,18 @@ def clamp_range(
     return low, high
 
 
+def code_clamp(
+    clip: tuple[float | None, float | None], step: float, offset: float, code_range: tuple[int, int]
+) -> tuple[int, int]:
+    """Section 3: the codes of real clip bounds on the grid step*(code + offset), themselves clamped to its range."""
+    low, high = code_range
+    least, most = (None if bound is None else round_half_up(bound / step - offset) for bound in clip)
+    return (
+        low if least is None else min(max(least, low), high),
+        high if most is None else min(max(most, low), high),
+    )
+
+
 @dataclass(frozen=True)
 class Constants:
     """out = (x * multiplier + bias) >> shift, a channel: int32, int64 and uint8 arrays (C,)."""

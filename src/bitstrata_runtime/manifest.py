@@ -14,7 +14,7 @@ from . import canonical, layout
 from .errors import ArtifactError
 from .layout import Contents, Stratum, Tensor
 from .program import AffineInfo, Layer, Node, Program
-from .tables import MAX_CHANNELS
+from .tables import BY_PRECISION, MAX_CHANNELS
 
 FORMAT = "bitstrata.strata"
 VERSION = 1
@@ -133,8 +133,8 @@ def decode(data: bytes) -> Manifest:
 
 
 def _encode_layer(layer: Layer, precisions: tuple[int, ...]) -> dict[str, Any]:
-    by_precision = (layer.weight_bits, layer.integer_form, layer.input_range)
-    for name, mapping in zip(("weight_bits", "integer_form", "input_range"), by_precision, strict=True):
+    for name in BY_PRECISION:
+        mapping = getattr(layer, name)
         if sorted(mapping) != sorted(precisions):
             raise ArtifactError(f"layer {layer.name!r}: {name} is given for {sorted(mapping)}, not for {precisions}")
     return {
@@ -146,8 +146,8 @@ def _encode_layer(layer: Layer, precisions: tuple[int, ...]) -> dict[str, Any]:
         "weight_bits": [layer.weight_bits[precision] for precision in precisions],
         "integer_form": [layer.integer_form[precision] for precision in precisions],
         "input_range": [layer.input_range[precision] for precision in precisions],
-        "pad_code": layer.pad_code,
-        "input_offset": [float(offset) for offset in layer.input_offset],
+        "pad_code": [layer.pad_code[precision] for precision in precisions],
+        "input_offset": [[float(offset) for offset in layer.input_offset[precision]] for precision in precisions],
         "grid": layer.grid,
     }
 
@@ -217,10 +217,11 @@ def _decode_layer(value: Any, where: str, precisions: tuple[int, ...]) -> Layer:
     source_bits = _integer(value["source_bits"], f"{where}.source_bits", 1, 8)
     if type(value["planes"]) is not bool:
         raise _wrong(f"{where}.planes", "true or false", value["planes"])
-    pad_code = _integers(value["pad_code"], f"{where}.pad_code", -128, 255)
-    offsets = [_float(item, at) for item, at in _items(value["input_offset"], f"{where}.input_offset")]
-    if not pad_code or not offsets:
-        raise _wrong(f"{where}.{'input_offset' if pad_code else 'pad_code'}", "one or more numbers", [])
+    pads = [_integers(row, at, -128, 255) for row, at in _rows(value["pad_code"], f"{where}.pad_code", len(precisions))]
+    offsets = [
+        tuple(_float(item, at) for item, at in _items(row, place))
+        for row, place in _rows(value["input_offset"], f"{where}.input_offset", len(precisions))
+    ]
     bits = _integers(value["weight_bits"], f"{where}.weight_bits", 1, source_bits, len(precisions))
     forms = _pairs(value["integer_form"], f"{where}.integer_form", -(1 << 31), (1 << 31) - 1, len(precisions))
     ranges = _pairs(value["input_range"], f"{where}.input_range", -128, 255, len(precisions))
@@ -236,8 +237,8 @@ def _decode_layer(value: Any, where: str, precisions: tuple[int, ...]) -> Layer:
         weight_bits=dict(zip(precisions, bits, strict=True)),
         integer_form=dict(zip(precisions, forms, strict=True)),
         input_range=dict(zip(precisions, ranges, strict=True)),
-        pad_code=pad_code,
-        input_offset=tuple(offsets),
+        pad_code=dict(zip(precisions, pads, strict=True)),
+        input_offset=dict(zip(precisions, offsets, strict=True)),
         grid=_name(value["grid"], f"{where}.grid") if value["grid"] != "" else "",
     )
 
@@ -299,6 +300,15 @@ def _items(value: Any, where: str, length: int | None = None) -> list[tuple[Any,
     if length is not None and len(value) != length:
         raise ArtifactError(f"{layout.MANIFEST}: {where}: expected {length} items, got {len(value)}")
     return [(item, f"{where}[{index}]") for index, item in enumerate(value)]
+
+
+def _rows(value: Any, where: str, length: int) -> list[tuple[Any, str]]:
+    """Like `_items`, for an array of arrays with one or more items each."""
+    rows = _items(value, where, length)
+    for row, at in rows:
+        if not _items(row, at):
+            raise _wrong(at, "one or more numbers", row)
+    return rows
 
 
 def _integer(value: Any, where: str, low: int, high: int) -> int:

@@ -98,7 +98,10 @@ class MaxPool(Op):
 
 @dataclass(frozen=True)
 class SumPool(Op):
-    """out = (sum over the window + half) >> shift in int64, half = 1 << (shift-1) or 0; outside the map counts 0."""
+    """out = (sum over the window + half) >> shift in int64, half = 1 << (shift-1) or 0; outside the map counts 0.
+
+    Fixed point gives fixed point (i32). Codes give codes of the input's own type, with shift 0, proved to fit it.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int]

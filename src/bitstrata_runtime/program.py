@@ -38,7 +38,8 @@ class Node:
     add       fixed, fixed    none
     clip      fixed           clip [lo, hi]
     maxpool   fixed | code    kernel [h, w], stride [h, w], padding [top, bottom, left, right]
-    avgpool   fixed           kernel, stride, padding (padded zeros count into the divisor kh*kw)
+    avgpool   fixed | code    kernel, stride, padding (padded zeros count into the divisor kh*kw); of codes the
+                              sum, whose divisor is in the reading layer's affine
     slice     fixed | code    c, h, w: each [start, stop, step], 0 <= start < stop <= size, step >= 1
     pad       fixed           c, h, w: each [before, after], padded with the value 0
     flatten   fixed | code    none; (C, H, W) -> (C*H*W, 1, 1) in C, H, W order
@@ -60,6 +61,8 @@ class Layer:
 
     integer weight = mul * code + add with (mul, add) = integer_form[precision], so that grids centred between codes
     (the nested symmetric grid: 2c + 1) stay integer; the real scale is folded into the layer's affine.
+
+    An input_offset is one number; where the layer reads the network's input, it may be one a channel of that.
     """
 
     name: str
@@ -70,8 +73,8 @@ class Layer:
     weight_bits: Mapping[int, int]  # precision -> width of the code in use, <= source_bits
     integer_form: Mapping[int, tuple[int, int]]  # precision -> (mul, add)
     input_range: Mapping[int, tuple[int, int]]  # precision -> smallest, largest input code; within uint8 or int8
-    pad_code: tuple[int, ...] = (0,)  # code written where the convolution pads: one, or one an input channel
-    input_offset: tuple[float, ...] = (0.0,)  # input value = step * (code + offset): one, or one an input channel
+    pad_code: Mapping[int, tuple[int, ...]]  # precision -> code where a convolution pads: one, or one an input channel
+    input_offset: Mapping[int, tuple[float, ...]]  # precision -> z in input value = step * (code + z): see below
     grid: str = ""  # name of the weight grid, for people
 
 

@@ -16,6 +16,7 @@ MAX_WEIGHTS = 1 << 28  # codes of one layer
 MAX_FACTOR = 256  # |mul|, |add| of an integer form
 MIN_STEP, MAX_STEP = 1e-30, 1e30  # far beyond any activation's, and safe to divide clip bounds by
 INPUT_KINDS = ("pixels", "codes")
+BY_PRECISION = ("weight_bits", "integer_form", "input_range", "pad_code", "input_offset")  # tables of a layer
 
 
 def check_tables(program: Program) -> None:
@@ -80,9 +81,8 @@ def _check_layer(layer: Layer, precisions: tuple[int, ...]) -> None:
     if max(shape[2:]) > MAX_KERNEL or math.prod(shape) > MAX_WEIGHTS:
         raise ProgramError(f"{where}: shape = {shape}: exceeds a kernel of {MAX_KERNEL} or {MAX_WEIGHTS} weights")
     _integer(layer.source_bits, 1, 8, f"{where}: source_bits")
-    for table in ("weight_bits", "integer_form", "input_range"):
+    for table in BY_PRECISION:
         _check_keys(getattr(layer, table), precisions, f"{where}: precisions of {table}")
-    _check_offsets(layer)
     for precision in precisions:
         _integer(layer.weight_bits[precision], 1, layer.source_bits, f"{where}: weight_bits[{precision}]")
         form = f"{where}: integer_form[{precision}]"
@@ -90,6 +90,7 @@ def _check_layer(layer: Layer, precisions: tuple[int, ...]) -> None:
         _integer(mul, 1, MAX_FACTOR, f"{form}, mul")
         _check_integer_weights(mul, add, layer.weight_bits[precision], form)
         _check_range(layer, precision)
+        _check_offset(layer, precision)
 
 
 def _check_integer_weights(mul: int, add: int, bits: int, form: str) -> None:
@@ -103,16 +104,20 @@ def _check_range(layer: Layer, precision: int) -> None:
     low, high = _integers(layer.input_range[precision], 2, -128, 255, where)
     if low > high or (low < 0 and high > 127):
         raise ProgramError(f"{where} = {(low, high)}: must ascend and lie within uint8 or int8")
-    for code in layer.pad_code:
-        _integer(code, low, high, f"layer {layer.name!r}: pad_code (within the input_range of precision {precision})")
+    where, codes = f"layer {layer.name!r}: pad_code[{precision}]", layer.pad_code[precision]
+    if not isinstance(codes, tuple) or not codes:
+        raise ProgramError(f"{where} = {codes!r}: must be a non-empty tuple")
+    for code in codes:
+        _integer(code, low, high, f"{where} (within the input_range)")
 
 
-def _check_offsets(layer: Layer) -> None:
-    if not isinstance(layer.pad_code, tuple) or not layer.pad_code:
-        raise ProgramError(f"layer {layer.name!r}: pad_code = {layer.pad_code!r}: must be a non-empty tuple")
-    offsets = layer.input_offset
+def _check_offset(layer: Layer, precision: int) -> None:
+    offsets = layer.input_offset[precision]
     if not isinstance(offsets, tuple) or not offsets or not all(_is_finite(value) for value in offsets):
-        raise ProgramError(f"layer {layer.name!r}: input_offset = {offsets!r}: must be a tuple of finite numbers")
+        raise ProgramError(
+            f"layer {layer.name!r}: input_offset[{precision}] = {offsets!r}: must be a non-empty tuple of finite "
+            f"numbers"
+        )
 
 
 def _is_finite(value: object) -> bool:

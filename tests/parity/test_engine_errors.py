@@ -95,6 +95,12 @@ def test_bad_dtypes_and_shapes() -> None:
         EngineExecutor(plan_of(CONV, (4, 5, 4), "s8"))
     with pytest.raises(ValueError, match="shift_a is 63"):
         EngineExecutor(plan_of(replace(ADD, shift_a=63), (4, 5, 3), "i32", "i32"))
+    with pytest.raises(ValueError, match="operation 's': the input is i32, a sum of codes takes u8 or s8"):
+        EngineExecutor(plan_of(SUM, (3, 4, 3), "u8", "i32"))
+    with pytest.raises(ValueError, match=r"the result is u8 of shape \(3, 4, 3\) .* the plan says s8"):
+        EngineExecutor(plan_of(SUM, (3, 4, 3), "s8"))
+    with pytest.raises(ValueError, match=r"the result is i32 .* the plan says u8"):
+        EngineExecutor(plan_of(replace(SUM, shift=2), (3, 4, 3), "u8"))
     plan = plan_of(CONV, (4, 5, 4), "i32")
     with pytest.raises(ValueError, match="dtype 'f4' is not one of"):
         EngineExecutor(replace(plan, values=(replace(plan.values[0], dtype="f4"), plan.values[1])))

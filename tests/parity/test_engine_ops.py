@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -336,6 +337,18 @@ def test_pools(data: st.DataObject) -> None:
         check(p.MaxPool("pool", (0,), 1, kernel, stride, padding), x, *LIMITS[dtype], dtype)
     else:
         check(p.SumPool("pool", (0,), 1, kernel, stride, padding, draw(st.integers(5, 40))), x, *LIMITS[dtype], "i32")
+
+
+@pytest.mark.parametrize("dtype", ["u8", "s8"])
+@pytest.mark.parametrize("channels", [1, 3, 16, 63, 64, 65])
+def test_sums_of_codes(dtype: str, channels: int) -> None:
+    """Sums without a shift, in the codes' own type, whose ends they reach."""
+    rng = np.random.default_rng(channels)
+    cases = product([(1, 1), (2, 2), (3, 2), (1, 4)], [(0, 0, 0, 0), (1, 0, 0, 1)], [(1, 1), (2, 3)], FILLS)
+    for kernel, padding, stride, how in cases:
+        bounds = tuple(int(end / math.prod(kernel)) for end in LIMITS[dtype])
+        x = fill(rng, (2, 5, 6, channels), DTYPES[dtype], *bounds, how=how)
+        check(p.SumPool("pool", (0,), 1, kernel, stride, padding, 0), x, *bounds, dtype)
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

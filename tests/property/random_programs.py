@@ -19,6 +19,9 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 PRECISION_SETS = ((1,), (2, 4), (1, 2, 3), (1, 4, 8), (2, 8))
 SIGNED = {p: (-(1 << (p - 1)), (1 << (p - 1)) - 1) for p in range(1, 9)}
 UNSIGNED = {p: (0, (1 << p) - 1) for p in range(1, 9)}
+SYMMETRIC = {p: (-high, high) for p, (_, high) in SIGNED.items()}
+ODD = {p: (0, max(high - 1, 1)) for p, (_, high) in UNSIGNED.items()}
+FORMS = ((1, 0), (2, 1), (4, 1), (8, 3))
 
 
 class _Builder:
@@ -57,35 +60,70 @@ class _Builder:
         kernel, stride, dilation, before, after = axis
         return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
-    def pool(self, op: str, source: str) -> str:
-        channels, *sizes = self.shapes[source]
+    def pooling(self, shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], dict[str, list[int]]]:
+        """The shape that pooling a map of `shape` gives, and the attributes of the node."""
+        channels, *sizes = shape
         axes = [self.window(size) for size in sizes]
         outs = [self.out_size(size, (k, s, 1, b, a)) for size, (k, s, _, b, a) in zip(sizes, axes, strict=True)]
-        return self.node(
-            op,
-            (source,),
-            (channels, *outs),
-            kernel=[axis[0] for axis in axes],
-            stride=[axis[1] for axis in axes],
-            padding=[pad for axis in axes for pad in axis[3:]],
-        )
+        attrs = {
+            "kernel": [axis[0] for axis in axes],
+            "stride": [axis[1] for axis in axes],
+            "padding": [pad for axis in axes for pad in axis[3:]],
+        }
+        return (channels, outs[0], outs[1]), attrs
+
+    def pool(self, op: str, source: str) -> str:
+        shape, attrs = self.pooling(self.shapes[source])
+        return self.node(op, (source,), shape, **attrs)
+
+    def pooled_layer(self, source: str, entry: str | None = None) -> tuple[Layer, dict[str, Any], Callable[[str], str]]:
+        """As `layer_after`, of a layer that may read sums of its codes; and what makes these from its codes."""
+        if entry == "pixels" or not self.pick(True, False, False):
+            return *self.layer_after(source, entry), lambda codes: codes
+        shape, pooling = self.pooling(self.shapes[source])
+        self.shapes["pooled"] = shape
+        layer, attrs = self.layer_after("pooled", entry, pooling=pooling)
+        return layer, attrs, lambda codes: self.node("avgpool", (codes,), shape, **pooling)
 
     # Layers
 
-    def layer(self, shape: tuple[int, int, int, int], channels: int, entry: str | None) -> Layer:
+    def ranges(self, entry: str | None, pooling: dict[str, list[int]] | None) -> dict[int, tuple[int, int]]:
+        """Ranges of codes, whose sums over the windows of `pooling` fit 8 bits."""
+        if entry == "pixels":
+            return dict.fromkeys(self.precisions, (0, 255))
+        table = self.pick(UNSIGNED, SIGNED, SYMMETRIC, ODD)
+        window = math.prod(pooling["kernel"]) if pooling else 1
+        least, most = -(128 // window), (255 if table[8][0] == 0 else 127) // window
+        chosen = {p: table[p] if self.pick(True, True, False) else table[8] for p in self.precisions}
+        return {p: (max(low, least), min(high, most)) for p, (low, high) in chosen.items()}
+
+    def grid(
+        self, bounds: tuple[int, int], channels: int, entry: str | None
+    ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Pad code and offset of an input grid that may have one."""
+        if entry == "pixels":
+            pads = tuple(int(c) for c in self.rng.integers(0, 256, channels))
+            return pads, tuple(float(-c) for c in self.rng.uniform(90, 140, channels))
+        low, high = bounds
+        count = self.pick(1, channels) if entry else 1
+        offsets = tuple(float(z) for z in self.rng.normal(0, 1 + (high - low) / 4, count))
+        return tuple(min(max(round(-z), low), high) for z in offsets[: self.pick(1, count)]), offsets
+
+    def layer(
+        self,
+        shape: tuple[int, int, int, int],
+        channels: int,
+        entry: str | None,
+        pooling: dict[str, list[int]] | None = None,
+    ) -> Layer:
         """A new layer; `entry` is the input kind if it reads the network's input."""
         nested, planes = self.pick(True, False), self.pick(True, False)
         source_bits = self.pick(*(b for b in (1, 2, 3, 4, 8) if nested or b > 1)) if planes else 8
-        table = self.pick(UNSIGNED, SIGNED)
-        ranges = {p: table[p] if self.pick(True, True, False) else table[8] for p in self.precisions}
-        pad_code: tuple[int, ...] = (0,)
-        offset: tuple[float, ...] = (0.0,)
-        if entry == "pixels":
-            ranges = dict.fromkeys(self.precisions, (0, 255))
-            pad_code = tuple(int(c) for c in self.rng.integers(0, 256, channels))
-            offset = tuple(float(-c) for c in self.rng.uniform(90, 140, channels))
-        elif entry == "codes" and self.pick(True, False):
-            offset = (float(self.rng.integers(-3, 4)),)
+        ranges = self.ranges(entry, pooling)
+        grids = dict.fromkeys(self.precisions, ((0,), (0.0,)))
+        padded = pooling is not None and any(pooling["padding"])
+        if entry == "pixels" or (self.pick(True, False) and not padded):
+            grids = {p: self.grid(bounds, channels, entry) for p, bounds in ranges.items()}
         name = f"layer{len(self.layers)}"
         layer = Layer(
             name=name,
@@ -94,10 +132,10 @@ class _Builder:
             source_bits=source_bits,
             planes=planes,
             weight_bits={p: min(p, source_bits) if planes else 8 for p in self.precisions},
-            integer_form=dict.fromkeys(self.precisions, (2, 1) if nested else (1, 0)),
+            integer_form={p: self.pick(*FORMS[1:]) if nested else FORMS[0] for p in self.precisions},
             input_range=ranges,
-            pad_code=pad_code,
-            input_offset=offset,
+            pad_code={p: pads for p, (pads, _) in grids.items()},
+            input_offset={p: offset for p, (_, offset) in grids.items()},
             grid="nested" if nested else "zero",
         )
         self.layers[name] = layer
@@ -109,7 +147,13 @@ class _Builder:
         self.sizes[name] = size
         return name
 
-    def layer_after(self, source: str, entry: str | None = None, linear: bool = False) -> tuple[Layer, dict[str, Any]]:
+    def layer_after(
+        self,
+        source: str,
+        entry: str | None = None,
+        linear: bool = False,
+        pooling: dict[str, list[int]] | None = None,
+    ) -> tuple[Layer, dict[str, Any]]:
         """A layer that can read a value of `source`'s shape, and the attributes of its conv node."""
         channels, *sizes = self.shapes[source]
         divisors = [g for g in (1, 2, 3, 4, channels) if channels % g == 0]
@@ -123,7 +167,7 @@ class _Builder:
             "padding": [pad for axis in axes for pad in axis[3:]],
             "groups": groups,
         }
-        return self.layer((out, channels // groups, kernel_h, kernel_w), channels, entry), attrs
+        return self.layer((out, channels // groups, kernel_h, kernel_w), channels, entry, pooling), attrs
 
     def conv(self, source: str, layer: Layer, attrs: dict[str, Any]) -> tuple[str, str]:
         """The conv node, and the affine that its layer owns."""
@@ -132,9 +176,9 @@ class _Builder:
             stride, dilation, pads = attrs["stride"][axis], attrs["dilation"][axis], attrs["padding"][2 * axis :][:2]
             outs.append(self.out_size(size, (layer.shape[2 + axis], stride, dilation, *pads)))
         acc = self.node("conv", (source,), (layer.shape[0], *outs), layer=layer.name, **attrs)
-        weight = max(2.0 ** (bits - 1) for bits in layer.weight_bits.values())
-        code = max(max(abs(low), high) for low, high in layer.input_range.values())
-        size = math.sqrt(math.prod(layer.shape[1:])) * weight * code * layer.integer_form[self.precisions[0]][0] / 3
+        weight = max(2.0 ** (bits - 1) * layer.integer_form[p][0] for p, bits in layer.weight_bits.items())
+        code = max(max(-low, high, 1) for low, high in layer.input_range.values())
+        size = math.sqrt(math.prod(layer.shape[1:])) * weight * code / 3
         return acc, self.affine(layer.name, layer.shape[0], size)
 
     def clip(self) -> list[float | None]:
@@ -150,14 +194,12 @@ class _Builder:
 
     # Blocks, each from a `fixed` value to a `fixed` value
 
-    def branch(self, source: str, linear: bool = False) -> str:
-        layer, attrs = self.layer_after(source, linear=linear)
-        codes = self.codes(source, layer, [])
-        acc, affine = self.conv(codes, layer, attrs)
-        if not linear and self.pick(True, False, False):
-            following, attrs = self.layer_after(acc)
-            codes = self.codes(acc, following, [affine])
-            acc, affine = self.conv(codes, following, attrs)
+    def branch(self, source: str) -> str:
+        layer, attrs, sums = self.pooled_layer(source)
+        acc, affine = self.conv(sums(self.codes(source, layer, [])), layer, attrs)
+        if self.pick(True, False, False):
+            following, attrs, sums = self.pooled_layer(acc)
+            acc, affine = self.conv(sums(self.codes(acc, following, [affine])), following, attrs)
         return self.fixed(acc, [affine])
 
     def crop(self, source: str, channels: bool = True) -> str:
@@ -204,8 +246,8 @@ class _Builder:
         codes = self.node("input", (), shape)
         if self.pick(True, False, False):
             codes = self.crop(codes, channels=False)
-        layer, attrs = self.layer_after(codes, entry=kind)
-        acc, affine = self.conv(codes, layer, attrs)
+        layer, attrs, sums = self.pooled_layer(codes, kind)
+        acc, affine = self.conv(sums(codes), layer, attrs)
         return self.fixed(acc, [affine])
 
     def finish(self, source: str) -> str:
@@ -226,15 +268,13 @@ class _Builder:
     # Numbers
 
     def weights(self) -> dict[str, Weights]:
-        return {
-            name: Weights(
-                self.rng.integers(-(1 << layer.source_bits >> 1), 1 << layer.source_bits >> 1, layer.shape).astype(
-                    np.int8
-                ),
-                layer.source_bits,
-            )
-            for name, layer in self.layers.items()
-        }
+        """Codes of the whole range; of every other layer without the lowest one, such as -1, 0, 1 in two bits."""
+        result = {}
+        for index, (name, layer) in enumerate(self.layers.items()):
+            half = 1 << layer.source_bits >> 1
+            codes = self.rng.integers(min(index % 2 - half, 0), half, layer.shape)
+            result[name] = Weights(codes.astype(np.int8), layer.source_bits)
+        return result
 
     def affine_values(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Gains of either sign, now and then 0; moderate offsets."""

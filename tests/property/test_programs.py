@@ -137,7 +137,7 @@ class RealChecker:
     def conv(self, op: Conv, node: Node, inputs: list[Array], result: Array) -> None:
         layer = self.program.layers[node.attrs["layer"]]
         weights, groups = self.real_codes(layer), node.attrs["groups"]
-        x = pad_reals(inputs[0], node.attrs["padding"], np.asarray(layer.pad_code, float))
+        x = pad_reals(inputs[0], node.attrs["padding"], np.asarray(layer.pad_code[self.map[layer.name]], float))
         per_group, outs = weights.shape[1], weights.shape[0] // groups
         for y, x0, window in windows(x, layer.shape[2:], node.attrs["stride"], node.attrs["dilation"]):
             for channel, kernel in enumerate(weights):
@@ -157,12 +157,13 @@ class RealChecker:
             to = node.attrs["to"]
             unit = self.program.factors[str(self.map[to])].step[to]
             bounds = self.program.layers[to].input_range[self.map[to]]
+            (offset,) = self.program.layers[to].input_offset[self.map[to]]
         else:
-            unit, bounds = self.scale(op.output), (-(2**31) + 1, 2**31 - 1)
-        exact = real / unit
+            unit, bounds, offset = self.scale(op.output), (-(2**31) + 1, 2**31 - 1), 0.0
+        exact = real / unit - offset
         # M and B are off by at most 1/2 each, in units of 2^-shift; the rest is float64 on both sides.
         slack = (np.abs(inputs[0]) + 1) * 0.5 ** (op.shift + 1.0)
-        slack = slack + 1e-14 * (np.abs(gain * inputs[0]) + np.abs(shift)) / unit + 1e-12
+        slack = slack + 1e-14 * (np.abs(gain * inputs[0]) + np.abs(shift)) / unit + 1e-12 + 1e-14 * abs(offset)
         assert (result >= np.clip(np.floor(exact - slack + 0.5), *bounds)).all()
         assert (result <= np.clip(np.floor(exact + slack + 0.5), *bounds)).all()
 
@@ -183,11 +184,15 @@ class RealChecker:
             np.testing.assert_array_equal(result[:, y, x0], window.max(axis=(1, 2)))
 
     def sumpool(self, op: SumPool, node: Node, inputs: list[Array], result: Array) -> None:
+        codes = self.plan.values[op.inputs[0]].scale is None
         x, unit = (
             pad_reals(inputs[0], node.attrs["padding"], np.zeros(1)) * self.scale(op.inputs[0]),
             self.scale(op.output),
         )
         for y, x0, window in windows(x, node.attrs["kernel"], node.attrs["stride"], (1, 1)):
+            if codes:
+                np.testing.assert_array_equal(result[:, y, x0], window.sum(axis=(1, 2)))
+                continue
             error = np.abs(window.mean(axis=(1, 2)) - result[:, y, x0] * unit)
             assert (error <= unit * (0.5 if op.shift else 0) + unit * 1e-4).all()
 

@@ -24,7 +24,24 @@ from bitstrata_runtime.artifact import Artifact, info, write
 from bitstrata_runtime.errors import ArtifactError
 from bitstrata_runtime.program import AffineInfo, Weights
 
-BUILDERS = {"plain": plain_program, "residual": residual_program}
+
+def grids_program():
+    """`plain_program` with other input grids and integer forms at every precision."""
+    program = plain_program()
+    mid, stem = program.layers["mid"], program.layers["stem"]
+    program.layers["mid"] = dataclasses.replace(
+        mid,
+        integer_form={1: (8, 3), 2: (4, 1), 3: (2, 1), 4: (1, 0)},
+        input_range={1: (0, 1), 2: (-1, 1), 3: (0, 6), 4: (-8, 7)},
+        pad_code={1: (0,), 2: (-1,), 3: tuple(range(7)), 4: (7,)},
+        input_offset={1: (0.0,), 2: (-0.0,), 3: (-1.5,), 4: (1e-07,)},
+    )
+    offsets = {1: (-123.675, -116.28, -103.53), 2: (0.0,), 3: (1.0, 2.0, 3.0), 4: (-128.0,)}
+    program.layers["stem"] = dataclasses.replace(stem, input_offset=offsets)
+    return program
+
+
+BUILDERS = {"plain": plain_program, "residual": residual_program, "grids": grids_program}
 
 
 @pytest.fixture(params=BUILDERS)

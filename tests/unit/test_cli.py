@@ -77,7 +77,10 @@ def error(capsys, *argv: str) -> str:
         (["train", "--data", "cifar"], "--data 'cifar' is unknown; did you mean 'cifar10'?"),
         (["train", "--data", "digits", "--model", "digits_resnets"], "did you mean 'digits_resnet'?"),
         (["train", "--recipe", "lsqq"], "--recipe 'lsqq' is unknown; did you mean 'lsq'?"),
-        (["train", "--recipe", "lsq"], "--bits 1,2,3,4: recipe 'lsq' trains one bit-width at a time"),
+        (
+            ["train", "--recipe", "lsq", "--bits", "1,2,3,4"],
+            "--bits 1,2,3,4: recipe 'lsq' trains one bit-width at a time",
+        ),
         (["train", "--bits", "4,2"], "--bits '4,2': expected ascending bit-widths from 1 to 8"),
         (["train", "--bits", "0,1"], "--bits '0,1': expected ascending bit-widths from 1 to 8"),
         (["train", "--bits", "two"], "--bits 'two': expected numbers separated by commas, such as 1,2,3,4"),
@@ -114,7 +117,9 @@ def test_recipes_lists_and_prints(capsys):
     assert [line.split()[0] for line in lines] == list(bs.recipes.names())
     assert all(bs.recipes.get(name).description in line for name, line in zip(bs.recipes.names(), lines, strict=True))
     assert main(["recipes", "strata"]) == 0
-    assert capsys.readouterr().out == f"{bs.recipes.strata()}\n"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{bs.recipes.strata()}\n\nfields (--set NAME=VALUE): w=(1, 2, 3, 4), a='same', ")
+    assert "tied" in printed
 
 
 BLOCKED = """
@@ -257,7 +262,33 @@ def test_provenance_holds_what_decides_the_weights_and_no_directory(tmp_path):
 
 
 def test_recipe_takes_the_widths():
-    recipe = loading.make_recipe(Train(bits="2,4", a="8"), (2, 4))
+    recipe = loading.make_recipe(Train(bits="2,4", a="8"))
     assert (recipe.precisions, dict(recipe.activation_bits)) == ((2, 4), {2: 8, 4: 8})
-    recipe = loading.make_recipe(Train(recipe="lsq", bits="3"), (3,))
+    recipe = loading.make_recipe(Train(recipe="lsq", bits="3"))
     assert (recipe.name, recipe.precisions) == ("lsq", (3,))
+    recipe = loading.make_recipe(Train(recipe="vertical", bits="2,3"))
+    assert (recipe.name, recipe.precisions) == ("vertical", (2, 3))
+    assert loading.make_recipe(Train()) == bs.recipes.strata()
+
+
+def test_recipe_takes_its_fields():
+    options = Train(recipe="maqd", set=("m_w=15", "m_a=4", "norm=batch", "delta_mode=M/2", "gamma=0.1"))
+    assert loading.make_recipe(options) == bs.recipes.maqd(15, 4, norm="batch", delta_mode="M/2", gamma=0.1)
+    assert loading.make_recipe(Train(recipe="sat", set=("rescale=None",))) == bs.recipes.sat(rescale=None)
+    assert loading.make_recipe(Train(recipe="lsq", set=("a=null",))) == bs.recipes.lsq(a=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "maqd", "bits": "2"}, r"--bits 2: recipe 'maqd' fixes its widths by other fields"),
+        ({"recipe": "maqd", "a": "2"}, r"--a 2: recipe 'maqd' has no such field"),
+        ({"recipe": "maqd", "set": ("m_w",)}, r"--set m_w: write NAME=VALUE"),
+        ({"recipe": "maqd", "set": ("w=3",)}, r"--set w=3: recipe 'maqd' has no field 'w'; it has: m_w, m_a, s"),
+        ({"recipe": "maqd", "set": ("m_w=4",)}, r"states must be an odd integer of at least 3, got 4"),
+        ({"recipe": "uniq", "set": ("init=best",)}, r"UniqWeight: init must be one of .* got 'best'"),
+    ],
+)
+def test_recipe_fields_that_are_wrong(options, message):
+    with pytest.raises(common.CommandError, match=message):
+        loading.make_recipe(Train(**options))

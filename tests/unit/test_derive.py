@@ -207,7 +207,7 @@ def test_clip_rounds_its_bounds_to_the_scale():
 def test_pad_joins_with_zero():
     tail = (Node("p", "pad", ("y",), {"c": [1, 2], "h": [0, 1], "w": [1, 0]}),)
     program = one_layer(np.array([[1]]), [1.0], [7.0], *tail, input_range={8: (1, 3)})
-    program.layers["l"] = replace(program.layers["l"], pad_code=(1,))
+    program.layers["l"] = replace(program.layers["l"], pad_code={8: (1,)})
     value = values(derive(program, 8))["p"]
     assert (value.lo, value.hi, value.shape) == (0, 10 * 2**27, (3, 3, 4))
 
@@ -344,12 +344,18 @@ def test_accumulator_overflow_names_layer_channel_and_bounds():
         headroom(widest(258), 8)
 
 
-def test_a_clip_outside_the_range_of_the_codes_is_an_error():
+def test_a_clip_outside_the_range_of_the_codes_leaves_the_nearest_code():
     program = plain_program()
     node = requant("mid.in", "stem.acc", "mid", "stem.bn", clip=(1e6, None))
     nodes = tuple(node if item.name == node.name else item for item in program.nodes)
-    with pytest.raises(ProgramError, match=r"node 'mid.in' \(requant\): clip .* leaves no integer"):
-        derive(replace(program, nodes=nodes), 2)
+    value = values(derive(replace(program, nodes=nodes), 2))["mid.in"]
+    assert (value.lo, value.hi) == (3, 3)
+
+
+def test_a_clip_outside_fixed_point_is_an_error():
+    tail = (Node("k", "clip", ("y",), {"clip": [1e9, None]}),)
+    with pytest.raises(ProgramError, match=r"node 'k' \(clip\): clip .* leaves no integer"):
+        derive(one_layer(np.array([[1]]), [1.0], [0.0], *tail), 8)
 
 
 def test_pooling_zeros_away_is_an_error_not_a_scale_of_zero():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import bitstrata as bs
 from bitstrata.nn import PrecisionBatchNorm, convert
+from bitstrata.nn.layer_batch_norm import LayerBatchNorm1d
 from bitstrata.quantizers import build
 
 
@@ -160,3 +161,179 @@ def test_a_deep_copy_follows_its_own_layers(resnet):
     bs.set_precision(twin, 1)
     for model, p in ((twin, 1), (resnet, 4)):
         assert {m.precision for m in model.modules() if isinstance(m, PrecisionBatchNorm)} == {p}
+
+
+# ---- what the precisions share
+
+
+SETTINGS = ("individual", "statistics", "shared")
+
+
+def sharing(levels: str, norm: nn.Module | None = None) -> tuple[nn.Module, PrecisionBatchNorm]:
+    weight = build("nested", "weight", {}, bits={1: 1, 2: 2, 4: 4})
+    layer = convert(nn.Linear(4, 4), weight, None, edge=False)
+    return layer, PrecisionBatchNorm(nn.BatchNorm1d(4) if norm is None else norm, (1, 2, 4), "fc", layer, levels)
+
+
+@pytest.mark.parametrize(
+    ("levels", "affines", "statistics"), [("individual", 3, 3), ("statistics", 1, 3), ("shared", 1, 1)]
+)
+def test_what_is_shared(levels, affines, statistics):
+    layer, norm = sharing(levels)
+    assert len(list(norm.parameters())) == 2 * affines
+    assert len({id(level.weight) for level in norm.levels.values()}) == affines
+    assert len({id(level.bias) for level in norm.levels.values()}) == affines
+    assert len({level.running_mean.data_ptr() for level in norm.levels.values()}) == statistics
+    own = norm.precision_parameters()
+    assert own == ({int(p): [m.weight, m.bias] for p, m in norm.levels.items()} if levels == "individual" else {})
+    for p in (1, 2, 4):
+        layer.set_precision(p)
+        assert norm.level is norm.levels[str(p)]
+
+
+@pytest.mark.parametrize("levels", SETTINGS)
+def test_a_step_at_one_precision(levels):
+    """Training one precision moves what it shares, at every precision, and nothing else."""
+    layer, norm = sharing(levels)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+    layer.set_precision(2)
+    (norm(batch()) * torch.arange(1.0, 5.0)).square().sum().backward()
+    optimizer.step()
+    other, here = norm.levels["4"], norm.levels["2"]
+    reference = nn.BatchNorm1d(4)
+    reference(batch())
+    assert torch.equal(here.running_mean, reference.running_mean)
+    assert not torch.equal(here.weight, torch.ones(4))
+    assert torch.equal(other.weight, here.weight) == (levels != "individual")
+    assert torch.equal(other.bias, here.bias) == (levels != "individual")
+    assert torch.equal(other.running_mean, here.running_mean) == (levels == "shared")
+    assert int(other.num_batches_tracked) == (levels == "shared")
+
+
+def test_gradients_of_all_precisions_meet_in_a_shared_affine():
+    layer, norm = sharing("statistics")
+    parts = []
+    for p in (1, 2, 4):
+        layer.set_precision(p)
+        norm.zero_grad()
+        norm(batch(p)).pow(3).sum().backward()
+        parts.append(norm.level.weight.grad.clone())
+    norm.zero_grad()
+    for p in (1, 2, 4):
+        layer.set_precision(p)
+        norm(batch(p)).pow(3).sum().backward()
+    torch.testing.assert_close(norm.levels["1"].weight.grad, sum(parts))
+
+
+def trained(levels: str) -> PrecisionBatchNorm:
+    layer, norm = sharing(levels)
+    for p in (1, 2, 4):
+        layer.set_precision(p)
+        norm(batch(p))
+        with torch.no_grad():
+            norm.level.weight.add_(0.1 * p)
+    return norm
+
+
+@pytest.mark.parametrize("levels", SETTINGS)
+def test_state_round_trips_in_every_setting(levels):
+    norm = trained(levels)
+    _, twin = sharing(levels)
+    assert twin.state_dict().keys() == sharing("individual")[1].state_dict().keys()
+    twin.load_state_dict(norm.state_dict(), strict=True)
+    for key, value in norm.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value), key
+    plain = nn.BatchNorm1d(4)
+    plain(batch(9))
+    with torch.no_grad():
+        plain.weight.uniform_(1, 2)
+    twin.load_state_dict(plain.state_dict(), strict=True)
+    for level in twin.levels.values():
+        for key, value in plain.state_dict().items():
+            assert torch.equal(level.state_dict()[key], value)
+    for name, count in (
+        ("weight", 3 if levels == "individual" else 1),
+        ("running_var", 1 if levels == "shared" else 3),
+    ):
+        assert len({getattr(level, name).data_ptr() for level in twin.levels.values()}) == count
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "key"),
+    [
+        ("individual", "statistics", "levels.2.weight"),
+        ("individual", "shared", "levels.2.weight"),
+        ("statistics", "shared", "levels.2.running_mean"),
+    ],
+)
+def test_a_state_that_differs_between_levels_does_not_load_where_they_are_one(source, target, key):
+    with pytest.raises(RuntimeError, match=rf"{key} differs from levels.1.\w+, .*shares.*\(levels='{target}'\)"):
+        sharing(target)[1].load_state_dict(trained(source).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("shared", "statistics"), ("shared", "individual"), ("statistics", "individual")]
+)
+def test_a_state_loads_where_less_is_shared(source, target):
+    norm, (_, twin) = trained(source), sharing(target)
+    twin.load_state_dict(norm.state_dict(), strict=True)
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("levels", ["statistics", "shared"])
+def test_copies_and_conversions_keep_sharing(levels):
+    norm = trained(levels)
+    for other in (copy.deepcopy(norm), copy.deepcopy(norm).double(), copy.deepcopy(norm).to("meta")):
+        assert len({id(level.weight) for level in other.levels.values()}) == 1
+        assert len(list(other.parameters())) == 2
+        assert other.levels["1"].weight is not norm.levels["1"].weight
+    twin = nn.ModuleList(copy.deepcopy([norm.followed, norm]))
+    twin[0].set_precision(1)
+    assert (twin[1].precision, norm.precision) == (1, 4)
+
+
+@pytest.mark.parametrize("levels", SETTINGS)
+def test_any_normalization_with_the_attributes(levels):
+    """Layer-batch normalization has one mean and one variance for all channels."""
+    layer, norm = sharing(levels, LayerBatchNorm1d(4))
+    layer.set_precision(1)
+    plain = LayerBatchNorm1d(4)
+    assert torch.equal(norm(batch()), plain(batch()))
+    assert norm.level.running_mean.shape == (1,)
+    assert torch.equal(norm.levels["4"].running_mean, plain.running_mean if levels == "shared" else torch.zeros(1))
+    _, twin = sharing(levels, LayerBatchNorm1d(4))
+    twin.load_state_dict(norm.state_dict(), strict=True)
+    assert torch.equal(twin.levels["1"].running_mean, plain.running_mean)
+    twin.load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(twin.levels["4"].running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("levels", SETTINGS)
+def test_without_an_affine(levels):
+    layer, norm = sharing(levels, nn.BatchNorm1d(4, affine=False))
+    assert list(norm.parameters()) == []
+    layer.set_precision(2)
+    assert torch.equal(norm(batch()), nn.BatchNorm1d(4)(batch()))
+
+
+def test_following_another_layer():
+    layer, norm = sharing("individual")
+    other, _ = sharing("individual")
+    norm.follow_(other)
+    other.set_precision(1)
+    assert (norm.followed is other, norm.precision, layer.precision) == (True, 1, 4)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"levels must be one of individual, statistics, shared, got 'mean'"):
+        sharing("mean")
+    with pytest.raises(
+        TypeError, match=r"must be a batch normalization, got LayerNorm without running_mean, running_var"
+    ):
+        sharing("shared", nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=r"PrecisionBatchNorm: precisions must name at least one precision"):
+        PrecisionBatchNorm(nn.BatchNorm1d(4), (), "fc", sharing("shared")[0])
+
+
+def test_the_setting_shows():
+    assert "levels='statistics'" in repr(sharing("statistics")[1])

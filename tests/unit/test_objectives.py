@@ -265,7 +265,21 @@ def test_training_lowers_every_loss():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distill": "kl"}, r"^joint_backward: distill must be one of \['cosine'\] or None, got 'kl'$"),
+        (
+            {"distill": "mse"},
+            r"^joint_backward: distill must be one of \['cosine', 'kl'\] or None, got 'mse'$",
+        ),
+        (
+            {"teacher": "last"},
+            r"^joint_backward: teacher must be one of \('next', 'widest'\) or a network, got 'last'$",
+        ),
+        ({"combine": "min"}, r"^joint_backward: combine must be one of \('scalarization', 'mgd'\), got 'min'$"),
+        ({"reduction": "max"}, r"^joint_backward: reduction must be one of \('mean', 'sum'\), got 'max'$"),
+        (
+            {"combine": "mgd", "reduction": "sum"},
+            r"combine='mgd' chooses the factors itself, so reduction='sum' is void$",
+        ),
+        ({"distill_weight": -1.0}, r"^joint_backward: distill_weight must not be negative, got -1.0$"),
         ({"precisions": (2, 3)}, r"^joint_backward: precisions must be among \(1, 2, 4\), got \(2, 3\)$"),
         ({"precisions": ()}, r"^joint_backward: precisions must be among \(1, 2, 4\), got \(\)$"),
     ],
@@ -280,28 +294,3 @@ def test_refusals(options, message):
 def test_a_float_model_is_refused():
     with pytest.raises(ValueError, match=r"^joint_backward: the model has no quantized layers; call quantize_ first$"):
         joint_backward(nn.Linear(2, 2), torch.ones(1, 2), torch.tensor([0]))
-
-
-# ---- parameter groups
-
-
-def test_steps_and_ratios_do_not_decay():
-    model = network()
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, plain = bs.parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    found = {names[id(p)] for p in plain["params"]}
-    assert found == {name for name in names.values() if "_quant." in name}
-    assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - found
-    assert len(decayed["params"]) + len(plain["params"]) == len(names)
-
-
-def test_groups_hold_what_is_trained():
-    model = network()
-    for p in model[0].parameters():
-        p.requires_grad_(False)
-    grouped = [p for group in bs.parameter_groups(model, 0.1) for p in group["params"]]
-    assert len(grouped) == sum(p.requires_grad for p in model.parameters())
-    assert all(p.requires_grad for p in grouped)
-    (only,) = bs.parameter_groups(nn.Linear(2, 2), 0.1)
-    assert only["weight_decay"] == 0.1

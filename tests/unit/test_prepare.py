@@ -165,7 +165,7 @@ def test_edges_and_inner_layers_get_their_grids():
 
 def test_float_edges():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    bs.quantize_(model, bs.recipes.strata(edge_bits=None), torch.randn(2, 4))
+    bs.quantize_(model, bs.recipes.strata(edges="float"), torch.randn(2, 4))
     assert list(quantized_layers(model)) == ["1"]
     assert rows(model)["0"].note == rows(model)["2"].note == "float: edge layer, kept in float by the recipe"
 
@@ -341,7 +341,7 @@ def test_double_precision_models_stay_double():
         (
             lambda m, x: bs.recipes.strata(w=(2.7, 4)),
             ValueError,
-            r"^strata: w must be whole numbers of bits, got \(2\.7, 4\)$",
+            r"^strata: weight widths must be whole numbers of bits, got \(2\.7, 4\)$",
         ),
         (
             lambda m, x: bs.Pixels((0.5,), (0.5, 0.5)),

@@ -14,6 +14,21 @@ from bitstrata.quantizers.pixels import PixelInput
 DTYPES = (torch.float32, torch.float64)
 
 
+def from_data(name: str) -> bool:
+    """Whether the quantizer's steps come from data."""
+    quantizer = build(name, "activation", {}, bits={2: 2})
+    return isinstance(quantizer, ActivationQuantizer) and not bool(quantizer.initialized.all())
+
+
+LEARNED = [name for name in names("activation") if from_data(name)]
+PLAIN = [name for name in LEARNED if name in ("lsq", "uniq")]  # unsigned for positive inputs, with a `numel`
+
+
+def test_which_quantizers_set_steps_from_data():
+    assert {"lsq", "uniq", "lsq_plus", "int8"} <= set(LEARNED)
+    assert not {"pact", "cg_pact", "dorefa", "maqd"} & set(LEARNED)
+
+
 def test_lsq_weight_init():
     quantizer = build("lsq", "weight", {}, bits={2: 2}).double()
     quantizer.init_(torch.tensor([-3, -0.9, -0.4, 0.1, 0.3, 0.8, 1.4], dtype=torch.float64))
@@ -95,7 +110,7 @@ def test_lsq_activation_init():
     assert observed(quantizer, x) == pytest.approx(2 * 1.5 / 3**0.5)
 
 
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", LEARNED)
 def test_first_training_batch_sets_the_step(name):
     quantizer = build(name, "activation", {}, bits={2: 2, 4: 4})
     x = torch.tensor([[0.0, 0.5, 1.0, 3.0]])
@@ -111,7 +126,7 @@ def test_first_training_batch_sets_the_step(name):
     assert quantizer.initialized.tolist() == [True, True]
 
 
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", LEARNED)
 def test_evaluation_without_a_step_is_an_error(name):
     quantizer = build(name, "activation", {}, bits={2: 2}).eval()
     cls = type(quantizer).__name__
@@ -120,7 +135,7 @@ def test_evaluation_without_a_step_is_an_error(name):
             use(torch.ones(1, 3))
 
 
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", LEARNED)
 def test_an_all_zero_batch_sets_no_step_and_passes(name):
     quantizer = build(name, "activation", {}, bits={2: 2})
     assert quantizer(torch.zeros(2, 3)).tolist() == [[0, 0, 0]] * 2
@@ -130,14 +145,14 @@ def test_an_all_zero_batch_sets_no_step_and_passes(name):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_batch_that_is_not_finite_is_an_error(name, bad):
     quantizer = build(name, "activation", {}, bits={2: 2})
     with pytest.raises(ValueError, match=r"cannot set the step from a batch of shape \(1, 2\): not finite"):
         quantizer(torch.tensor([[0.0, bad]]))
 
 
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", PLAIN)
 def test_negative_inputs_on_an_unsigned_grid_are_reported(name):
     quantizer = build(name, "activation", {}, bits={2: 2})
     with pytest.warns(UserWarning, match=r"inputs below zero meet an unsigned grid, which cuts them"):
@@ -151,13 +166,13 @@ def test_empty_batches_pass(name):
     assert quantizer.eval()(torch.ones(0, 3)).shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", PLAIN)
 def test_signed_inputs_get_two_bits_at_least(name):
     quantizer = build(name, "activation", {}, bits={1: 1, 4: 4}, signed=True)
     assert quantizer.bits == {1: 2, 4: 4}
 
 
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", LEARNED)
 def test_shared_steps(name):
     quantizer = build(name, "activation", {}, bits={1: 8, 4: 8}, shared=True)
     quantizer(torch.ones(1, 4))
@@ -168,7 +183,7 @@ def test_shared_steps(name):
 
 
 @pytest.mark.parametrize(("numel", "count"), [("sample", 3), ("batch", 12)])
-@pytest.mark.parametrize("name", names("activation"))
+@pytest.mark.parametrize("name", PLAIN)
 def test_what_the_gradient_scale_counts(name, numel, count):
     quantizer = build(name, "activation", {"numel": numel}, bits={2: 2})
     x = torch.full((4, 3), 9.0)

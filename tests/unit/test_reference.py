@@ -127,6 +127,21 @@ def test_requant_with_shift_zero():
     assert run(requant([-7], [3], [0], *WIDE), x, (1, 1, 1)).item() == -32
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_sums_of_codes_are_codes(executor):
+    x = np.array([[1, 2, -3], [4, -5, 6]], np.int8).reshape(1, 2, 3, 1)
+    op = SumPool("y", (0,), 1, (2, 2), (1, 1), (0, 1, 1, 0), 0)
+    found = run(op, x, (2, 3, 1), executor, dtype="s8")
+    assert found.dtype == np.int8
+    assert found[0, :, :, 0].tolist() == [[5, 2, 0], [4, -1, 1]]
+
+
+def test_sums_of_codes_beyond_their_bounds_are_noticed():
+    x = np.full((1, 1, 2, 1), 127, np.int8)
+    with pytest.raises(AssertionError, match=r"y: \[254, 254\] exceeds \[-128, 127\]"):
+        run(SumPool("y", (0,), 1, (1, 2), (1, 1), NO_PAD, 0), x, (1, 1, 1), dtype="s8")
+
+
 def test_add_rounds_half_up():
     x = np.array([-3, -2, -1, 0, 1, 2, 3], np.int32).reshape(7, 1, 1, 1)
     assert run(Add("y", (0, 0), 1, 1, -2), x, (1, 1, 1)).ravel().tolist() == [-13, -9, -4, 0, 5, 9, 14]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers_programs import plain_program, residual_program
+from helpers_programs import PRECISIONS, plain_program, residual_program
 
 import bitstrata_runtime
 from bitstrata_runtime import ArtifactError, ProgramError, Session, derive, load
@@ -83,7 +83,8 @@ def test_real_pixels_are_rounded_to_codes():
 
 def test_floats_enter_through_step_offset_and_range():
     program = residual_program()
-    layers = {**program.layers, "stem": replace(program.layers["stem"], input_offset=(-1.5, 2.0))}
+    offsets = {2: (0.0,), 4: (-1.5, 2.0), 8: (7.25,)}
+    layers = {**program.layers, "stem": replace(program.layers["stem"], input_offset=offsets)}
     found = session(replace(program, layers=layers), 4)
     step = program.factors["4"].step["stem"]
     x = np.zeros((1, 2, 5, 5))
@@ -94,6 +95,12 @@ def test_floats_enter_through_step_offset_and_range():
     codes = found.encode(x, floats=True)
     assert codes.dtype == np.int8
     np.testing.assert_array_equal(codes[0, 0, :4], [[4, 1], [127, 127], [-128, -128], [2, -1]])  # 4.5 and 2.5 to even
+    for bits in (2, 8):
+        found.set_precision(bits)
+        assert found.plan.input_offset == offsets[bits]
+        step = program.factors[str(bits)].step["stem"]
+        codes = found.encode(np.full((1, 2, 5, 5), 3 * step), floats=True)
+        assert (codes == {2: 3, 8: -4}[bits]).all()  # 3 - 7.25 = -4.25
 
 
 @pytest.mark.parametrize(
@@ -209,7 +216,8 @@ def test_a_file_that_fails_leaves_the_session_running_and_can_be_tried_again(pat
 def test_an_overflow_at_a_wider_precision_leaves_the_session_running(path):
     program = plain_program()
     wide = replace(program.layers["stem"], integer_form={1: (1, 0), 2: (1, 0), 3: (1, 0), 4: (256, 0)})
-    program.layers["stem"] = replace(wide, shape=(7, 4000, 3, 3), pad_code=(0,), input_offset=(0.0,))
+    same = {"pad_code": dict.fromkeys(PRECISIONS, (0,)), "input_offset": dict.fromkeys(PRECISIONS, (0.0,))}
+    program.layers["stem"] = replace(wide, shape=(7, 4000, 3, 3), **same)
     big = np.full((7, 4000, 3, 3), 127, np.int8)
     program.weights["stem"] = replace(program.weights["stem"], codes=big)
     program.input_shape = (4000, 6, 6)

@@ -73,6 +73,7 @@ class Graph {
   int clip(const std::string& name, int x, int64_t lo, int64_t hi);
   int max_pool(const std::string& name, int x, const PoolParams& p);
   int sum_pool(const std::string& name, int x, const PoolParams& p, int64_t shift);
+  int sum_codes(const std::string& name, int x, const PoolParams& p);  // plain sums of u8 or s8, in that type
   int slice(const std::string& name, int x, Triple h, Triple w, Triple c);
   int pad(const std::string& name, int x, Pair h, Pair w, Pair c);
   int flatten(const std::string& name, int x);

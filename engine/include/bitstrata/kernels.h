@@ -82,7 +82,8 @@ struct Kernels {
   AddFn add;
   ClipFn clip[kDTypes];
   PoolFn max_pool[kDTypes];
-  PoolFn sum_pool[kDTypes];  // the result is i32
+  PoolFn sum_pool[kDTypes];   // the result is i32
+  PoolFn sum_codes[kDTypes];  // the result has the input's type and wraps; none for i32
 };
 
 }  // namespace bitstrata

@@ -76,7 +76,8 @@ const Kernels kAvx2Kernels = {
     add,
     {clip<uint8_t>, clip<int8_t>, clip<int32_t>},
     {max_pool<uint8_t>, max_pool<int8_t>, max_pool<int32_t>},
-    {sum_pool<uint8_t>, sum_pool<int8_t>, sum_pool<int32_t>},
+    {sum_pool<uint8_t, int32_t>, sum_pool<int8_t, int32_t>, sum_pool<int32_t, int32_t>},
+    {sum_pool<uint8_t, uint8_t>, sum_pool<int8_t, int8_t>, nullptr},
 };
 
 }  // namespace bitstrata

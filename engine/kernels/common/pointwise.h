@@ -88,7 +88,8 @@ void max_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, i
   }
 }
 
-template <typename T>
+// The shifted sum is truncated to Out.
+template <typename T, typename Out>
 void sum_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, int64_t row_end) {
   constexpr int64_t kBlock = 64;  // channels summed together
   const T* in = static_cast<const T*>(x);
@@ -97,7 +98,7 @@ void sum_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, i
     const Window h(y * s.stride_h - s.pad_top, s.kernel_h, s.in_h);
     for (int64_t i = 0; i < s.out_w; ++i) {
       const Window w(i * s.stride_w - s.pad_left, s.kernel_w, s.in_w);
-      int32_t* to = static_cast<int32_t*>(out) + (y * s.out_w + i) * s.channels;
+      Out* to = static_cast<Out*>(out) + (y * s.out_w + i) * s.channels;
       for (int64_t c0 = 0; c0 < s.channels; c0 += kBlock) {
         const int64_t count = smaller(kBlock, s.channels - c0);
         int64_t sum[kBlock] = {};
@@ -106,7 +107,7 @@ void sum_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, i
             const T* from = in + (v * s.in_w + u) * s.channels + c0;
             for (int64_t c = 0; c < count; ++c) sum[c] += from[c];
           }
-        for (int64_t c = 0; c < count; ++c) to[c0 + c] = static_cast<int32_t>((sum[c] + half) >> s.shift);
+        for (int64_t c = 0; c < count; ++c) to[c0 + c] = static_cast<Out>((sum[c] + half) >> s.shift);
       }
     }
   }

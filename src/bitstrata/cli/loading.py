@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,20 +93,48 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({**wanted, **state})
 
 
-def make_recipe(options: RunOptions, bits: tuple[int, ...]) -> recipes.Recipe:
-    """The recipe by name: widths go to its field `w`, or to `bits` where it trains one width only."""
+def make_recipe(options: RunOptions) -> recipes.Recipe:
+    """The recipe by name, with its fields from --bits, --a and --set. CommandError for what it does not have."""
     choose(options.recipe, recipes.names(), "--recipe")
     parameters = inspect.signature(recipes.describe(options.recipe).make).parameters
-    fields: dict[str, Any] = {}
-    if "a" in parameters:
+    fields: dict[str, Any] = dict(_field(text, parameters, options.recipe) for text in options.set)
+    if options.a is not None and "a" not in parameters:
+        raise CommandError(f"--a {options.a}: recipe {options.recipe!r} has no such field; see bitstrata recipes")
+    if options.a is not None:
         fields["a"] = "same" if options.a == "same" else parse_bits(options.a, "--a")[0]
+    if options.bits is not None:
+        fields.update(_widths(options.recipe, parameters, options.bits))
+    try:
+        return recipes.get(options.recipe, **fields)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _widths(recipe: str, parameters: Mapping[str, inspect.Parameter], text: str) -> dict[str, Any]:
+    """--bits as the field of the recipe that holds weight widths."""
+    bits = parse_bits(text)
     if "w" in parameters:
-        fields["w"] = bits
-    elif len(bits) != 1:
-        raise CommandError(f"--bits {options.bits}: recipe {options.recipe!r} trains one bit-width at a time")
-    else:
-        fields["bits"] = bits[0]
-    return recipes.get(options.recipe, **fields)
+        return {"w": bits}
+    if "bits" not in parameters:
+        raise CommandError(f"--bits {text}: recipe {recipe!r} fixes its widths by other fields; see bitstrata recipes")
+    if isinstance(parameters["bits"].default, tuple):
+        return {"bits": bits}
+    if len(bits) != 1:
+        raise CommandError(f"--bits {text}: recipe {recipe!r} trains one bit-width at a time")
+    return {"bits": bits[0]}
+
+
+def _field(text: str, parameters: Mapping[str, inspect.Parameter], recipe: str) -> tuple[str, Any]:
+    """NAME=VALUE of --set; a value is a JSON value where it reads as one, else text."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise CommandError(f"--set {text}: write NAME=VALUE")
+    if name not in parameters:
+        raise CommandError(f"--set {text}: recipe {recipe!r} has no field {name!r}; it has: {', '.join(parameters)}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, None if value == "None" else value
 
 
 def _from_factory(name: str) -> nn.Module:

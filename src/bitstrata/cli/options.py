@@ -18,12 +18,15 @@ class RunOptions:
     """Data set by name."""
     root: Path | None = None
     """Directory that holds the data set's files; digits needs none."""
-    bits: str = "1,2,3,4"
-    """Weight bit-widths to train together, ascending; the widest is stored, the others are its first bit-planes."""
-    a: str = "same"
-    """Activation bit-width: same as the weights', or one number for all."""
+    bits: str | None = None
+    """Weight bit-widths to train together, ascending, by default the recipe's own; the widest is stored, the others
+    are its first bit-planes."""
+    a: str | None = None
+    """Activation bit-width: same as the weights', or one number for all; by default the recipe's own."""
     recipe: str = "strata"
-    """Quantization recipe; `bitstrata recipes` lists them."""
+    """Quantization recipe; `bitstrata recipes` lists them, `bitstrata recipes NAME` its fields."""
+    set: tuple[str, ...] = ()
+    """Fields of the recipe, as NAME=VALUE, such as per_channel=true or rescale=stddev."""
     epochs: int = 5
     """Epochs of quantized training, all precisions together."""
     lr: float = 0.02
@@ -37,7 +40,7 @@ class RunOptions:
     batch_size: int = 128
     """Images a step."""
     distill: bool = True
-    """Each precision also learns from the next wider one."""
+    """Distil as the recipe does; --no-distill leaves it out."""
     label_smoothing: float = 0.0
     """Probability mass spread evenly over all classes."""
     clip_grad: float | None = None

@@ -25,7 +25,6 @@ from bitstrata.cli.common import (
     bytes_of,
     environment,
     output,
-    parse_bits,
     parse_floats,
     read_json,
     write_json,
@@ -34,6 +33,7 @@ from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, Loader
+from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, evaluate
 from bitstrata.train.checkpoint import seed_all
 
@@ -127,12 +127,11 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
 
 def check(options: RunOptions) -> tuple[int, ...]:
     """Check every option that can be checked without data; returns the bit-widths."""
-    bits = parse_bits(options.bits)
-    loading.make_recipe(options, bits)
-    stage_config(options)
+    recipe = loading.make_recipe(options)
+    joint_config(options, recipe)
     if isinstance(options, Train):
         float_config(options)
-    return bits
+    return recipe.precisions
 
 
 def claim(run: Run) -> None:
@@ -161,15 +160,18 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
             "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every",
         )
     }  # fmt: skip
-    shared["distill"] = "cosine" if options.distill else None
-    return TrainConfig(**{**shared, **changes})
+    return TrainConfig(**{**shared, "distill": None, **changes})
+
+
+def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
+    """Training configuration of the quantized stage: the recipe's objective, the options' schedule."""
+    objective = {name: recipe.training[name] for name in ("loss", "loss_gamma", "teacher", "combine", "reduction")}
+    return stage_config(options, distill=recipe.objective.distill if options.distill else None, **objective)
 
 
 def float_config(options: Train) -> TrainConfig:
     """Training configuration of the float stage."""
-    return stage_config(
-        options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup, distill=None
-    )
+    return stage_config(options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup)
 
 
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
@@ -182,7 +184,8 @@ def float_stage(run: Run, model: nn.Module, options: Train) -> float:
 def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     """Quantize a float network in place and train all precisions; returns their accuracies in float32."""
     quantized(run, model)
-    trainer = Trainer(model, stage_config(run.options), run.loader(True), run.loader(False), run.out, name="joint")
+    config = joint_config(run.options, loading.make_recipe(run.options))
+    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
     run.timed("joint", trainer.fit)
     return float32_accuracies(run, model)
 
@@ -198,7 +201,7 @@ def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
 def quantized(run: Run, model: nn.Module) -> nn.Module:
     """Quantize in place and set the first step sizes from training batches without augmentation."""
     pixels = bs.Pixels(mean=run.train.mean, std=run.train.std)
-    bs.quantize_(model, loading.make_recipe(run.options, run.bits), run.example, input=pixels)
+    bs.quantize_(model, loading.make_recipe(run.options), run.example, input=pixels)
     plain = Loader(run.train, run.options.batch_size, train=True, seed=run.options.seed, prefetch=False)
     steps = range(min(run.options.calibration_batches, len(plain)))
     bs.calibrate_(model, [plain.batch(0, step)[0] for step in steps])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bitstrata as bs
 from bitstrata.cli import loading
-from bitstrata.cli.common import CommandError, parse_bits, parse_floats, read_json
+from bitstrata.cli.common import CommandError, parse_floats, read_json
 from bitstrata.cli.options import RunOptions
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.train import Train
@@ -53,9 +53,8 @@ class SavedRun:
             raise CommandError(f"{self.path}: no {stage}.ckpt; the run has not come that far")
         model = loading.make_model(self.options.model, dataset)  # type: ignore[attr-defined]
         if stage == "joint":
-            bits = parse_bits(self.options.bits)
             pixels = bs.Pixels(mean=dataset.mean, std=dataset.std)
-            bs.quantize_(model, loading.make_recipe(self.options, bits), example_of(dataset), input=pixels)
+            bs.quantize_(model, loading.make_recipe(self.options), example_of(dataset), input=pixels)
         model.load_state_dict(checkpoint.load(file)["model"])
         return model.eval()
 
@@ -77,4 +76,5 @@ def read_options(path: Path) -> RunOptions:
     values: dict[str, Any] = {
         name: Path(value) if name in paths and value is not None else value for name, value in saved.items()
     }
+    values["set"] = tuple(values.get("set", ()))
     return kind(**values)

@@ -11,7 +11,7 @@ from rich.table import Table
 import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.cli import loading, measure, pipeline
-from bitstrata.cli.common import output, parse_bits, write_json
+from bitstrata.cli.common import output, write_json
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.train import Train
 from bitstrata.train.checkpoint import seed_all
@@ -23,7 +23,7 @@ def run(options: Demo) -> None:
     training = training_options(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    bits = parse_bits(training.bits)
+    bits = loading.make_recipe(training).precisions
     train, test = (loading.load_data("digits", None, split) for split in ("train", "test"))
     work = pipeline.Run(training, None, bits, train, test, console)
     seed_all(training.seed)

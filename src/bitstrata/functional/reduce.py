@@ -15,4 +15,4 @@ def sum_to(x: Tensor, shape: torch.Size) -> Tensor:
     if shape.numel() == 1:
         return x.sum(dtype=dtype).reshape(shape)
     dims = [d for d in range(x.dim()) if shape[d] == 1]
-    return x.sum(dim=dims, keepdim=True, dtype=dtype)
+    return x.sum(dim=dims, keepdim=True, dtype=dtype) if dims else x.to(dtype)  # sum(dim=[]) would sum everything

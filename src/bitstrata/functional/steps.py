@@ -72,6 +72,45 @@ def rectified_step(bits: int) -> float:
     return optimal_step(tuple(float(c) for c in range(2**bits)), rectified=True)
 
 
+def _gaussian_error(step: float, levels: Array, lower: float) -> float:
+    """E(x - step * nearest level)^2 for x ~ N(0,1) above `lower`, -inf or 0; below it x counts nothing."""
+    inner = (levels[:-1] + levels[1:]) / 2 * step
+    probability, moment = _cell_moments(np.concatenate(([lower], inner, [np.inf])))
+    power = 1.0 if lower < 0 else 0.5
+    return float(power + (levels * step * (levels * step * probability - 2 * moment)).sum())
+
+
+def _checked_bits(operation: str, bits: int) -> int:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{operation}: bits must be 1..8, got {bits}")
+    return bits
+
+
+def symmetric_sqnr_db(bits: int) -> float:
+    """Signal-to-noise ratio of UniQ's weight grid at its optimal step on N(0,1): 10 log10(1/MSE), dB (UniQ Table 1).
+
+    Raises:
+        ValueError: bits outside 1..8.
+    """
+    half = 2 ** (_checked_bits("symmetric_sqnr_db", bits) - 1)
+    levels = np.arange(-half, half) + 0.5
+    return -10 * math.log10(_gaussian_error(symmetric_step(bits), levels, -np.inf))
+
+
+def rectified_sqnr_db(bits: int) -> float:
+    """Signal-to-noise ratio of UniQ's activation grid at its optimal step: 10 log10(Var(relu(z))/MSE), dB (Table 1).
+
+    z ~ N(0,1). The signal is the variance of relu(z), 1/2 - 1/(2 pi), not its power 1/2: that is what the table's
+    numbers are.
+
+    Raises:
+        ValueError: bits outside 1..8.
+    """
+    levels = np.arange(2 ** _checked_bits("rectified_sqnr_db", bits), dtype=np.float64)
+    variance = 0.5 - 0.5 / math.pi
+    return 10 * math.log10(variance / _gaussian_error(rectified_step(bits), levels, 0.0))
+
+
 def _nested_errors(step: float, bits: tuple[int, ...], free: bool) -> Array:
     """Mean squared error on N(0,1) of the nested grid at each width, for one source step."""
     source = max(bits)

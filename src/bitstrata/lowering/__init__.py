@@ -5,6 +5,16 @@ from .factors import program_factors
 from .lower import lower
 from .plans import add_plan, reestimated
 from .report import program_summary
+from .trace import double_copy
 from .write import pack
 
-__all__ = ["LowerError", "add_plan", "lower", "pack", "program_factors", "program_summary", "reestimated"]
+__all__ = [
+    "LowerError",
+    "add_plan",
+    "double_copy",
+    "lower",
+    "pack",
+    "program_factors",
+    "program_summary",
+    "reestimated",
+]

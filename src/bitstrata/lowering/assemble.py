@@ -95,13 +95,19 @@ class _Grids:
     codes: NDArray[np.int8]
     form: tuple[int, int]
     input_range: tuple[int, int]
+    offset: tuple[float, ...]
+    pad_code: tuple[int, ...]
 
 
 def _grids(name: str, layer: QuantizedLayer) -> _Grids:
     assert layer.act_quant is not None
-    grid = layer.act_quant.grid()
-    form = integer_form(layer.weight_quant.grid().offset, name)
-    return _Grids(layer.weight_quant.width, weight_codes(layer), form, (grid.lo, grid.hi))
+    grid, offset = layer.act_quant.grid(), input_grid(layer, name)[1]
+    form = integer_form(layer.weight_grid().offset, name)
+    if not isinstance(layer.act_quant, PixelInput):
+        pads = tuple(min(max(round(-z), grid.lo), grid.hi) for z in offset)  # the code nearest the value 0
+    else:
+        pads = (0,) if isinstance(layer, nn.Linear) else layer.act_quant.pad_codes
+    return _Grids(layer.weight_quant.width, weight_codes(layer), form, (grid.lo, grid.hi), offset, pads)
 
 
 def _source_codes(name: str, grids: Mapping[int, _Grids]) -> Weights:
@@ -110,7 +116,8 @@ def _source_codes(name: str, grids: Mapping[int, _Grids]) -> Weights:
     for grid in grids.values():
         if not np.array_equal(grid.codes, source.codes >> (source.width - grid.width)):
             raise LowerError(
-                f"lower: the {grid.width}-bit codes of {name!r} are not the upper bits of its {source.width}-bit codes"
+                f"lower: the {grid.width}-bit codes of {name!r} are not the upper bits of its {source.width}-bit "
+                "codes, so one artifact cannot hold both; lower one precision at a time: lower(..., precisions=(b,))"
             )
     return Weights(source.codes, source.width)
 
@@ -119,19 +126,18 @@ def _record(
     name: str, layer: QuantizedLayer, grids: Mapping[int, _Grids], weights: Weights, input_channels: int
 ) -> Layer:
     linear = isinstance(layer, nn.Linear)
-    pixels = layer.act_quant if isinstance(layer.act_quant, PixelInput) else None
     out, per_group, height, width = weights.codes.shape
     return Layer(
         name=name,
         kind="linear" if linear else "conv",
         shape=(out, per_group, height, width),
         source_bits=weights.bits,
-        planes=not layer.edge,
+        planes=not layer.edge or len({grid.width for grid in grids.values()}) > 1,
         weight_bits={p: grid.width for p, grid in grids.items()},
         integer_form={p: grid.form for p, grid in grids.items()},
         input_range={p: grid.input_range for p, grid in grids.items()},
-        pad_code=pixels.pad_codes if pixels and not linear else (0,),
-        input_offset=_a_channel(input_grid(layer, name)[1], input_channels),
+        pad_code={p: grid.pad_code for p, grid in grids.items()},
+        input_offset={p: _a_channel(grid.offset, input_channels) for p, grid in grids.items()},
         grid=type(layer.weight_quant).__name__,
     )
 

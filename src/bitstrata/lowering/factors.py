@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from bitstrata_runtime.program import Factors
 
+from ..nn.layer_batch_norm import fold
 from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.pixels import PixelInput
@@ -21,14 +22,13 @@ Array = NDArray[np.float64]
 
 def norm_affine(norm: nn.Module, name: str) -> tuple[Array, Array]:
     """Multiplier and addend, float64 (C,), of a batch normalization; `name` is for errors."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-    if norm.running_mean is None or norm.running_var is None:
-        raise LowerError(f"lower: the normalization {name} has no running statistics; use track_running_stats=True")
-    var, mean = norm.running_var.double(), norm.running_mean.double()
-    gamma = torch.ones_like(var) if norm.weight is None else norm.weight.detach().double()
-    beta = torch.zeros_like(var) if norm.bias is None else norm.bias.detach().double()
-    gain = gamma / torch.sqrt(var + norm.eps)
-    return gain.numpy(), (beta - mean * gain).numpy()
+    try:
+        gain, shift = fold(norm)
+    except ValueError as error:
+        raise LowerError(
+            f"lower: the normalization {name} has no running statistics; use track_running_stats=True"
+        ) from error
+    return gain.numpy(), shift.numpy()
 
 
 def integer_form(offset: object, name: str) -> tuple[int, int]:
@@ -41,7 +41,13 @@ def integer_form(offset: object, name: str) -> tuple[int, int]:
 
 def weight_codes(layer: QuantizedLayer) -> NDArray[np.int8]:
     """Codes of the layer's weight at its current precision, (out, in/groups, kh, kw), int8."""
-    codes = layer.weight_quant.codes(layer.effective_weight().detach()).numpy()
+    codes = layer.weight_codes().numpy()
+    half = 2 ** (layer.weight_quant.width - 1)
+    if codes.min() < -half or codes.max() >= half:
+        raise LowerError(
+            f"lower: a layer's weight codes lie in {codes.min()}..{codes.max()} and do not fit "
+            f"{layer.weight_quant.width} bits; programs hold weights of at most 8 bits"
+        )
     return shape4(codes).astype(np.int8)
 
 
@@ -54,12 +60,12 @@ def shape4(weight: NDArray[np.generic]) -> NDArray[np.generic]:
 
 def layer_affine(layer: QuantizedLayer, name: str, norm: PrecisionBatchNorm | None) -> NDArray[np.float64]:
     """The layer's affine at its current precision, (2, out): spec/numerics.md section 6."""
-    grid = layer.weight_quant.grid()
+    grid = layer.weight_grid()
     mul, add = integer_form(grid.offset, name)
     out = layer.weight.shape[0]
     weight_scale = np.broadcast_to(grid.scale.detach().double().reshape(-1).numpy(), (out,))
     step, offset = input_grid(layer, name)
-    unit = weight_scale / mul * step
+    unit = weight_scale / mul * step / _pooled(layer, name, offset)
     constant = np.zeros(out) if layer.bias is None else layer.bias.detach().double().numpy().copy()
     if any(offset):
         integers = mul * weight_codes(layer).astype(np.float64) + add  # (out, in/groups, kh, kw)
@@ -68,6 +74,20 @@ def layer_affine(layer: QuantizedLayer, name: str, norm: PrecisionBatchNorm | No
         return np.stack([unit, constant])
     gain, shift = norm_affine(norm.level, f"behind {name!r}")
     return np.stack([unit * gain, constant * gain + shift])
+
+
+def _pooled(layer: QuantizedLayer, name: str, offset: tuple[float, ...]) -> int:
+    """How many codes the layer's own pooling adds into one: 1 without."""
+    pool = layer.input_pool
+    if pool is None:
+        return 1
+    assert isinstance(pool, nn.AvgPool1d | nn.AvgPool2d)  # the walk has made sure
+    if any(offset):
+        raise LowerError(
+            f"lower: layer {name!r} pools its input codes, whose grid has offset {offset}; sums of codes need offset 0"
+        )
+    sizes = pool.kernel_size
+    return math.prod(sizes) if isinstance(sizes, tuple) else int(sizes) ** (1 if isinstance(pool, nn.AvgPool1d) else 2)
 
 
 def _per_group(offset: tuple[float, ...], layer: QuantizedLayer) -> Array:
@@ -86,9 +106,12 @@ def input_grid(layer: QuantizedLayer, name: str) -> tuple[float, tuple[float, ..
         grid = layer.act_quant.grid()
     except RuntimeError as error:  # a step that was never set
         raise LowerError(f"lower: layer {name!r}: {error}") from error
-    if float(grid.offset) != 0:
-        raise LowerError(f"lower: layer {name!r} has an input grid with offset {grid.offset}; only pixels may have one")
-    return float(grid.scale), (0.0,)
+    if grid.valid is not None:
+        raise LowerError(
+            f"lower: the input codes of layer {name!r} leave out some between {grid.lo} and {grid.hi}; requantization "
+            "rounds to every code in between"
+        )
+    return float(grid.scale), (float(grid.offset),)
 
 
 def program_factors(

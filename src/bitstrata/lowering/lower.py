@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from bitstrata_runtime.program import Program
 
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
-from ..prepare.precision import precisions
+from ..nn.own import OwnLayer
+from ..prepare.observe import BATCH_NORMS
+from ..prepare.precision import precisions as all_precisions
 from ..quantizers.pixels import PixelInput
 from .assemble import assemble, prove
 from .builder import Builder, Real
 from .errors import LowerError
-from .ops import FUNCTIONS, METHODS, MODULES, Context, as_map
+from .ops import FUNCTIONS, METHODS, MODULES, Context, as_map, pool_window
 from .trace import Traced, trace, where
 
 SUPPORTED = (
@@ -25,8 +28,8 @@ SUPPORTED = (
 )
 
 
-def lower(model: nn.Module, example: Tensor) -> Program:
-    """Turn a quantized, calibrated model into an integer-only program that holds all its precisions.
+def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = None) -> Program:
+    """Turn a quantized, calibrated model into an integer-only program that holds all its precisions, or some.
 
     Everything is evaluated in float64. Batch normalization is folded per precision, accumulators are proved to fit
     int32 at every precision, and a fixed-point value with fewer than 20 fraction bits is a warning. Values are named by
@@ -35,25 +38,41 @@ def lower(model: nn.Module, example: Tensor) -> Program:
     Args:
         model: prepared by `quantize_`, with activation steps set; unchanged.
         example: one input batch as the model takes it (N, C, H, W), (N, C, L) or (N, C); only its shape matters.
+        precisions: which to serve; all by default. A model whose precisions have weights of their own (edge layers with
+            own_edges, codes that are no upper bits of the widest) has a program for one precision at a time.
 
     Raises:
         LowerError: an operation outside the integer set, a layer left in float, or an accumulator that may overflow.
     """
-    served = precisions(model)
-    if not served:
-        raise LowerError("lower: the model has no quantized layers; call quantize_ first")
+    served = _served(model, precisions)
     if not isinstance(example, Tensor):
         raise LowerError(f"lower: example must be one input tensor, got {type(example).__name__}")
     if not 2 <= example.dim() <= 4:
         raise LowerError(
             f"lower: example must be a batch (N, C, H, W), (N, C, L) or (N, C), got shape {tuple(example.shape)}"
         )
-    traced = trace(model, example)
+    traced = trace(model, example, served)
     ctx = Context(Builder(), traced.values)
     output = _walk(ctx, traced)
     program = assemble(ctx, traced.model, served, as_map(tuple(example.shape[1:]), "example"), output)
     prove(program)
     return program
+
+
+def _served(model: nn.Module, wanted: Iterable[int] | None) -> tuple[int, ...]:
+    known = all_precisions(model)
+    if not known:
+        raise LowerError("lower: the model has no quantized layers; call quantize_ first")
+    served = known if wanted is None else tuple(sorted(set(wanted)))
+    if not served or not set(served) <= set(known):
+        raise LowerError(f"lower: precisions must be among {known}, got {served}")
+    own = [name for name, module in model.named_modules() if isinstance(module, OwnLayer)]
+    if own and len(served) > 1:
+        raise LowerError(
+            f"lower: {', '.join(map(repr, own))} have weights of their own at every precision, so each precision is a "
+            f"program of its own: lower(model, example, precisions=({served[0]},))"
+        )
+    return served
 
 
 def _walk(ctx: Context, traced: Traced) -> str:
@@ -135,7 +154,7 @@ def _lower_module(ctx: Context, name: str, module: nn.Module, node: fx.Node, x: 
     kind = type(module).__name__
     if isinstance(module, tuple(FORMS)):
         raise LowerError(f"lower: {kind} {name!r} is in float; quantize it (summary(model) tells why it was left out)")
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+    if isinstance(module, BATCH_NORMS):
         raise LowerError(f"lower: {kind} {name!r} follows a layer in float; quantize that layer too")
     raise LowerError(
         f"lower: module {name!r} of type {kind} has no integer form; leave it out, or replace it by one of: {SUPPORTED}"
@@ -158,6 +177,9 @@ def _lower_layer(ctx: Context, name: str, layer: QuantizedLayer, node: fx.Node, 
         ctx.readers.append(name)
     ctx.layers[name] = layer
     source = ctx.builder.codes(x, name)
+    if layer.input_pool is not None:
+        window = pool_window(ctx, node, layer.input_pool, x)
+        source = ctx.builder.emit(f"{name}.pool", "avgpool", (source,), **window)
     base = ctx.builder.emit(name, "conv", (source,), layer=name, **_geometry(layer))
     return Real(base, "acc", ctx.shape(node), affine=(name,))
 

@@ -265,6 +265,16 @@ def mean(ctx: Context, node: fx.Node, x: Real, dim: Any = None, keepdim: bool = 
     return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
 
 
+def pool_window(ctx: Context, node: fx.Node, pool: nn.Module, x: Real) -> dict[str, Any]:
+    """Attributes of the average pooling that a layer applies to its quantized input `x`."""
+    if not isinstance(pool, nn.AvgPool1d | nn.AvgPool2d) or getattr(pool, "divisor_override", None) is not None:
+        raise LowerError(f"lower: {where(node)} pools its input by {pool}; only plain average pooling is supported")
+    window = _window(ctx, node, x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+    if any(window["padding"]) and not pool.count_include_pad:
+        raise LowerError(f"lower: {where(node)} pools its input with count_include_pad=False; set it to True")
+    return window
+
+
 def _average(ctx: Context, node: fx.Node, x: Real, window: dict[str, Any]) -> Real:
     source = ctx.builder.fixed(x, where(node))
     base = ctx.builder.emit(name_of(node, "avgpool"), "avgpool", (source.base,), **window)

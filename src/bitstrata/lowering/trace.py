@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 
 from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
+from ..nn.own import collapse_own_
+from ..prepare.precision import set_precision
 from .errors import LowerError
 
 
@@ -34,9 +36,18 @@ class Traced:
     values: dict[fx.Node, Any]
 
 
-def double_copy(model: nn.Module) -> nn.Module:
-    """A float64 copy in evaluation mode on the CPU: what "the fake-quantized model, exactly" means here."""
-    return copy.deepcopy(model).cpu().double().eval()
+def double_copy(model: nn.Module, served: tuple[int, ...] | None = None) -> nn.Module:
+    """A float64 copy in evaluation mode on the CPU: what "the fake-quantized model, exactly" means here.
+
+    Args:
+        served: precisions it is for; with a single one, layers that have weights of their own a precision are replaced
+            by those of that precision, and the copy runs at it.
+    """
+    twin = copy.deepcopy(model).cpu().double().eval()
+    if served is not None and len(served) == 1:
+        collapse_own_(twin, served[0])
+        set_precision(twin, served[0])
+    return twin
 
 
 def module_of(node: fx.Node) -> str:
@@ -60,14 +71,14 @@ def where(node: fx.Node) -> str:
     return f"{function_of(node)!r} in " + (f"module {inside!r}" if inside else "the model's forward")
 
 
-def trace(model: nn.Module, example: Tensor) -> Traced:
+def trace(model: nn.Module, example: Tensor, served: tuple[int, ...] | None = None) -> Traced:
     """Trace a model of one input tensor and check that the graph computes what the model does.
 
     Raises:
         LowerError: the forward cannot be traced (control flow that depends on data, several inputs), does not run on
             inputs of the example's shape, or changes a tensor in place that it uses again.
     """
-    twin = double_copy(model)
+    twin = double_copy(model, served)
     kind = type(model).__name__
     tracer = _Tracer()
     try:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers.base import ActivationQuantizer, Quantizer, WeightQuantizer
+from ..quantizers.base import ActivationQuantizer, Grid, Quantizer, WeightQuantizer
 from ..quantizers.pixels import PixelInput
 
 
@@ -26,6 +26,8 @@ class QuantizedLayer(nn.Module):
     bias: Any  # Parameter or None; torch's own classes declare it in two ways
     weight_quant: WeightQuantizer
     act_quant: Quantizer | None
+    weight_transform: nn.Module | None  # what the quantizer sees of the weight, e.g. standardized
+    input_pool: nn.Module | None  # average pooling between the quantized input and the convolution
     edge: bool  # first or last layer, on the recipe's edge grid
 
     @property
@@ -45,10 +47,19 @@ class QuantizedLayer(nn.Module):
             self.act_quant.precision = precision
 
     def effective_weight(self) -> Tensor:
-        """The real-valued weight that is quantized: divided by the input's std where the layer reads pixels."""
+        """The real-valued weight that is quantized: transformed, after division by std where the layer reads pixels."""
+        weight = self.weight
         if isinstance(self.act_quant, PixelInput):
-            return self.weight * self.per_input_channel(tuple(1.0 / s for s in self.act_quant.std))
-        return self.weight
+            weight = weight * self.per_input_channel(tuple(1.0 / s for s in self.act_quant.std))
+        return weight if self.weight_transform is None else self.weight_transform(weight)
+
+    def weight_grid(self) -> Grid:
+        """The grid of the weight's codes at the current precision."""
+        return self.weight_quant.grid(self.effective_weight().detach())
+
+    def weight_codes(self) -> Tensor:
+        """Integer codes of the weight at the current precision: int32, the weight's shape."""
+        return self.weight_quant.codes(self.effective_weight().detach())
 
     def per_input_channel(self, values: tuple[float, ...]) -> Tensor:
         """One number, or one an input channel, shaped to broadcast over the weight (out, in/groups, ...)."""
@@ -64,19 +75,20 @@ class QuantizedLayer(nn.Module):
         return self.weight_quant(self.effective_weight())
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Fake-quantized input at the current precision, with gradient."""
-        return x if self.act_quant is None else self.act_quant(x)
+        """Fake-quantized (and then pooled) input at the current precision, with gradient."""
+        q = x if self.act_quant is None else self.act_quant(x)
+        return q if self.input_pool is None else self.input_pool(q)
 
     def init_weight_steps_(self) -> None:
         """Set the weight quantizer's steps from the present weight."""
-        self.weight_quant.init_(self.effective_weight())
+        self.weight_quant.init_(self.effective_weight().detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if not any(key.startswith(f"{prefix}weight_quant.") for key in state_dict):
             self.init_weight_steps_()
             if isinstance(self.act_quant, ActivationQuantizer):
-                self.act_quant.initialized.fill_(False)
+                self.act_quant.restart_()
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -99,13 +111,24 @@ class _QuantConv(QuantizedLayer):
         A grid without an exact zero pads with its code nearest zero, before the convolution.
         """
         q = self.quantized_input(x)
-        if not isinstance(self.act_quant, PixelInput) or not any(self._reversed_padding_repeated_twice):
+        border = self._border(q)
+        if border is None or not any(self._reversed_padding_repeated_twice):
             return q, self.padding
-        grid = self.act_quant.grid(q)
-        codes = self.act_quant.channel(tuple(float(c) for c in self.act_quant.pad_codes), q)
         frame = F.pad(torch.zeros_like(q[:1]), self._reversed_padding_repeated_twice, value=1.0)
-        border = frame * ((codes + grid.offset) * grid.scale)  # the arithmetic of a real pixel, 0 inside the map
-        return F.pad(q, self._reversed_padding_repeated_twice) + border, 0
+        return F.pad(q, self._reversed_padding_repeated_twice) + frame * border, 0
+
+    def _border(self, like: Tensor) -> Tensor | None:
+        """The value that stands for zero outside the map, by the arithmetic of a value inside; None if it is zero."""
+        quantizer = self.act_quant
+        if quantizer is None or not quantizer.shifted:
+            return None
+        if isinstance(quantizer, PixelInput):
+            codes = quantizer.channel(tuple(float(c) for c in quantizer.pad_codes), like)
+            grid = quantizer.grid(like)
+        else:
+            grid = quantizer.grid()
+            codes = (-torch.as_tensor(grid.offset)).round().clamp(grid.lo, grid.hi)
+        return grid.dequantize(codes).to(like.dtype)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -132,7 +155,12 @@ FORMS: dict[type[nn.Module], type[QuantizedLayer]] = {
 
 
 def convert(
-    layer: nn.Module, weight_quant: WeightQuantizer, act_quant: Quantizer | None, *, edge: bool
+    layer: nn.Module,
+    weight_quant: WeightQuantizer,
+    act_quant: Quantizer | None,
+    *,
+    edge: bool,
+    weight_transform: nn.Module | None = None,
 ) -> QuantizedLayer:
     """Turn a float layer into its quantized form, in place, and set the weight steps from its weight.
 
@@ -154,6 +182,9 @@ def convert(
     layer.weight_quant = weight_quant.to(device=device, dtype=dtype)
     layer.act_quant = None if act_quant is None else act_quant.to(device=device, dtype=dtype)
     layer.edge = edge
+    layer.weight_transform = weight_transform
+    if "input_pool" not in layer._modules:  # set before, where a pooling moved into the layer
+        layer.input_pool = None
     if isinstance(act_quant, PixelInput):
         act_quant.dims = max(layer.weight.dim() - 2, 0)
     with torch.no_grad():

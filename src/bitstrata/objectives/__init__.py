@@ -1,6 +1,26 @@
-"""Training objectives: distillation losses and the joint objective over all precisions."""
+"""Training objectives: losses, distillation, the joint objective over all precisions, and schemes of training."""
 
-from .distill import DISTILLATIONS, cosine_distillation
+from .distill import DISTILLATIONS, cosine_distillation, kl_distillation
 from .joint import JointLoss, joint_backward
+from .losses import LOSSES, cross_entropy, make_loss, maqd
+from .mgd import min_norm_point
+from .schemes import Stage, ascending_stages, copy_norms_, cotrain, top_then_finetune, warm_start_
 
-__all__ = ["DISTILLATIONS", "JointLoss", "cosine_distillation", "joint_backward"]
+__all__ = [
+    "DISTILLATIONS",
+    "LOSSES",
+    "JointLoss",
+    "Stage",
+    "ascending_stages",
+    "copy_norms_",
+    "cosine_distillation",
+    "cotrain",
+    "cross_entropy",
+    "joint_backward",
+    "kl_distillation",
+    "make_loss",
+    "maqd",
+    "min_norm_point",
+    "top_then_finetune",
+    "warm_start_",
+]

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+from ..nn.layer_batch_norm import LayerBatchNorm1d, LayerBatchNorm2d
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, LayerBatchNorm1d, LayerBatchNorm2d)
 
 
 @dataclass
@@ -25,10 +27,15 @@ class LayerTrace:
 
 @dataclass
 class Trace:
-    """What the example run showed. `norm_owner`: batch normalization's name -> the layer whose precision it follows."""
+    """What the example run showed.
+
+    norm_owner: normalization's name -> the layer whose precision it follows. normalized: layers whose output a
+    normalization reads.
+    """
 
     layers: dict[str, LayerTrace] = field(default_factory=dict)
     norm_owner: dict[str, str] = field(default_factory=dict)
+    normalized: set[str] = field(default_factory=set)
 
 
 def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Trace:
@@ -71,6 +78,7 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
                 waiting.append(name)
             else:
                 trace.norm_owner.setdefault(name, owner)
+                trace.normalized.add(owner)
 
         return hook
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..nn.layer_batch_norm import layer_batch_norm_from
 from ..nn.layers import FORMS, QuantizedLayer, convert
 from ..nn.norm import PrecisionBatchNorm
-from ..quantizers.base import Quantizer, WeightQuantizer
-from ..quantizers.registry import build
+from ..nn.own import OwnLayer
+from ..quantizers.base import LayerFacts, Quantizer, WeightQuantizer
+from ..quantizers.registry import build, build_rescale, build_transform
 from ..recipes.base import Part, Recipe
 from .observe import BATCH_NORMS, LayerTrace, Trace, observe
+from .placement import absorb_activations_
 from .precision import quantized_layers
 
 Filter = Callable[[str, nn.Module], bool]
@@ -85,32 +90,82 @@ def quantize_(
         raise ValueError(f"quantize_: the model is a bare {type(model).__name__}; wrap it in nn.Sequential")
     candidates = {name: module for name, module in model.named_modules() if type(module) in FORMS}
     trace = observe(model, example_inputs, candidates)
-    skipped = _skips(candidates, trace, filter)
     ran = sorted((t.order, name) for name, t in trace.layers.items() if t.calls)
-    edges = {ran[0][1], ran[-1][1]} if ran else set()
-    if recipe.edge_bits is None:
-        skipped.update({name: "edge layer, kept in float by the recipe" for name in edges if name not in skipped})
-    chosen = [name for name in candidates if name not in skipped]
+    first, last = (ran[0][1], ran[-1][1]) if ran else ("", "")
+    skipped = _skips(candidates, trace, filter)
+    skipped = {**_kept_in_float(recipe, candidates, {first, last}), **skipped}
+    chosen = {name: module for name, module in candidates.items() if name not in skipped}
     if not chosen:
         raise ValueError(f"quantize_: no layer to quantize among {len(candidates)} candidates: {skipped or 'none ran'}")
-    first = ran[0][1]
     if input is not None and (first in skipped or recipe.activation is None):
         why = skipped.get(first, f"recipe {recipe.name!r} keeps activations in float")
         raise ValueError(f"quantize_: input=Pixels is for a quantized first layer, but {first!r} reads floats: {why}")
-    plans = {
-        name: _quantizers(
-            name, module, recipe, trace.layers[name], edge=name in edges, pixels=input if name == first else None
+    roles = {name: Role(name == first, name == last) for name in candidates}
+    facts = {
+        name: LayerFacts(
+            "linear" if isinstance(module, nn.Linear) else "conv", name in trace.normalized, roles[name].edge
         )
-        for name, module in candidates.items()
-        if name not in skipped
+        for name, module in chosen.items()
     }
+    forms = {
+        name: _form(name, module, recipe, trace.layers[name], facts[name], roles[name], input)
+        for name, module in chosen.items()
+    }
+    if recipe.placement == "activation":
+        standing = {n: chosen[n] for n, form in forms.items() if getattr(form.act_quant, "stands_for_relu", False)}
+        kept = [placed for placed in absorb_activations_(model, example_inputs, standing) if placed.action == "kept"]
+        if kept:
+            warnings.warn(
+                f"quantize_: {', '.join(repr(placed.name) for placed in kept)} stay in front of the quantizer that "
+                f"should take their place ({kept[0].reason}); values are right, gradients below 0 are cut",
+                stacklevel=2,
+            )
     for name, reason in skipped.items():
         candidates[name].__dict__[SKIPPED] = reason
-    for name, (weight_quant, act_quant) in plans.items():
-        convert(candidates[name], weight_quant, act_quant, edge=name in edges)
-    _convert_norms(model, recipe.precisions, trace)
+    for name, form in forms.items():
+        convert(
+            candidates[name],
+            form.weight_quant,
+            form.act_quant,
+            edge=roles[name].edge,
+            weight_transform=form.weight_transform,
+        )
+    if recipe.norm == "layer_batch":
+        _to_layer_batch_norm(model)
+    _convert_norms(model, recipe, trace)
+    if recipe.own_edges:
+        _give_own_edges(model, recipe.precisions, first, last)
     _disable_fused_paths(model)
     return model
+
+
+@dataclass(frozen=True)
+class Role:
+    """Where a layer stands in the network."""
+
+    first: bool
+    last: bool
+
+    @property
+    def edge(self) -> bool:
+        return self.first or self.last
+
+
+def _kept_in_float(recipe: Recipe, candidates: Mapping[str, nn.Module], edges: set[str]) -> dict[str, str]:
+    """Layers that the recipe leaves in float, with the reason."""
+    kept = {}
+    for name, module in candidates.items():
+        if recipe.edges == "float" and name in edges:
+            kept[name] = "edge layer, kept in float by the recipe"
+        elif recipe.downsample == "float" and is_downsample(name, module):
+            kept[name] = "downsampling layer, kept in float by the recipe"
+    return kept
+
+
+def is_downsample(name: str, module: nn.Module) -> bool:
+    """Whether a layer is a shortcut's projection: a 1x1 convolution that strides, or is named so."""
+    named = {"downsample", "shortcut"} & set(name.split("."))
+    return isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and (bool(named) or max(module.stride) > 1)
 
 
 def _skips(candidates: Mapping[str, nn.Module], trace: Trace, keep: Filter | None) -> dict[str, str]:
@@ -125,38 +180,95 @@ def _skips(candidates: Mapping[str, nn.Module], trace: Trace, keep: Filter | Non
     return skipped
 
 
-def _quantizers(
-    name: str, layer: nn.Module, recipe: Recipe, seen: LayerTrace, *, edge: bool, pixels: Pixels | None
-) -> tuple[WeightQuantizer, Quantizer | None]:
-    weight_part = recipe.edge_weight if edge else recipe.weight
-    bits = dict.fromkeys(recipe.precisions, recipe.edge_bits or 8) if edge else {p: p for p in recipe.precisions}
+@dataclass(frozen=True)
+class _Form:
+    """What a layer is converted with."""
+
+    weight_quant: WeightQuantizer
+    act_quant: Quantizer | None
+    weight_transform: nn.Module | None
+
+
+def _form(  # noqa: PLR0917
+    name: str,
+    layer: nn.Module,
+    recipe: Recipe,
+    seen: LayerTrace,
+    facts: LayerFacts,
+    role: Role,
+    pixels: Pixels | None,
+) -> _Form:
+    inner = not role.edge or recipe.edges == "inner"
     assert isinstance(layer.weight, Tensor)
     shape = layer.weight.shape
+    edge_bits = dict.fromkeys(recipe.precisions, recipe.edge_bits)
+    part = recipe.weight if inner else recipe.edge_weight
+    bits = {p: p for p in recipe.precisions} if inner else edge_bits
     channels = shape[0] if recipe.per_channel else None
-    weight_quant = build(weight_part.quantizer, "weight", weight_part.options, bits=bits, channels=channels)
+    weight_quant = build(part.name, "weight", part.options, bits=bits, channels=channels)
     assert isinstance(weight_quant, WeightQuantizer)
+    if recipe.rescale is not None:
+        weight_quant = build_rescale(recipe.rescale.name, recipe.rescale.options, weight_quant)
+    weight_quant.adapt_(facts)
+    transform = None
+    if inner and recipe.transform is not None:
+        transform = build_transform(recipe.transform.name, recipe.transform.options)
     if recipe.activation is None:
-        return weight_quant, None
-    part = recipe.edge_activation if edge else recipe.activation
-    if pixels is not None:
+        return _Form(weight_quant, None, transform)
+    edge_input = role.first or (role.last and recipe.edges == "int8" and recipe.last_input == "edge")
+    part = recipe.edge_activation if edge_input else recipe.activation
+    if role.first and pixels is not None:
         features = shape[1] * int(getattr(layer, "groups", 1))
         part = Part("pixels", "input", pixels.for_channels(features, name))
-    act_bits = bits if edge else recipe.activation_bits
-    act_quant = build(part.quantizer, part.role, part.options, bits=act_bits, signed=seen.negative, shared=edge)
-    return weight_quant, act_quant
+    act_bits = edge_bits if edge_input else recipe.activation_bits
+    act_quant = build(part.name, part.role, part.options, bits=act_bits, signed=seen.negative, shared=edge_input)
+    act_quant.adapt_(facts)
+    return _Form(weight_quant, act_quant, transform)
 
 
-def _convert_norms(model: nn.Module, precisions: tuple[int, ...], trace: Trace) -> None:
+def _to_layer_batch_norm(model: nn.Module) -> None:
+    """Every batch normalization becomes a layer-batch normalization with its affine, under the same names."""
+    made: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                parent._modules[name] = made.setdefault(id(child), layer_batch_norm_from(child))
+
+
+def _convert_norms(model: nn.Module, recipe: Recipe, trace: Trace) -> None:
     layers = quantized_layers(model)
     replaced: dict[int, PrecisionBatchNorm] = {}
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS):
             owner = trace.norm_owner.get(name)
             if owner in layers:
-                replaced[id(module)] = PrecisionBatchNorm(module, precisions, owner, layers[owner])
+                replaced[id(module)] = PrecisionBatchNorm(
+                    module, recipe.precisions, owner, layers[owner], levels=recipe.norm_levels
+                )
             else:
                 reason = f"follows {owner!r}, which is in float" if owner else "did not run on the example"
                 module.__dict__[SKIPPED] = reason
+    _replace(model, replaced)
+
+
+def _give_own_edges(model: nn.Module, precisions: tuple[int, ...], first: str, last: str) -> None:
+    """First and last layer in as many copies as there are precisions; float ones follow the nearest quantized layer."""
+    layers = quantized_layers(model)
+    names = list(layers)
+    for name, nearest in ((first, names[0]), (last, names[-1])):
+        layer = model.get_submodule(name)
+        levels = {p: copy.deepcopy(layer) for p in precisions}
+        followed = levels[precisions[0]] if isinstance(layer, QuantizedLayer) else layers[nearest]
+        assert isinstance(followed, QuantizedLayer)
+        own = OwnLayer(levels, followed)
+        for module in model.modules():
+            if isinstance(module, PrecisionBatchNorm) and cast(object, module.followed) is layer:
+                module.follow_(own)
+        _replace(model, {id(layer): own})
+
+
+def _replace(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, keyed by identity, under every name these have."""
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():  # named_children would hide a second name of the same module
             if id(child) in replaced:

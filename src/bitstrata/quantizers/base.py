@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.ste import with_value
+from ..functional.uniform import EPS
+from .initial import ACTIVATION_RULES, Rule, activation_statistic, activation_step, check_rule
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -18,12 +22,14 @@ class Grid:
 
     scale: one element, or one an output channel, the first dimension of a weight.
     offset: a number, or a tensor broadcastable to the quantized tensor.
+    valid: the codes that occur, where the grid leaves out some between lo and hi.
     """
 
     scale: Tensor
     offset: float | Tensor
     lo: int
     hi: int
+    valid: tuple[int, ...] | None = None
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """scale * (codes + offset), in the scale's dtype and the codes' shape."""
@@ -31,11 +37,24 @@ class Grid:
         return (codes.to(scale.dtype) + self.offset) * scale
 
 
+@dataclass(frozen=True)
+class LayerFacts:
+    """What `quantize_` saw of the layer that a quantizer serves.
+
+    kind: "conv" or "linear". normalized: a normalization reads the layer's output. edge: first or last layer.
+    """
+
+    kind: str
+    normalized: bool
+    edge: bool
+
+
 class Quantizer(nn.Module, ABC):
     """Base of all quantizers; works at the current `precision`, one of `bits`' keys.
 
-    A subclass implements `grid`, `codes`, `forward` and `init_`, and names its per-precision parameters. The contract,
-    tested for every registered quantizer: ``forward(x) == grid().dequantize(codes(x))`` exactly, in x's dtype.
+    A subclass implements `grid`, `codes`, `init_` and either `surrogate` or `forward`, and names its per-precision
+    parameters. The contract, tested for every registered quantizer:
+    ``forward(x) == grid(x).dequantize(codes(x))`` exactly, in x's dtype.
 
     Args:
         bits: precision -> width of the codes at that precision.
@@ -45,6 +64,9 @@ class Quantizer(nn.Module, ABC):
 
     nested = False  # codes at a narrower width are the upper bits of the codes at the widest
     offset = 0.0
+    stands_for_relu = False  # an activation quantizer that maps 0 and less to 0, 1 and more to its largest value
+    needs_transform: str | None = None  # weight transform without which the grid is meaningless
+    shifted = False  # an input grid whose offset is not 0: convolutions pad with the code nearest zero
 
     def __init__(self, bits: Mapping[int, int], *, channels: int | None = None, signed: bool = True) -> None:
         super().__init__()
@@ -59,8 +81,8 @@ class Quantizer(nn.Module, ABC):
         self.precision = max(self.bits)
 
     @abstractmethod
-    def grid(self) -> Grid:
-        """The grid at the current precision."""
+    def grid(self, x: Tensor | None = None) -> Grid:
+        """The grid at the current precision, for the tensor x; only grids that follow the tensor itself need it."""
 
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
@@ -69,6 +91,19 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def init_(self, x: Tensor) -> None:
         """Set the step sizes from a sample: the weight itself, or a batch of activations (current precision only)."""
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        """A differentiable expression, of x's shape and dtype, whose gradient is the quantizer's."""
+        raise NotImplementedError(f"{type(self).__name__}: implement surrogate, or override forward")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fake-quantized tensor: exactly the grid's values for the codes, with the gradient of `surrogate`."""
+        with torch.no_grad():
+            value = self.grid(x).dequantize(self.codes(x)).to(x.dtype)
+        return with_value(self.surrogate(x), value)
+
+    def adapt_(self, facts: LayerFacts) -> None:
+        """Told once, by `quantize_`, which kind of layer the quantizer serves."""
 
     def precision_parameters(self) -> dict[int, list[nn.Parameter]]:
         """Parameters that belong to one precision alone; every other parameter is shared by all precisions."""
@@ -106,25 +141,53 @@ class ActivationQuantizer(Quantizer):
     Args:
         shared: one step for all precisions (edge layers) instead of one a precision.
         numel: "sample" or "batch", the features N that the gradient scale of the step counts.
+        init: rule for the initial step, see `initial`; a number fixes it without data.
     """
+
+    min_signed_bits = 2  # signed one-bit codes would be {-1, 0}
 
     initialized: Tensor  # bool, one flag a step
     statistic: Tensor  # running maximum while observing, one a step
 
     def __init__(
-        self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False, numel: str = "sample"
+        self,
+        bits: Mapping[int, int],
+        *,
+        signed: bool = False,
+        shared: bool = False,
+        numel: str = "sample",
+        init: Rule = "lsq",
     ) -> None:
-        super().__init__(bits, signed=signed)
+        super().__init__({p: max(b, self.min_signed_bits) if signed else b for p, b in bits.items()}, signed=signed)
         if numel not in ("sample", "batch"):
             raise ValueError(f"{type(self).__name__}: numel must be 'sample' or 'batch', got {numel!r}")
         self.shared = shared
         self.numel = numel
+        self.init = check_rule(type(self).__name__, init, ACTIVATION_RULES)
         self._slots = {p: 0 if shared else i for i, p in enumerate(self.bits)}
         keys = ["shared"] if shared else [str(p) for p in self.bits]
         self.steps = nn.ParameterDict({key: nn.Parameter(torch.ones(1)) for key in keys})
         self.register_buffer("initialized", torch.zeros(len(keys), dtype=torch.bool))
         self.register_buffer("statistic", torch.zeros(len(keys)), persistent=False)
         self.observing = False
+        if isinstance(self.init, float):
+            self.fix_steps_()
+
+    def restart_(self) -> None:
+        """Forget steps that data have set, so that the next calibration or training batch sets them anew."""
+        if not isinstance(self.init, float):
+            self.initialized.fill_(False)
+            self.__dict__.pop("_initialized_cache", None)
+
+    def fix_steps_(self) -> None:
+        """Set every step from a rule that needs no data."""
+        here = self.precision
+        with torch.no_grad():
+            for p in self.bits:
+                self.precision = p
+                self.step.copy_(self.step_from(torch.ones(())).reshape(1))
+        self.initialized.fill_(True)
+        self.precision = here
 
     @property
     def step(self) -> nn.Parameter:
@@ -140,23 +203,26 @@ class ActivationQuantizer(Quantizer):
         """N of the gradient scale 1/sqrt(N Q_P): features a sample or elements a batch, at least 1."""
         return max(x.numel() if self.numel == "batch" else x.numel() // max(x.shape[0], 1), 1)
 
-    @abstractmethod
     def statistic_of(self, x: Tensor) -> Tensor:
         """The statistic that the initial step is proportional to, one element."""
+        return activation_statistic(self.init, x, self.signed)
 
-    @abstractmethod
     def step_from(self, statistic: Tensor) -> Tensor:
         """The initial step for a statistic, at the current precision."""
+        return activation_step(self.init, statistic, *self.limits())
 
-    def grid(self) -> Grid:
+    def grid(self, x: Tensor | None = None) -> Grid:
         self.require_initialized()
         lo, hi = self.limits()
-        return Grid(self.step.detach(), self.offset, lo, hi)
+        return Grid(self.step.detach().clamp_min(EPS), self.offset, lo, hi)
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
+        if isinstance(self.init, float):
+            return
         slot = self._slots[self.precision]
-        current = self.statistic_of(x.detach().float()).to(self.statistic)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        current = self.statistic_of(x.detach().to(wide)).to(self.statistic)
         if self.observing:
             current = torch.maximum(self.statistic[slot], current)
         if not torch.isfinite(current):

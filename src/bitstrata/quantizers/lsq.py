@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional.uniform import EPS, uniform_codes, uniform_fake_quantize
 from .base import ActivationQuantizer, Grid, WeightQuantizer
+from .initial import WEIGHT_RULES, Rule, check_rule, weight_step
 from .registry import register
 
 
@@ -20,24 +21,32 @@ class LSQWeight(WeightQuantizer):
         in range (bounds included):  dw = G,  ds = g G (code - w/s)
         below, above:                dw = 0,  ds = g G (-Q_N), g G Q_P
     Levels: 2^b, with zero, one more below than above. Init: s = 2 mean|w| / sqrt(Q_P). Source: LSQ eqs. 1-3, section 2.
+
+    Args:
+        init: rule for the initial step, see `initial`.
     """
 
-    def __init__(self, bits: Mapping[int, int], *, channels: int | None = None, signed: bool = True) -> None:
+    def __init__(
+        self, bits: Mapping[int, int], *, channels: int | None = None, signed: bool = True, init: Rule = "lsq"
+    ) -> None:
         super().__init__(bits, channels=channels, signed=signed)
+        self.init = check_rule(type(self).__name__, init, WEIGHT_RULES)
         widths = set(self.bits.values())
         if len(widths) != 1:
             raise ValueError(
-                f"LSQWeight: one width for all precisions, got {sorted(widths)}: an LSQ step fits one width; "
-                "use the 'nested' grid to serve several"
+                f"{type(self).__name__}: one width for all precisions, got {sorted(widths)}: an LSQ step fits one "
+                "width; use the 'nested' grid to serve several"
             )
         if min(widths) < 2:
-            raise ValueError("LSQWeight: undefined at 1 bit (the largest code is 0); use the 'nested' grid")
+            raise ValueError(
+                f"{type(self).__name__}: undefined at 1 bit (the largest code is 0); use the 'nested' grid"
+            )
         self.step = nn.Parameter(torch.ones(self._step_shape()))
 
     def _limits(self) -> tuple[int, int]:
         return -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1
 
-    def grid(self) -> Grid:
+    def grid(self, x: Tensor | None = None) -> Grid:
         return Grid(self.step.detach().clamp_min(EPS), self.offset, *self._limits())
 
     def codes(self, x: Tensor) -> Tensor:
@@ -50,8 +59,7 @@ class LSQWeight(WeightQuantizer):
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
-        mean = x.detach().reshape(self.step.numel(), -1).abs().mean(dim=1)
-        self.step.copy_((2 * mean / self._limits()[1] ** 0.5).clamp_min(1e-6))
+        self.step.copy_(weight_step(self.init, x.detach().reshape(self.step.numel(), -1), *self._limits()))
 
 
 @register("lsq", "activation", "LSQ: learned step, unsigned after ReLU and signed elsewhere")
@@ -65,24 +73,8 @@ class LSQActivation(ActivationQuantizer):
 
     Args:
         numel: "sample" or "batch", what N counts in the gradient scale 1/sqrt(N Q_P).
+        init: rule for the initial step, see `initial`.
     """
-
-    def __init__(
-        self, bits: Mapping[int, int], *, signed: bool = False, shared: bool = False, numel: str = "sample"
-    ) -> None:
-        super().__init__(
-            {p: max(b, 2) if signed else b for p, b in bits.items()}, signed=signed, shared=shared, numel=numel
-        )
-
-    def statistic_of(self, x: Tensor) -> Tensor:
-        return x.abs().mean()
-
-    def step_from(self, statistic: Tensor) -> Tensor:
-        return 2 * statistic / self.limits()[1] ** 0.5
-
-    def grid(self) -> Grid:
-        grid = super().grid()
-        return Grid(grid.scale.clamp_min(EPS), grid.offset, grid.lo, grid.hi)
 
     def codes(self, x: Tensor) -> Tensor:
         self.require_initialized()

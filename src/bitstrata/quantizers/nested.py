@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..functional.nested import nested_codes, nested_fake_quantize, nested_scale
 from ..functional.steps import nested_step
 from .base import Grid, WeightQuantizer
+from .initial import SMALLEST, deviation
 from .registry import register
 
 
@@ -56,7 +57,7 @@ class NestedSymmetric(WeightQuantizer):
         key = str(self.precision)
         return self.ratios[key] if key in self.ratios else torch.ones_like(self.step)
 
-    def grid(self) -> Grid:
+    def grid(self, x: Tensor | None = None) -> Grid:
         scale = nested_scale(self.step.detach(), self._ratio().detach(), self.source_bits, self.width)
         return Grid(scale, self.offset, -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)
 
@@ -83,12 +84,9 @@ class NestedSymmetric(WeightQuantizer):
         takes its place.
         """
         rows = x.detach().reshape(self.step.numel(), -1)
-        power = rows.square().mean(dim=1).sqrt()
-        deviation = rows.std(dim=1) if rows.shape[1] > 1 else power
-        deviation = torch.where(deviation > 1e-3 * power, deviation, power)
         widths = tuple(sorted(set(self.bits.values())))
         constant = nested_step(widths, free=self.scales == "free", target_db=self.target_db)
-        self.step.copy_((constant * deviation).clamp_min(1e-6))
+        self.step.copy_((constant * deviation(rows)).clamp_min(SMALLEST))
         for key, ratio in self.ratios.items():
             width = self.bits[int(key)]
             level = nested_codes(rows, self.step.unsqueeze(1), self.source_bits, width) + 0.5

@@ -22,6 +22,8 @@ class PixelInput(Quantizer):
         mean, std: of pixel/255, one number, or one an input channel of the layer.
     """
 
+    shifted = True
+
     def __init__(
         self,
         bits: Mapping[int, int],
@@ -45,8 +47,8 @@ class PixelInput(Quantizer):
         """The code nearest the mean of each channel: what the layer pads with."""
         return tuple(min(max(round(255 * m), 0), 255) for m in self.mean)
 
-    def grid(self, like: Tensor | None = None) -> Grid:
-        like = torch.zeros((), dtype=torch.float64) if like is None else like
+    def grid(self, x: Tensor | None = None) -> Grid:
+        like = torch.zeros((), dtype=torch.float64) if x is None else x
         return Grid(like.new_tensor(1.0 / 255.0), self.channel(tuple(-255.0 * m for m in self.mean), like), 0, 255)
 
     def _codes(self, x: Tensor) -> Tensor:

@@ -8,24 +8,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .base import Quantizer
+from torch import nn
 
-Q = TypeVar("Q", bound=type[Quantizer])
+from .base import Quantizer, WeightQuantizer
+
+Q = TypeVar("Q", bound=type[nn.Module])
+ROLES = ("weight", "activation", "input", "transform", "rescale")
 
 
 @dataclass(frozen=True)
 class QuantizerRecord:
-    """A registered quantizer. role is "weight", "activation" or "input"; options are its own keyword arguments."""
+    """A registered quantizer or weight transform; options are its own keyword arguments.
+
+    role: "weight", "activation", "input", "transform" (of a weight, before its quantizer) or "rescale" (of a weight
+    quantizer's grid).
+    """
 
     name: str
     role: str
     description: str
-    cls: type[Quantizer]
+    cls: type[nn.Module]
     options: tuple[str, ...]
 
 
 _RECORDS: dict[tuple[str, str], QuantizerRecord] = {}
-_COMMON = {"self", "bits", "channels", "signed", "shared"}  # set by quantize_, not by a recipe
+_COMMON = {"self", "bits", "channels", "signed", "shared", "inner"}  # set by quantize_, not by a recipe
 
 
 def register(name: str, role: str, description: str) -> Callable[[Q], Q]:
@@ -33,6 +40,8 @@ def register(name: str, role: str, description: str) -> Callable[[Q], Q]:
 
     def add(cls: Q) -> Q:
         key = (role, name)
+        if role not in ROLES:
+            raise ValueError(f"register: role must be one of {', '.join(ROLES)}, got {role!r}")
         if key in _RECORDS:
             raise ValueError(f"register: a {role} quantizer named {name!r} exists: {_RECORDS[key].cls.__name__}")
         options = tuple(p for p in inspect.signature(cls.__init__).parameters if p not in _COMMON)
@@ -57,13 +66,32 @@ def describe(name: str, role: str) -> QuantizerRecord:
         raise ValueError(f"no {role} quantizer named {name!r}; there are: {', '.join(names(role))}{hint}") from None
 
 
-def build(name: str, role: str, options: Mapping[str, Any], **common: Any) -> Quantizer:
-    """Make a quantizer. ValueError on an option that it does not have."""
+def check_options(name: str, role: str, options: Mapping[str, Any]) -> QuantizerRecord:
+    """The record of a quantizer or transform that has all of `options`; ValueError if it does not."""
     record = describe(name, role)
     unknown = sorted(set(options) - set(record.options))
     if unknown:
         raise ValueError(
-            f"{role} quantizer {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"it has: {', '.join(record.options) or 'none'}"
+            f"{role} {'quantizer ' if role != 'transform' else ''}{name!r} has no option "
+            f"{', '.join(map(repr, unknown))}; it has: {', '.join(record.options) or 'none'}"
         )
-    return record.cls(**common, **options)
+    return record
+
+
+def build(name: str, role: str, options: Mapping[str, Any], **common: Any) -> Quantizer:
+    """Make a quantizer. ValueError on an option that it does not have."""
+    made = check_options(name, role, options).cls(**common, **options)
+    assert isinstance(made, Quantizer)
+    return made
+
+
+def build_transform(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Make a weight transform, a module from weight to weight. ValueError on an option that it does not have."""
+    return check_options(name, "transform", options).cls(**options)
+
+
+def build_rescale(name: str, options: Mapping[str, Any], inner: WeightQuantizer) -> WeightQuantizer:
+    """Wrap a weight quantizer so that its grid is rescaled. ValueError on an option that the wrapper does not have."""
+    made = check_options(name, "rescale", options).cls(inner=inner, **options)
+    assert isinstance(made, WeightQuantizer)
+    return made

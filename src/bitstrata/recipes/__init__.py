@@ -3,7 +3,30 @@
 `strata(...)` is the flagship; `names()` lists all, `get()` makes one.
 """
 
-from .base import Part, Recipe, get, names, register
-from .builtin import lsq, strata
+from .base import Objective, Part, Recipe, Schedule, get, names, register
+from .baselines import cg_pact, dorefa, int8, lsq, lsq_plus, pact
+from .papers import adabits, ascending, maqd, sat, uniq, vertical
+from .strata import strata
 
-__all__ = ["Part", "Recipe", "get", "lsq", "names", "register", "strata"]
+__all__ = [
+    "Objective",
+    "Part",
+    "Recipe",
+    "Schedule",
+    "adabits",
+    "ascending",
+    "cg_pact",
+    "dorefa",
+    "get",
+    "int8",
+    "lsq",
+    "lsq_plus",
+    "maqd",
+    "names",
+    "pact",
+    "register",
+    "sat",
+    "strata",
+    "uniq",
+    "vertical",
+]

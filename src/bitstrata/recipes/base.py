@@ -5,32 +5,84 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..quantizers import registry as quantizers
+from .sense import check
+from .sense import one_of as _one_of
 
 
 @dataclass(frozen=True)
 class Part:
-    """A registered quantizer and its options, checked when the part is made."""
+    """A registered quantizer, weight transform or rescaling and its options, checked when the part is made."""
 
-    quantizer: str
+    name: str
     role: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        record = quantizers.describe(self.quantizer, self.role)
-        unknown = sorted(set(self.options) - set(record.options))
-        if unknown:
-            raise ValueError(
-                f"Part: {self.role} quantizer {self.quantizer!r} has no option {', '.join(map(repr, unknown))}; "
-                f"it has: {', '.join(record.options) or 'none'}"
-            )
+        quantizers.check_options(self.name, self.role, self.options)
 
     def __str__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        return f"{self.quantizer}({options})"
+        return f"{self.name}({options})"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises.
+
+    loss: "cross_entropy" or "maqd", (1 - gamma) CE + gamma MSE (MaQD eq. 9). distill: "cosine" or "kl" against a
+    teacher, or None. teacher: "next" higher precision or "widest". combine: how several precisions make one gradient,
+    "scalarization" or "mgd" (multiple-gradient descent). reduction: "mean" of the precisions' gradients or their "sum".
+    """
+
+    loss: str = "cross_entropy"
+    gamma: float = 0.05
+    distill: str | None = None
+    teacher: str = "next"
+    combine: str = "scalarization"
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        _one_of("Objective", "loss", self.loss, ("cross_entropy", "maqd"))
+        _one_of("Objective", "distill", self.distill, ("cosine", "kl", None))
+        _one_of("Objective", "teacher", self.teacher, ("next", "widest"))
+        _one_of("Objective", "combine", self.combine, ("scalarization", "mgd"))
+        _one_of("Objective", "reduction", self.reduction, ("mean", "sum"))
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"Objective: gamma must lie in 0..1, got {self.gamma}")
+
+    def __str__(self) -> str:
+        text = self.loss if self.loss == "cross_entropy" else f"{self.loss}(gamma={self.gamma})"
+        if self.distill is not None:
+            text += f" + {self.distill} distillation from the {self.teacher} precision"
+        return text + f", {self.reduction} over precisions by {self.combine}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the recipe's source trains the quantized network. Fields are those of `TrainConfig`, which documents them."""
+
+    epochs: int = 90
+    batch_size: int = 128
+    lr: float = 0.01
+    optimizer: str = "sgd"
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay: str = "all"
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    warmup_start: float = 0.0
+    warmup_lr: float | None = None
+
+    def __str__(self) -> str:
+        warmup = f", {self.warmup:g} epochs of warm-up" if self.warmup else ""
+        return (
+            f"{self.epochs} epochs of {self.batch_size}, {self.optimizer} lr {self.lr:g} {self.schedule}{warmup}, "
+            f"weight decay {self.weight_decay:g} on {self.decay}"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,11 +90,19 @@ class Recipe:
     """A composition of parts. Each field can be replaced with `dataclasses.replace`.
 
     precisions: ascending; a precision's number is the weight width of the inner layers at it.
+    weight: quantizer of inner layers' weights. transform: what is done to a weight before it is quantized, or None.
+        rescale: constant rescaling of the quantized weight, or None. per_channel: one weight step an output channel.
+    activation: quantizer of inner layers' inputs; None keeps activations in float (weight-only).
     activation_bits: precision -> width of inner layers' inputs.
-    per_channel: one weight step an output channel (else one a tensor).
-    activation: None keeps activations in float (weight-only).
-    edge_bits: width of first and last layers' weights and inputs at every precision; None keeps these layers in float.
-    distill: objective against the next higher precision in joint training, "cosine" or None.
+    placement: "input" quantizes what a layer reads. "activation" lets the quantizer take the ReLU's place, before an
+        average pooling that follows it.
+    edges: first and last layer. "int8": `edge_weight` and `edge_activation` at `edge_bits` at every precision.
+        "inner": as the inner layers, but for the network's input. "float": left in float, which cannot be lowered.
+    last_input: the last layer reads codes of the "edge" grid or of the "inner" one. Only with edges="int8".
+    own_edges: edge layers have weights of their own at every precision.
+    downsample: "inner", or "float" to leave the 1x1 convolutions of shortcuts in float.
+    norm: "batch", or "layer_batch" to put layer-batch normalization in the place of batch normalization.
+    norm_levels: "individual" statistics and affine a precision, individual "statistics" only, or all "shared".
     """
 
     name: str
@@ -51,44 +111,67 @@ class Recipe:
     weight: Part
     activation: Part | None
     activation_bits: Mapping[int, int]
+    transform: Part | None = None
+    rescale: Part | None = None
     per_channel: bool = False
+    placement: str = "input"
+    edges: str = "int8"
     edge_weight: Part = Part("lsq", "weight")
     edge_activation: Part = Part("lsq", "activation")
-    edge_bits: int | None = 8
-    distill: str | None = "cosine"
+    edge_bits: int = 8
+    last_input: str = "edge"
+    own_edges: bool = False
+    downsample: str = "inner"
+    norm: str = "batch"
+    norm_levels: str = "individual"
+    objective: Objective = Objective()
+    schedule: Schedule = Schedule()
 
     def __post_init__(self) -> None:
-        p = self.precisions
-        if not p or list(p) != sorted(set(p)) or p[0] < 1 or p[-1] > 8:
-            raise ValueError(f"Recipe {self.name!r}: precisions must be ascending and within 1..8, got {p}")
-        if self.activation is not None and set(self.activation_bits) != set(p):
-            raise ValueError(
-                f"Recipe {self.name!r}: activation_bits must have the keys {p}, got {sorted(self.activation_bits)}"
-            )
-        for precision, width in self.activation_bits.items():
-            if not isinstance(width, int) or not 1 <= width <= 8:
-                raise ValueError(f"Recipe {self.name!r}: activation width must be 1..8, got {width!r} at {precision}")
-        if self.edge_bits is not None and not 2 <= self.edge_bits <= 8:
-            raise ValueError(f"Recipe {self.name!r}: edge_bits must be 2..8 or None, got {self.edge_bits}")
-        if self.distill not in ("cosine", None):
-            raise ValueError(f"Recipe {self.name!r}: distill must be 'cosine' or None, got {self.distill!r}")
+        check(self)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Objective and schedule as fields of `TrainConfig`."""
+        fields = {**asdict(self.schedule), **asdict(self.objective)}
+        fields["loss_gamma"] = fields.pop("gamma")
+        return fields
 
     def __str__(self) -> str:
-        edges = (
-            "float" if self.edge_bits is None else f"{self.edge_bits} bits, {self.edge_weight} x {self.edge_activation}"
-        )
         widths = ", ".join(f"w{p}a{self.activation_bits.get(p, 'f')}" for p in self.precisions)
+        weights = f"{self.weight}, one step {'an output channel' if self.per_channel else 'a tensor'}"
+        if self.transform is not None:
+            weights = f"{self.transform} -> {weights}"
+        if self.rescale is not None:
+            weights += f", rescaled by {self.rescale}"
+        norms = {
+            "individual": "statistics and affine of its own at every precision",
+            "statistics": "statistics of its own at every precision, one affine",
+            "shared": "one for all precisions",
+        }
+        in_place = " in place of the activation function" if self.placement == "activation" else ""
         return "\n".join(
             [
                 f"{self.name}: {self.description}",
                 f"  precisions   {widths}",
-                f"  weights      {self.weight}, one step {'an output channel' if self.per_channel else 'a tensor'}",
-                f"  activations  {self.activation or 'float'}",
-                f"  edges        {edges}",
-                "  batch norm   statistics and affine of its own at every precision",
-                f"  distillation {self.distill or 'none'}",
+                f"  weights      {weights}",
+                f"  activations  {self.activation or 'float'}{in_place}",
+                f"  edges        {self._edges()}",
+                f"  {self.norm.replace('_', '-') + ' norm':12} {norms[self.norm_levels]}",
+                f"  objective    {self.objective}",
+                f"  schedule     {self.schedule}",
             ]
         )
+
+    def _edges(self) -> str:
+        text = {
+            "float": "float",
+            "inner": f"as the inner layers, network input {self.edge_bits} bits {self.edge_activation}",
+            "int8": f"{self.edge_bits} bits, {self.edge_weight} x {self.edge_activation}"
+            + (", last input as inner layers" if self.last_input == "inner" else ""),
+        }[self.edges]
+        text += ", weights of their own at every precision" if self.own_edges else ""
+        return text + (", downsampling layers in float" if self.downsample == "float" else "")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Protocol
 
 #: A precision, or "float" for a network that is not quantized: the key of losses and accuracies.
 Level = int | str
@@ -12,6 +13,25 @@ Level = int | str
 #: Fields that a resumed run may change: they decide how often files are written or how fast it runs, not what it
 #: computes (`threads` may change the order of floating-point sums, so bits repeat only with the same number).
 FREE_ON_RESUME = frozenset({"checkpoint_every", "log_every", "threads"})
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "schedule": ("cosine", "cosine_epoch", "constant"),
+    "optimizer": ("sgd", "adam"),
+    "decay": ("all", "weights", "weights_no_depthwise"),
+    "loss": ("cross_entropy", "maqd"),
+    "distill": ("cosine", "kl", None),
+    "teacher": ("next", "widest"),
+    "combine": ("scalarization", "mgd"),
+    "reduction": ("mean", "sum"),
+    "amp": ("none", "bf16"),
+}
+
+
+class SupportsTraining(Protocol):
+    """A recipe, as far as training is concerned."""
+
+    @property
+    def training(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -26,19 +46,43 @@ class TrainConfig:
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
-    """SGD momentum (Nesterov); Adam ignores it."""
+    """SGD momentum; Adam ignores it."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
     weight_decay: float = 5e-4
-    """L2 decay of weights; step sizes and scale ratios never decay."""
+    """L2 decay of the parameters that `decay` names; step sizes, clipping levels and scale ratios never decay."""
+    decay: Literal["all", "weights", "weights_no_depthwise"] = "all"
+    """Which parameters decay: weights, biases and normalizations; weights; or weights but depthwise ones."""
     batch_size: int = 128
     """Images a step."""
     warmup: float = 0.0
-    """Epochs of linear warm-up; fractions are allowed."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: cosine to zero, set anew at every iteration, or constant."""
+    """Epochs of warm-up; fractions are allowed, but for cosine_epoch."""
+    warmup_start: float = 0.0
+    """Factor of lr at the first step of a linear warm-up, as 256/batch_size in SAT; 0: one rise above zero."""
+    warmup_lr: float | None = None
+    """A constant learning rate during the warm-up, in the place of a rising one (UniQ at 1 bit)."""
+    schedule: Literal["cosine", "cosine_epoch", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine to zero, set anew at every iteration or epoch, or constant."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """sgd (Nesterov momentum) or adam."""
-    distill: Literal["cosine"] | None = "cosine"
-    """Each precision learns from the next wider one (quantized networks only)."""
+    """sgd or adam."""
+    loss: Literal["cross_entropy", "maqd"] = "cross_entropy"
+    """Cross entropy, or MaQD's blend with the squared error (eq. 9)."""
+    loss_gamma: float = 0.05
+    """Weight of the squared error in the maqd loss."""
+    distill: Literal["cosine", "kl"] | None = "cosine"
+    """Loss by which each precision learns from its teacher; None for no teacher (quantized networks only)."""
+    distill_weight: float = 1.0
+    """Factor of the distillation loss."""
+    distill_temperature: float = 1.0
+    """Temperature of the kl distillation."""
+    teacher: Literal["next", "widest"] = "next"
+    """Teacher of a precision: the next wider or the widest one; a network given to the Trainer takes its place."""
+    combine: Literal["scalarization", "mgd"] = "scalarization"
+    """How precisions make one gradient: by fixed factors, or by multiple gradient descent."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Scalarization takes the mean of the precisions' gradients or their sum."""
+    precisions: tuple[int, ...] | None = None
+    """Precisions to train and evaluate; None for all (quantized networks only)."""
     amp: Literal["none", "bf16"] = "none"
     """bf16 runs forward passes under autocast."""
     channels_last: bool = False
@@ -61,18 +105,57 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("weight_decay", "warmup", "checkpoint_every", "eval_every"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.lr > 0, "lr", self.lr, "must be positive")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
-        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must be in [0, 1)")
-        _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "must be positive")
+        for name in ("weight_decay", "warmup", "warmup_start", "distill_weight", "checkpoint_every", "eval_every"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), name, value, "must not be negative")
+        for name in ("lr", "distill_temperature"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), name, value, "must be positive")
+        for name in ("clip_grad", "warmup_lr"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "must be positive")
+        for name in ("momentum", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+        _require(0 <= self.loss_gamma <= 1, "loss_gamma", self.loss_gamma, "must be in [0, 1]")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "must be at least 1")
         _require(self.warmup <= self.epochs, "warmup", self.warmup, f"must not exceed epochs={self.epochs}")
-        _one_of("schedule", self.schedule, ("cosine", "constant"))
-        _one_of("optimizer", self.optimizer, ("sgd", "adam"))
-        _one_of("distill", self.distill, ("cosine", None))
-        _one_of("amp", self.amp, ("none", "bf16"))
+        if self.precisions is not None:
+            object.__setattr__(self, "precisions", tuple(self.precisions))  # a list, where it was read from JSON
+            _require(
+                bool(self.precisions), "precisions", self.precisions, "must name at least one precision, or be None"
+            )
+        for name, allowed in CHOICES.items():
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {_listed(allowed)}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """An option that another one makes void is an error, not a surprise."""
+        whole = self.schedule != "cosine_epoch" or float(self.warmup).is_integer()
+        _require(whole, "warmup", self.warmup, "must be a whole number of epochs with schedule='cosine_epoch'")
+        rising = self.warmup_lr is None or not self.warmup_start
+        _require(rising, "warmup_start", self.warmup_start, f"is void with warmup_lr={self.warmup_lr!r}")
+        smooth = self.loss == "cross_entropy" or not self.label_smoothing
+        _require(smooth, "label_smoothing", self.label_smoothing, f"is void with loss={self.loss!r}")
+        tempered = self.distill == "kl" or self.distill_temperature == 1
+        _require(tempered, "distill_temperature", self.distill_temperature, f"is void with distill={self.distill!r}")
+        free = self.combine == "scalarization" or self.reduction == "mean"
+        _require(free, "reduction", self.reduction, f"is void with combine={self.combine!r}")
+
+    @classmethod
+    def from_recipe(cls, recipe: SupportsTraining, **overrides: Any) -> TrainConfig:
+        """The configuration that a recipe's source trains with; `overrides` replace fields.
+
+        recipe: its `training` maps names of fields to values. Raises ValueError for a name that is no field, and for
+        values out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        values = {**dict(recipe.training), **overrides}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"TrainConfig: no field {', '.join(map(repr, unknown))}; there are: {', '.join(sorted(known))}"
+            )
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of all fields."""
@@ -80,12 +163,17 @@ class TrainConfig:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Readable differences between two configurations, without the fields that a resumed run may change."""
-    names = sorted((set(saved) | set(current)) - FREE_ON_RESUME)
+    """Readable differences between two configurations, without the fields that a resumed run may change.
+
+    A field that the saved one does not know counts as having its default: fields are added so that their default is
+    what was done before.
+    """
+    known = {**TrainConfig().to_dict(), **saved}
+    names = sorted((set(known) | set(current)) - FREE_ON_RESUME)
     return [
-        f"{name}: {saved.get(name, 'absent')!r} saved, {current.get(name, 'absent')!r} now"
+        f"{name}: {known.get(name, 'absent')!r} saved, {current.get(name, 'absent')!r} now"
         for name in names
-        if saved.get(name, "absent") != current.get(name, "absent")
+        if known.get(name, "absent") != current.get(name, "absent")
     ]
 
 
@@ -94,5 +182,5 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
         raise ValueError(f"TrainConfig: {name}={value!r} {rule}")
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    _require(value in allowed, name, value, f"must be one of {', '.join(map(repr, allowed))}")
+def _listed(allowed: tuple[object, ...]) -> str:
+    return ", ".join(map(repr, allowed))

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bitstrata.objectives import joint_backward
-from bitstrata.prepare import parameter_groups, precisions
+from bitstrata.prepare import precisions
 from bitstrata.train import checkpoint
 from bitstrata.train.config import Level, TrainConfig, differences
-from bitstrata.train.evaluate import autocast, evaluate, place
+from bitstrata.train.evaluate import evaluate, place
 from bitstrata.train.metrics import MetricsLog
+from bitstrata.train.objective import LevelLoss, Objective, default_objective, make_optimizer
 from bitstrata.train.progress import Reporter, per_level, reporter
 from bitstrata.train.schedule import lr_factor_of
 
 Batch = tuple[Tensor, Tensor]
-
-
-class LevelLoss(Protocol):
-    """Loss and logits (N, classes) of one precision at one step."""
-
-    @property
-    def loss(self) -> Tensor | float: ...
-    @property
-    def logits(self) -> Tensor: ...
-
-
-#: Runs forward and backward passes and leaves gradients behind; the trainer clears them and makes the step.
-Objective = Callable[[nn.Module, Tensor, Tensor], Mapping[Any, LevelLoss]]
 
 
 class BatchSource(Protocol):
@@ -44,13 +29,6 @@ class BatchSource(Protocol):
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterable[Batch]: ...
     def __len__(self) -> int: ...
-
-
-class FloatLoss(NamedTuple):
-    """Result of a step of a float network."""
-
-    loss: Tensor
-    logits: Tensor
 
 
 @dataclass
@@ -92,7 +70,9 @@ class Trainer:
 
     train_loader, eval_loader: `bitstrata.data.Loader`, or any sized iterable of (float images (N, C, H, W), int64
     labels (N,)), such as torch's DataLoader without worker processes. objective: replaces `joint_backward` (or
-    cross entropy, for a float network). out_dir: holds NAME.ckpt and metrics.jsonl; None writes nothing.
+    the plain loss, for a float network) with everything the configuration says of it. teacher: a network of its own
+    that all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
+    has to be given the same one. out_dir: holds NAME.ckpt and metrics.jsonl; None writes nothing.
     """
 
     def __init__(
@@ -104,6 +84,7 @@ class Trainer:
         out_dir: str | Path | None = None,
         *,
         objective: Objective | None = None,
+        teacher: nn.Module | None = None,
         name: str = "train",
         reporter: Callable[[str, int, int], Reporter] = reporter,
     ) -> None:
@@ -116,7 +97,9 @@ class Trainer:
         if self.steps_per_epoch < 1:
             raise ValueError("Trainer: train_loader has no batches")
         self.out_dir = None if out_dir is None else Path(out_dir)
-        self.objective = objective or default_objective(model, config)
+        if objective is not None and teacher is not None:
+            raise ValueError("Trainer: give either an objective or a teacher; an objective brings its own teacher")
+        self.objective = objective or default_objective(model, config, teacher)
         self.reporter = reporter
         self.device = next(model.parameters()).device
         if config.channels_last:
@@ -158,12 +141,16 @@ class Trainer:
         return accuracy or self._final_accuracy()
 
     def evaluate(self, levels: tuple[int, ...] | None = None) -> dict[Level, float]:
-        """Top-1 accuracy on eval_loader, a fraction for each precision. Raises ValueError without an eval_loader."""
+        """Top-1 accuracy on eval_loader, a fraction for each of `levels`, by default what the configuration trains.
+
+        Raises ValueError without an eval_loader.
+        """
         if self.eval_loader is None:
             raise ValueError("Trainer.evaluate: the trainer was made without an eval_loader")
         loader = self.eval_loader
         batches = cast(BatchSource, loader).epoch(0, 0) if hasattr(loader, "epoch") else loader
-        return evaluate(self.model, batches, levels, amp=self.config.amp, channels_last=self.config.channels_last)
+        wanted = self.config.precisions if levels is None else levels
+        return evaluate(self.model, batches, wanted, amp=self.config.amp, channels_last=self.config.channels_last)
 
     def _epoch(self, report: Reporter, rng: dict[str, Any] | None) -> dict[Level, float]:
         """The rest of the current epoch, its evaluation and its checkpoint."""
@@ -306,33 +293,6 @@ class IterableSource:
 def as_source(loader: BatchSource | Iterable[Batch], seed: int) -> BatchSource:
     """`loader` itself if it can start an epoch anywhere, otherwise a wrapper that can."""
     return cast(BatchSource, loader) if hasattr(loader, "epoch") else IterableSource(cast(Any, loader), seed)
-
-
-def default_objective(model: nn.Module, config: TrainConfig) -> Objective:
-    """Joint training of all precisions, or cross entropy for a float network."""
-    loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-    if precisions(model):
-        amp = torch.bfloat16 if config.amp == "bf16" else None
-        return functools.partial(joint_backward, loss=loss, distill=config.distill, amp=amp)
-
-    def float_backward(model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[Any, LevelLoss]:
-        with autocast(config.amp, inputs.device):
-            logits = model(inputs)
-            value = loss(logits, targets)
-        value.backward()
-        return {"float": FloatLoss(value.detach(), logits.detach())}
-
-    return float_backward
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups`; each group remembers its peak learning rate as "peak_lr"."""
-    groups = [
-        {**group, "peak_lr": group.get("lr", config.lr)} for group in parameter_groups(model, config.weight_decay)
-    ]
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
 def _shape(value: object) -> object:

@@ -4,18 +4,32 @@
     model = resnet20(classes=10, shortcut="B")
 
 Every network takes float32 (B, C, H, W) to logits (B, classes), is symbolically traceable by torch.fx, and uses each
-weighted module once a forward pass.
+weighted module once a forward pass. The 1x1 convolutions of shortcuts are found under `downsample` or `shortcut`.
 """
 
 from .cifar_resnet import CifarResNet, resnet20, resnet32, resnet44, resnet56
 from .digits import digits_cnn, digits_resnet
-from .mobilenet import MobileNetV2, mobilenet_v2
-from .preact_resnet import PreActResNet, preact_resnet20, preact_resnet32, preact_resnet56
+from .maqd import MaqdPreActResNet, MaqdVgg, maqd_cnn9, maqd_preact_resnet, maqd_vgg
+from .mobilenet import MobileNetV1, MobileNetV2, mobilenet_v1, mobilenet_v2
+from .preact_resnet import (
+    PreActResNet,
+    preact_resnet18,
+    preact_resnet20,
+    preact_resnet32,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet56,
+)
 from .registry import Network, create, get, names
-from .resnet import ResNet, resnet18
+from .resnet import ResNet, resnet18, resnet34, resnet50
+from .vgg import VGG, vgg16_bn
 
 __all__ = [
+    "VGG",
     "CifarResNet",
+    "MaqdPreActResNet",
+    "MaqdVgg",
+    "MobileNetV1",
     "MobileNetV2",
     "Network",
     "PreActResNet",
@@ -24,14 +38,24 @@ __all__ = [
     "digits_cnn",
     "digits_resnet",
     "get",
+    "maqd_cnn9",
+    "maqd_preact_resnet",
+    "maqd_vgg",
+    "mobilenet_v1",
     "mobilenet_v2",
     "names",
+    "preact_resnet18",
     "preact_resnet20",
     "preact_resnet32",
+    "preact_resnet34",
+    "preact_resnet50",
     "preact_resnet56",
     "resnet18",
     "resnet20",
     "resnet32",
+    "resnet34",
     "resnet44",
+    "resnet50",
     "resnet56",
+    "vgg16_bn",
 ]

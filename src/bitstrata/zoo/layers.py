@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +18,29 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """1x1 convolution, no bias."""
     return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+
+def first_convolution(in_channels: int, outputs: int, stem: str) -> nn.Conv2d:
+    """The first convolution of a residual network: 7x7 of stride 2 ("imagenet") or 3x3 of stride 1 ("cifar")."""
+    if stem == "imagenet":
+        return nn.Conv2d(in_channels, outputs, 7, 2, padding=3, bias=False)
+    return conv3x3(in_channels, outputs)
+
+
+def residual_stages(
+    block: Callable[[int, int, int], nn.Module], counts: Sequence[int], inputs: int, width: int
+) -> list[nn.Sequential]:
+    """Stage s: counts[s] of `block(inputs, outputs, stride)` with width * 2^s outputs, halving the map from s = 1 on.
+
+    inputs: channels that the first block reads.
+    """
+    stages = []
+    for stage, count in enumerate(counts):
+        outputs = width * 2**stage
+        first = block(inputs, outputs, 1 if stage == 0 else 2)
+        stages.append(nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1))))
+        inputs = outputs
+    return stages
 
 
 class PadShortcut(nn.Module):
@@ -61,7 +86,7 @@ def check_positive(network: str, **values: int | float) -> None:
             raise ValueError(f"{network}: {name} must be positive, got {value}")
 
 
-def check_choice(network: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(network: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
     """ValueError naming the argument and its choices."""
     if value not in choices:
         raise ValueError(f"{network}: {argument} must be {' or '.join(map(repr, choices))}, got {value!r}")

@@ -12,9 +12,18 @@ from torch import nn
 
 from .cifar_resnet import resnet20, resnet32, resnet44, resnet56
 from .digits import digits_cnn, digits_resnet
-from .mobilenet import mobilenet_v2
-from .preact_resnet import preact_resnet20, preact_resnet32, preact_resnet56
-from .resnet import resnet18
+from .maqd import maqd_cnn9, maqd_preact_resnet, maqd_vgg
+from .mobilenet import mobilenet_v1, mobilenet_v2
+from .preact_resnet import (
+    preact_resnet18,
+    preact_resnet20,
+    preact_resnet32,
+    preact_resnet34,
+    preact_resnet50,
+    preact_resnet56,
+)
+from .resnet import resnet18, resnet34, resnet50
+from .vgg import vgg16_bn
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Network:
 
 
 _CIFAR, _PHOTO, _DIGIT = (3, 32, 32), (3, 224, 224), (1, 8, 8)
+_BOTH = "for 224x224 images, or 32x32 with stem='cifar'"
 _NETWORKS = {
     network.name: network
     for network in (
@@ -46,8 +56,18 @@ _NETWORKS = {
         Network("preact_resnet20", "pre-activation ResNet-20 for 32x32 images", _CIFAR, preact_resnet20),
         Network("preact_resnet32", "pre-activation ResNet-32 for 32x32 images", _CIFAR, preact_resnet32),
         Network("preact_resnet56", "pre-activation ResNet-56 for 32x32 images", _CIFAR, preact_resnet56),
-        Network("resnet18", "ResNet-18 for 224x224 images, or 32x32 with stem='cifar'", _PHOTO, resnet18),
-        Network("mobilenet_v2", "MobileNetV2 for 224x224 images, or 32x32 with stem='cifar'", _PHOTO, mobilenet_v2),
+        Network("resnet18", f"ResNet-18 {_BOTH}", _PHOTO, resnet18),
+        Network("resnet34", f"ResNet-34 {_BOTH}", _PHOTO, resnet34),
+        Network("resnet50", f"ResNet-50 {_BOTH}", _PHOTO, resnet50),
+        Network("preact_resnet18", f"pre-activation ResNet-18 {_BOTH}", _PHOTO, preact_resnet18),
+        Network("preact_resnet34", f"pre-activation ResNet-34 {_BOTH}", _PHOTO, preact_resnet34),
+        Network("preact_resnet50", f"pre-activation ResNet-50 {_BOTH}", _PHOTO, preact_resnet50),
+        Network("mobilenet_v1", f"MobileNetV1 {_BOTH}", _PHOTO, mobilenet_v1),
+        Network("mobilenet_v2", f"MobileNetV2 {_BOTH}", _PHOTO, mobilenet_v2),
+        Network("vgg16_bn", f"VGG-16 with batch norm {_BOTH}", _PHOTO, vgg16_bn),
+        Network("maqd_vgg", "VGG of 17 convolutions for 32x32 images, as in MaQD", _CIFAR, maqd_vgg),
+        Network("maqd_preact_resnet", "pre-activation ResNet for 32x32 images, as in MaQD", _CIFAR, maqd_preact_resnet),
+        Network("maqd_cnn9", "plain 9-layer network for 32x32 images, as in MaQD", _CIFAR, maqd_cnn9),
     )
 }
 

@@ -1,0 +1,252 @@
+"""Layer-batch normalization (MaQD, Sawada, Saiin and Suetake, 2024), and normalizations folded into affine maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; every rank's result depends on every rank's tensor, so gradients sum too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+class LayerBatchNorm(nn.Module):
+    """Normalization by one mean and one variance of the whole batch tensor; use `LayerBatchNorm1d` or `2d`.
+
+    y_c = weight_c (x - mean) / sqrt(var + eps) + bias_c with scalar mean and biased var over all of x, both
+    differentiated. Evaluation uses the running statistics, scalars too: r <- (1 - momentum) r + momentum batch, the
+    biased variance here as well. Source: MaQD section 3.1, eqs. 1 and 5.
+
+    Statistics and arithmetic are in float32 for half-precision input, in the input's dtype otherwise. The attributes
+    and state_dict keys are those of torch's BatchNorm, with running_mean and running_var of shape (1,).
+
+    Args:
+        num_features: channels C.
+        eps: at least 0.
+        momentum: None for the plain average over all batches since the last reset.
+        affine: weight and bias a channel, initially 1 and 0; else there are none.
+        sync: under torch.distributed, take the statistics of the batches of all ranks together. All of them must then
+            call it in training mode; batches may differ in size.
+    """
+
+    shapes: tuple[str, ...] = ()  # what the inputs of a subclass look like
+    dims: tuple[int, ...] = ()
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        *,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not self.dims:
+            raise TypeError(f"{name}: use LayerBatchNorm1d or LayerBatchNorm2d")
+        if num_features < 1:
+            raise ValueError(f"{name}: num_features must be at least 1, got {num_features}")
+        if eps < 0:
+            raise ValueError(f"{name}: eps must be at least 0, got {eps}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"{name}: momentum must be in 0..1 or None, got {momentum}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.sync = sync
+        self.track_running_stats = True
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        self.register_buffer("running_mean", torch.zeros(1, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(1, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, no batches seen."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Initial statistics and affine."""
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any of `shapes` to the same shape and dtype.
+
+        Raises:
+            ValueError: another number of dimensions or of channels, or a training batch of fewer than two elements.
+        """
+        self._check(x)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.training:
+            centered, var = self._centered(wide)
+        else:
+            centered, var = wide - self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
+        gain = (var + self.eps).rsqrt()
+        if not self.affine:
+            return (centered * gain).to(x.dtype)
+        shape = (-1, *[1] * (x.dim() - 2))
+        weight, bias = self.weight.to(wide.dtype).view(shape), self.bias.to(wide.dtype).view(shape)
+        return (centered * (weight * gain) + bias).to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() not in self.dims:
+            raise ValueError(
+                f"{type(self).__name__}: input must be {' or '.join(self.shapes)}, got shape {tuple(x.shape)}"
+            )
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: input has {x.shape[1]} channels (shape {tuple(x.shape)}), expected "
+                f"num_features={self.num_features}"
+            )
+
+    def _centered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x less its mean, and its variance (1,); the running statistics move.
+
+        The variance is that of the centered tensor, across ranks too: a difference of large sums would cancel.
+        """
+        total, count = self._over_ranks(torch.stack([x.sum(), x.new_tensor(float(x.numel()))])).unbind()
+        if x.numel() <= 1 and float(count) <= 1:  # a look at the count would stall accelerators, and others need none
+            raise ValueError(
+                f"{type(self).__name__}: training needs more than one element a batch, got shape {tuple(x.shape)}"
+            )
+        count = count.detach()
+        mean = total / count
+        centered = x - mean
+        var = self._over_ranks(centered.square().sum()) / count
+        self._track(mean.detach(), var.detach())
+        return centered, var
+
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, differentiated, if the module is to be in step with them."""
+        if not (self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return x
+        return _SumOverRanks.apply(x)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        self.num_batches_tracked += 1
+        share: Any = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_((1 - share) * running.to(batch.dtype) + share * batch)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}, affine={self.affine}"
+            f"{', sync=True' if self.sync else ''}"
+        )
+
+
+class LayerBatchNorm1d(LayerBatchNorm):
+    """Layer-batch normalization of (N, C) or (N, C, L); see `LayerBatchNorm`."""
+
+    shapes = ("(N, C)", "(N, C, L)")
+    dims = (2, 3)
+
+
+class LayerBatchNorm2d(LayerBatchNorm):
+    """Layer-batch normalization of (N, C, H, W); see `LayerBatchNorm`."""
+
+    shapes = ("(N, C, H, W)",)
+    dims = (4,)
+
+
+def layer_batch_norm_from(norm: nn.Module, *, sync: bool = False) -> LayerBatchNorm:
+    """A layer-batch normalization with the affine, eps, momentum, running statistics, device and mode of `norm`.
+
+    The scalar statistics are those of all channels pooled: the mean of the channels' means, and, by the law of total
+    variance, the mean of their second moments less the square of that mean.
+
+    Args:
+        norm: BatchNorm1d or BatchNorm2d with running statistics.
+
+    Raises:
+        TypeError: another module.
+        ValueError: no running statistics.
+    """
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+        raise TypeError(f"layer_batch_norm_from: norm must be BatchNorm1d or BatchNorm2d, got {type(norm).__name__}")
+    mean, var = _running(norm, "layer_batch_norm_from")
+    form = LayerBatchNorm1d if isinstance(norm, nn.BatchNorm1d) else LayerBatchNorm2d
+    assert norm.running_mean is not None
+    made = form(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        sync=sync,
+        device=norm.running_mean.device,
+        dtype=norm.running_mean.dtype,
+    )
+    with torch.no_grad():
+        made.running_mean.copy_(mean.mean())
+        made.running_var.copy_(var.mean() + mean.var(correction=0))  # = mean of (var + mean^2) - (mean of mean)^2
+        if norm.num_batches_tracked is not None:
+            made.num_batches_tracked.copy_(norm.num_batches_tracked)
+        if norm.affine:
+            made.weight.copy_(norm.weight)
+            made.bias.copy_(norm.bias)
+            made.weight.requires_grad_(norm.weight.requires_grad)
+            made.bias.requires_grad_(norm.bias.requires_grad)
+    return made.train(norm.training)
+
+
+def fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(gain, shift), float64 (C,), with which evaluation computes gain_c x + shift_c.
+
+    Args:
+        norm: BatchNorm1d/2d or LayerBatchNorm1d/2d.
+
+    Raises:
+        TypeError: another module.
+        ValueError: no running statistics.
+    """
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | LayerBatchNorm):
+        raise TypeError(f"fold: norm must be a BatchNorm or LayerBatchNorm, got {type(norm).__name__}")
+    mean, var = _running(norm, "fold")
+    one = torch.ones(norm.num_features, dtype=torch.float64, device=mean.device)
+    gamma = one if norm.weight is None else norm.weight.detach().double()
+    beta = 0 * one if norm.bias is None else norm.bias.detach().double()
+    gain = gamma / torch.sqrt(var + norm.eps)
+    return gain, beta - mean * gain
+
+
+def _running(norm: nn.Module, what: str) -> tuple[Tensor, Tensor]:
+    """Running mean and variance, float64."""
+    mean, var = norm.running_mean, norm.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        raise ValueError(f"{what}: {norm} has no running statistics; use track_running_stats=True")
+    return mean.detach().double(), var.detach().double()
