@@ -206,3 +206,18 @@ def test_demo_upgrades_one_artifact(tmp_path, monkeypatch, capsys):
         assert row["latency_ms"] > 0
     assert (tmp_path / "accuracy_vs_bytes.png").read_bytes().startswith(b"\x89PNG")
     assert "one artifact, upgraded in place" in capsys.readouterr().out
+
+
+def test_a_papers_recipe_on_its_network(tmp_path: Path) -> None:
+    """MaQD on its VGG: float form, quantized training with the paper's objective, artifact, evaluation."""
+    out = tmp_path / "maqd"
+    argv = [
+        *("train", "--data", "digits", "--model", "maqd_vgg", "--model-set", "width=4", "--recipe", "maqd"),
+        *("--set", "m_w=15", "m_a=4", "--float-epochs", "1", "--epochs", "1", "--train-limit", "300", "--test-limit"),
+        *("100", "--verify-images", "8", "--paper-schedule", "--threads", "1", "--out", str(out)),
+    ]
+    assert main(argv) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [row["bits"] for row in results["rows"]] == [4]
+    assert main(["eval", str(out), "--stage", "float"]) == 0
+    assert main(["info", str(out / "model.strata")]) == 0

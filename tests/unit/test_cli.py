@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import bitstrata as bs
-from bitstrata.cli import common, loading, main
+from bitstrata.cli import common, loading, main, pipeline
 from bitstrata.cli.options import provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.saved import read_options
@@ -239,6 +239,36 @@ def test_factories_that_fail_are_named(name, message):
 def test_factory_makes_the_model():
     model = loading.make_model("bitstrata.zoo:digits_cnn", digits())
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    wide = loading.make_model("bitstrata.zoo:digits_cnn", digits(), ("classes=7", "width=4"))
+    assert wide(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    with pytest.raises(common.CommandError, match=r"--model 'bitstrata.zoo:digits_cnn': .*unexpected keyword"):
+        loading.make_model("bitstrata.zoo:digits_cnn", digits(), ("depth=7",))
+
+
+def test_networks_take_options():
+    model = loading.make_model("maqd_vgg", digits(), ("width=4",))
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(common.CommandError, match=r"--model maqd_vgg: .*unknown option 'depth'"):
+        loading.make_model("maqd_vgg", digits(), ("depth=4",))
+    with pytest.raises(common.CommandError, match=r"--model-set width: write NAME=VALUE"):
+        loading.make_model("maqd_vgg", digits(), ("width",))
+
+
+def test_objective_and_paper_schedule_come_from_the_recipe():
+    options = Train(recipe="maqd", epochs=3, lr=0.5)
+    config = pipeline.joint_config(options, loading.make_recipe(options))
+    assert (config.loss, config.loss_gamma, config.lr, config.decay, config.epochs) == ("maqd", 0.05, 0.5, "all", 3)
+    options = dataclasses.replace(options, paper_schedule=True)
+    config = pipeline.joint_config(options, loading.make_recipe(options))
+    assert (config.lr, config.decay, config.schedule, config.epochs) == (0.01, "weights", "cosine_epoch", 3)
+    options = Train(recipe="uniq", bits="1", epochs=9, paper_schedule=True)
+    config = pipeline.joint_config(options, loading.make_recipe(options))
+    assert (config.optimizer, config.lr, config.warmup, config.warmup_lr, config.weight_decay) == (
+        "adam", 0.004, 5.0, 0.001, 0.0,
+    )  # fmt: skip
+    with pytest.raises(common.CommandError, match=r"5 epochs of warm-up do not fit --epochs 3"):
+        pipeline.joint_config(dataclasses.replace(options, epochs=3), loading.make_recipe(options))
+    assert pipeline.joint_config(Train(distill=False), bs.recipes.strata()).distill is None
 
 
 @pytest.mark.parametrize("kind", [Train, Quantize])
@@ -284,7 +314,7 @@ def test_recipe_takes_its_fields():
         ({"recipe": "maqd", "bits": "2"}, r"--bits 2: recipe 'maqd' fixes its widths by other fields"),
         ({"recipe": "maqd", "a": "2"}, r"--a 2: recipe 'maqd' has no such field"),
         ({"recipe": "maqd", "set": ("m_w",)}, r"--set m_w: write NAME=VALUE"),
-        ({"recipe": "maqd", "set": ("w=3",)}, r"--set w=3: recipe 'maqd' has no field 'w'; it has: m_w, m_a, s"),
+        ({"recipe": "maqd", "set": ("w=3",)}, r"--set w: recipe 'maqd' has no field 'w'; it has: m_w, m_a, s"),
         ({"recipe": "maqd", "set": ("m_w=4",)}, r"states must be an odd integer of at least 3, got 4"),
         ({"recipe": "uniq", "set": ("init=best",)}, r"UniqWeight: init must be one of .* got 'best'"),
     ],

@@ -339,12 +339,26 @@ def test_coarse_fixed_point_is_a_warning() -> None:
 def test_codes_that_do_not_nest() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     x = torch.randn(2, 3, 8, 8)
-    model = prepared(net, x)
-    quantizer = model[2].weight_quant
-    codes = quantizer.codes
-    quantizer.codes = lambda w: codes(w) if quantizer.width == 4 else (-1 - codes(w)).clamp(-1, 0)
-    with pytest.raises(LowerError, match="the 1-bit codes of '2' are not the upper bits of its 4-bit codes"):
+    model = prepared(net, x, recipe=bs.recipes.adabits(bits=(2, 4), scheme="original"))
+    with pytest.raises(LowerError, match=r"the 2-bit codes of '2' are not the upper bits of its 4-bit codes"):
         bs.lower(model, x)
+    assert bs.lower(model, x, precisions=(4,)).precisions == (4,)
+
+
+def test_codes_beyond_their_width() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    x = torch.randn(2, 3, 8, 8)
+    model = prepared(net, x, recipe=bs.recipes.maqd(255, 8, delta_mode="M/2"))
+    with pytest.raises(LowerError, match=r"weight codes lie in -\d+\.\.\d+ and do not fit 8 bits"):
+        bs.lower(model, x)
+
+
+@pytest.mark.parametrize("served", [(), (3,), (1, 9)])
+def test_precisions_that_are_not_there(served: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), x)
+    with pytest.raises(LowerError, match=r"lower: precisions must be among \(.*\), got \("):
+        bs.lower(model, x, precisions=served)
 
 
 def test_the_model_is_left_as_it_was() -> None:

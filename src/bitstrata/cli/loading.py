@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,16 @@ def augmentation(name: str, dataset: Dataset) -> Transform | None:
     return None
 
 
-def make_model(name: str, dataset: Dataset) -> nn.Module:
-    """A network of the zoo, or PACKAGE.MODULE:FACTORY called without arguments."""
+def make_model(name: str, dataset: Dataset, options: Sequence[str] = ()) -> nn.Module:
+    """A network of the zoo with NAME=VALUE options, or PACKAGE.MODULE:FACTORY called with them."""
+    fields = dict(assignment("--model-set", text) for text in options)
     if ":" in name:
-        return _from_factory(name)
+        return _from_factory(name, fields)
     choose(name, zoo.names(), "--model")
-    return zoo.create(name, classes=len(dataset.classes), in_channels=dataset.shape[0])
+    try:
+        return zoo.create(name, classes=len(dataset.classes), in_channels=dataset.shape[0], **fields)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--model {name}: {error}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -97,7 +101,12 @@ def make_recipe(options: RunOptions) -> recipes.Recipe:
     """The recipe by name, with its fields from --bits, --a and --set. CommandError for what it does not have."""
     choose(options.recipe, recipes.names(), "--recipe")
     parameters = inspect.signature(recipes.describe(options.recipe).make).parameters
-    fields: dict[str, Any] = dict(_field(text, parameters, options.recipe) for text in options.set)
+    fields: dict[str, Any] = dict(assignment("--set", text) for text in options.set)
+    for name in fields:
+        if name not in parameters:
+            raise CommandError(
+                f"--set {name}: recipe {options.recipe!r} has no field {name!r}; it has: {', '.join(parameters)}"
+            )
     if options.a is not None and "a" not in parameters:
         raise CommandError(f"--a {options.a}: recipe {options.recipe!r} has no such field; see bitstrata recipes")
     if options.a is not None:
@@ -124,26 +133,27 @@ def _widths(recipe: str, parameters: Mapping[str, inspect.Parameter], text: str)
     return {"bits": bits[0]}
 
 
-def _field(text: str, parameters: Mapping[str, inspect.Parameter], recipe: str) -> tuple[str, Any]:
-    """NAME=VALUE of --set; a value is a JSON value where it reads as one, else text."""
+def assignment(option: str, text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is a JSON value where it reads as one, else text."""
     name, found, value = text.partition("=")
     if not found:
-        raise CommandError(f"--set {text}: write NAME=VALUE")
-    if name not in parameters:
-        raise CommandError(f"--set {text}: recipe {recipe!r} has no field {name!r}; it has: {', '.join(parameters)}")
+        raise CommandError(f"{option} {text}: write NAME=VALUE")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, None if value == "None" else value
 
 
-def _from_factory(name: str) -> nn.Module:
+def _from_factory(name: str, fields: Mapping[str, Any]) -> nn.Module:
     module, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise CommandError(f"--model {name!r}: {error}") from error
-    model = factory()
+    try:
+        model = factory(**fields)
+    except TypeError as error:
+        raise CommandError(f"--model {name!r}: {error}") from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"--model {name!r}: returned {type(model).__name__}, expected a torch.nn.Module")
     return model

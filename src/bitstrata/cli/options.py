@@ -27,6 +27,8 @@ class RunOptions:
     """Quantization recipe; `bitstrata recipes` lists them, `bitstrata recipes NAME` its fields."""
     set: tuple[str, ...] = ()
     """Fields of the recipe, as NAME=VALUE, such as per_channel=true or rescale=stddev."""
+    model_set: tuple[str, ...] = ()
+    """Options of the network, as NAME=VALUE, such as width=32 or stem=cifar."""
     epochs: int = 5
     """Epochs of quantized training, all precisions together."""
     lr: float = 0.02
@@ -37,6 +39,9 @@ class RunOptions:
     """Epochs of linear warm-up of quantized training."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimizer of both stages."""
+    paper_schedule: bool = False
+    """Optimizer, learning rate, its course, warm-up and weight decay of quantized training as the recipe's paper has
+    them, in place of the options here; epochs and batch size are still those of the options."""
     batch_size: int = 128
     """Images a step."""
     distill: bool = True
@@ -83,4 +88,6 @@ def provenance(options: Any) -> dict[str, Any]:
 
 def resolved(options: Any) -> dict[str, Any]:
     """All options as JSON values."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(asdict(options).items())}
+    forms = {Path: str, tuple: list}
+    values = sorted(asdict(options).items())
+    return {name: next((f(v) for kind, f in forms.items() if isinstance(v, kind)), v) for name, v in values}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +86,8 @@ def train_from_scratch(options: Train, out: Path) -> None:
     if run is None:
         return
     seed_all(options.seed)
-    model = loading.make_model(options.model, run.train)
+    model = loading.make_model(options.model, run.train, options.model_set)
+    bs.float_form_(model, loading.make_recipe(options), run.example)
     claim(run)
     finish(run, model, float_stage(run, model, options))
 
@@ -97,7 +98,7 @@ def quantize_checkpoint(options: Quantize, out: Path) -> None:
     if run is None:
         return
     seed_all(options.seed)
-    model = loading.make_model(options.model, run.train)
+    model = loading.make_model(options.model, run.train, options.model_set)
     loading.load_weights(model, options.checkpoint)
     claim(run)
     accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
@@ -165,8 +166,13 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
 
 def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
     """Training configuration of the quantized stage: the recipe's objective, the options' schedule."""
-    objective = {name: recipe.training[name] for name in ("loss", "loss_gamma", "teacher", "combine", "reduction")}
-    return stage_config(options, distill=recipe.objective.distill if options.distill else None, **objective)
+    kept = {"epochs", "batch_size"} if options.paper_schedule else set(asdict(recipe.schedule))
+    fields = {name: value for name, value in recipe.training.items() if name not in kept}
+    if fields.get("warmup", 0) > options.epochs:
+        raise CommandError(
+            f"--paper-schedule: {fields['warmup']:g} epochs of warm-up do not fit --epochs {options.epochs}"
+        )
+    return stage_config(options, **{**fields, "distill": recipe.objective.distill if options.distill else None})
 
 
 def float_config(options: Train) -> TrainConfig:

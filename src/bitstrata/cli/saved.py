@@ -51,10 +51,13 @@ class SavedRun:
         file = self.path / f"{stage}.ckpt"
         if not file.is_file():
             raise CommandError(f"{self.path}: no {stage}.ckpt; the run has not come that far")
-        model = loading.make_model(self.options.model, dataset)  # type: ignore[attr-defined]
+        model = loading.make_model(self.options.model, dataset, self.options.model_set)  # type: ignore[attr-defined]
+        recipe = loading.make_recipe(self.options)
         if stage == "joint":
             pixels = bs.Pixels(mean=dataset.mean, std=dataset.std)
-            bs.quantize_(model, loading.make_recipe(self.options), example_of(dataset), input=pixels)
+            bs.quantize_(model, recipe, example_of(dataset), input=pixels)
+        else:
+            bs.float_form_(model, recipe, example_of(dataset))
         model.load_state_dict(checkpoint.load(file)["model"])
         return model.eval()
 
@@ -76,5 +79,6 @@ def read_options(path: Path) -> RunOptions:
     values: dict[str, Any] = {
         name: Path(value) if name in paths and value is not None else value for name, value in saved.items()
     }
-    values["set"] = tuple(values.get("set", ()))
+    for name in ("set", "model_set"):
+        values[name] = tuple(values.get(name, ()))
     return kind(**values)

@@ -4,6 +4,7 @@ Nothing here knows of modules, layers or recipes.
 """
 
 from .affine import affine_codes, affine_fake_quantize, best_affine
+from .allocation import Allocation, allocate_widths
 from .dorefa import dorefa_codes, dorefa_gradient, tanh_normalize
 from .nested import nested_codes, nested_fake_quantize
 from .sat import clamped_weight, deviation_scale, sat_scale
@@ -21,8 +22,10 @@ from .uniform import uniform_codes, uniform_fake_quantize
 from .vertical import vertical_codes, vertical_fake_quantize, vertical_offset
 
 __all__ = [
+    "Allocation",
     "affine_codes",
     "affine_fake_quantize",
+    "allocate_widths",
     "best_affine",
     "clamped_weight",
     "deviation_scale",

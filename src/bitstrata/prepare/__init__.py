@@ -1,6 +1,8 @@
 """From a float model to a quantized one: quantize_, calibrate_, precision, summary, parameter groups."""
 
 from .calibrate import calibrate_, reestimate_batchnorm_
+from .float_form import float_form_
+from .mixed import mixed_precision_map
 from .parameters import parameter_groups, precision_parameters
 from .precision import precision, precisions, set_precision
 from .quantize import Pixels, quantize_
@@ -11,6 +13,8 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "calibrate_",
+    "float_form_",
+    "mixed_precision_map",
     "parameter_groups",
     "precision",
     "precision_parameters",

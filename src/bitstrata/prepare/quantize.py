@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn.layer_batch_norm import layer_batch_norm_from
 from ..nn.layers import FORMS, QuantizedLayer, convert
-from ..nn.norm import PrecisionBatchNorm
-from ..nn.own import OwnLayer
 from ..quantizers.base import LayerFacts, Quantizer, WeightQuantizer
 from ..quantizers.registry import build, build_rescale, build_transform
 from ..recipes.base import Part, Recipe
-from .observe import BATCH_NORMS, LayerTrace, Trace, observe
+from .float_form import float_type, strip_float_form_
+from .observe import LayerTrace, Trace, observe
 from .placement import absorb_activations_
 from .precision import quantized_layers
+from .swap import SKIPPED, convert_norms, give_own_edges, to_layer_batch_norm
 
 Filter = Callable[[str, nn.Module], bool]
-SKIPPED = "_bitstrata_skipped"  # module attribute: why quantize_ left it in float
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def quantize_(
         raise ValueError("quantize_: the model is quantized already; start from a float model")
     if type(model) in FORMS:
         raise ValueError(f"quantize_: the model is a bare {type(model).__name__}; wrap it in nn.Sequential")
-    candidates = {name: module for name, module in model.named_modules() if type(module) in FORMS}
+    candidates = {name: module for name, module in model.named_modules() if float_type(module) in FORMS}
     trace = observe(model, example_inputs, candidates)
     ran = sorted((t.order, name) for name, t in trace.layers.items() if t.calls)
     first, last = (ran[0][1], ran[-1][1]) if ran else ("", "")
@@ -111,6 +108,7 @@ def quantize_(
         name: _form(name, module, recipe, trace.layers[name], facts[name], roles[name], input)
         for name, module in chosen.items()
     }
+    strip_float_form_(model)
     if recipe.placement == "activation":
         standing = {n: chosen[n] for n, form in forms.items() if getattr(form.act_quant, "stands_for_relu", False)}
         kept = [placed for placed in absorb_activations_(model, example_inputs, standing) if placed.action == "kept"]
@@ -131,10 +129,10 @@ def quantize_(
             weight_transform=form.weight_transform,
         )
     if recipe.norm == "layer_batch":
-        _to_layer_batch_norm(model)
-    _convert_norms(model, recipe, trace)
+        to_layer_batch_norm(model)
+    convert_norms(model, recipe, trace)
     if recipe.own_edges:
-        _give_own_edges(model, recipe.precisions, first, last)
+        give_own_edges(model, recipe.precisions, first, last)
     _disable_fused_paths(model)
     return model
 
@@ -224,55 +222,6 @@ def _form(  # noqa: PLR0917
     act_quant = build(part.name, part.role, part.options, bits=act_bits, signed=seen.negative, shared=edge_input)
     act_quant.adapt_(facts)
     return _Form(weight_quant, act_quant, transform)
-
-
-def _to_layer_batch_norm(model: nn.Module) -> None:
-    """Every batch normalization becomes a layer-batch normalization with its affine, under the same names."""
-    made: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                parent._modules[name] = made.setdefault(id(child), layer_batch_norm_from(child))
-
-
-def _convert_norms(model: nn.Module, recipe: Recipe, trace: Trace) -> None:
-    layers = quantized_layers(model)
-    replaced: dict[int, PrecisionBatchNorm] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS):
-            owner = trace.norm_owner.get(name)
-            if owner in layers:
-                replaced[id(module)] = PrecisionBatchNorm(
-                    module, recipe.precisions, owner, layers[owner], levels=recipe.norm_levels
-                )
-            else:
-                reason = f"follows {owner!r}, which is in float" if owner else "did not run on the example"
-                module.__dict__[SKIPPED] = reason
-    _replace(model, replaced)
-
-
-def _give_own_edges(model: nn.Module, precisions: tuple[int, ...], first: str, last: str) -> None:
-    """First and last layer in as many copies as there are precisions; float ones follow the nearest quantized layer."""
-    layers = quantized_layers(model)
-    names = list(layers)
-    for name, nearest in ((first, names[0]), (last, names[-1])):
-        layer = model.get_submodule(name)
-        levels = {p: copy.deepcopy(layer) for p in precisions}
-        followed = levels[precisions[0]] if isinstance(layer, QuantizedLayer) else layers[nearest]
-        assert isinstance(followed, QuantizedLayer)
-        own = OwnLayer(levels, followed)
-        for module in model.modules():
-            if isinstance(module, PrecisionBatchNorm) and cast(object, module.followed) is layer:
-                module.follow_(own)
-        _replace(model, {id(layer): own})
-
-
-def _replace(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
-    """Put modules in the place of others, keyed by identity, under every name these have."""
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():  # named_children would hide a second name of the same module
-            if id(child) in replaced:
-                parent._modules[child_name] = replaced[id(child)]
 
 
 def _disable_fused_paths(model: nn.Module) -> None:

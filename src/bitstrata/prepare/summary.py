@@ -9,7 +9,7 @@ from torch import nn
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from .observe import BATCH_NORMS
-from .quantize import SKIPPED
+from .swap import SKIPPED
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class Quantizer(nn.Module, ABC):
         """The fake-quantized tensor: exactly the grid's values for the codes, with the gradient of `surrogate`."""
         with torch.no_grad():
             value = self.grid(x).dequantize(self.codes(x)).to(x.dtype)
+            value.masked_fill_(x.isnan(), torch.nan)  # integer codes have no NaN to pass on
         return with_value(self.surrogate(x), value)
 
     def adapt_(self, facts: LayerFacts) -> None:

@@ -1,0 +1,101 @@
+"""The float network that a recipe's source trains first: its normalization and its weight transform, nothing quantized.
+
+SAT's first stage trains weights clamped by tanh and rescaled (section 4.1); MaQD's reference network has standardized
+weights and layer-batch normalization (section 3). Quantized training then starts where the float network ended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..nn.layers import FORMS
+from ..quantizers.registry import build_transform
+from ..recipes.base import Recipe
+from .observe import observe
+from .swap import to_layer_batch_norm
+
+
+class _Reparametrized(nn.Module):
+    """The weight that a float layer uses, as `torch.nn.utils.parametrize` wants it."""
+
+    def __init__(self, transform: nn.Module) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.transform(w)
+
+
+def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any) -> nn.Module:
+    """Give a float model the recipe's normalization and weight transform, in place; train it, then `quantize_` it.
+
+    Weights are reparametrized, so the optimizer must be made after this; `quantize_` takes the reparametrization out
+    again and goes on from the same parameters.
+
+    - recipe.transform is applied to every Linear, Conv1d and Conv2d (first and last too if edges="inner");
+    - "dorefa" weights are clamped by tanh in every layer, and with the recipe's "constant" rescaling multiplied by
+      SAT's constant where the quantized network will be;
+    - norm="layer_batch" replaces batch normalizations by layer-batch normalizations with their affine.
+
+    Args:
+        model: a float model.
+        recipe: the recipe that `quantize_` will be given.
+        example_inputs: a tensor, or a tuple of positional arguments, as the model's forward takes them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a layer's weight is reparametrized already.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in FORMS}
+    done = [name for name, module in model.named_modules() if parametrize.is_parametrized(module, "weight")]
+    if done:
+        raise ValueError(f"float_form_: the weight of {done[0]!r} is reparametrized already")
+    trace = observe(model, example_inputs, layers)
+    ran = sorted((seen.order, name) for name, seen in trace.layers.items() if seen.calls)
+    edges = {ran[0][1], ran[-1][1]} if ran else set()
+    for name, module in layers.items():
+        transform = _transform(recipe, module, edge=name in edges, normalized=name in trace.normalized)
+        if transform is not None:
+            parametrize.register_parametrization(module, "weight", _Reparametrized(transform))
+    if recipe.norm == "layer_batch":
+        to_layer_batch_norm(model)
+    return model
+
+
+def float_type(module: nn.Module) -> type[nn.Module]:
+    """The type of a float layer, seen through the reparametrization of `float_form_` and through no other."""
+    return parametrize.type_before_parametrizations(module) if _is_ours(module) else type(module)
+
+
+def strip_float_form_(model: nn.Module) -> None:
+    """Take the reparametrizations of `float_form_` out, keeping the parameters behind them, in place."""
+    for module in list(model.modules()):
+        if _is_ours(module):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    found = getattr(module, "parametrizations", None)
+    if not isinstance(found, nn.ModuleDict) or set(found) != {"weight"}:
+        return False
+    return all(isinstance(part, _Reparametrized) for part in found["weight"].children())
+
+
+def _transform(recipe: Recipe, layer: nn.Module, *, edge: bool, normalized: bool) -> nn.Module | None:
+    inner = not edge or recipe.edges == "inner"
+    if inner and recipe.transform is not None:
+        return build_transform(recipe.transform.name, recipe.transform.options)
+    part = recipe.weight if inner else recipe.edge_weight
+    if part.name != "dorefa" or (edge and recipe.edges == "float"):
+        return None
+    options: dict[str, Any] = {"detach_max": part.options.get("detach_max", False), "rescale": False}
+    if recipe.rescale is not None and recipe.rescale.name == "constant":
+        convs = recipe.rescale.options.get("convs", "auto")
+        applies = isinstance(layer, nn.Linear) or convs == "all" or (convs == "auto" and not normalized)
+        options.update(rescale=applies, var_mode=recipe.rescale.options.get("var_mode", "meansq"))
+    return build_transform("tanh", options)

@@ -1,0 +1,69 @@
+"""Modules put in the place of others: normalizations, and edge layers with weights of their own a precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import cast
+
+from torch import nn
+
+from ..nn.layer_batch_norm import layer_batch_norm_from
+from ..nn.layers import QuantizedLayer
+from ..nn.norm import PrecisionBatchNorm
+from ..nn.own import OwnLayer
+from ..recipes.base import Recipe
+from .observe import BATCH_NORMS, Trace
+from .precision import quantized_layers
+
+SKIPPED = "_bitstrata_skipped"  # module attribute: why quantize_ left it in float
+
+
+def to_layer_batch_norm(model: nn.Module) -> None:
+    """Every batch normalization becomes a layer-batch normalization with its affine, under the same names."""
+    made: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                parent._modules[name] = made.setdefault(id(child), layer_batch_norm_from(child))
+
+
+def convert_norms(model: nn.Module, recipe: Recipe, trace: Trace) -> None:
+    """Every normalization becomes one with levels for the recipe's precisions, following the layer that owns it."""
+    layers = quantized_layers(model)
+    replaced: dict[int, PrecisionBatchNorm] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            owner = trace.norm_owner.get(name)
+            if owner in layers:
+                replaced[id(module)] = PrecisionBatchNorm(
+                    module, recipe.precisions, owner, layers[owner], levels=recipe.norm_levels
+                )
+            else:
+                reason = f"follows {owner!r}, which is in float" if owner else "did not run on the example"
+                module.__dict__[SKIPPED] = reason
+    _replace(model, replaced)
+
+
+def give_own_edges(model: nn.Module, precisions: tuple[int, ...], first: str, last: str) -> None:
+    """First and last layer in as many copies as there are precisions; float ones follow the nearest quantized layer."""
+    layers = quantized_layers(model)
+    names = list(layers)
+    for name, nearest in ((first, names[0]), (last, names[-1])):
+        layer = model.get_submodule(name)
+        levels = {p: copy.deepcopy(layer) for p in precisions}
+        followed = levels[precisions[0]] if isinstance(layer, QuantizedLayer) else layers[nearest]
+        assert isinstance(followed, QuantizedLayer)
+        own = OwnLayer(levels, followed)
+        for module in model.modules():
+            if isinstance(module, PrecisionBatchNorm) and cast(object, module.followed) is layer:
+                module.follow_(own)
+        _replace(model, {id(layer): own})
+
+
+def _replace(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, keyed by identity, under every name these have."""
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():  # named_children would hide a second name of the same module
+            if id(child) in replaced:
+                parent._modules[child_name] = replaced[id(child)]
