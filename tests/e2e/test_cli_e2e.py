@@ -221,3 +221,22 @@ def test_a_papers_recipe_on_its_network(tmp_path: Path) -> None:
     assert [row["bits"] for row in results["rows"]] == [4]
     assert main(["eval", str(out), "--stage", "float"]) == 0
     assert main(["info", str(out / "model.strata")]) == 0
+
+
+def test_what_cannot_be_lowered_trains_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "float_edges"
+    argv = [
+        *("train", "--data", "digits", "--model", "digits_resnet", "--recipe", "uniq", "--set", "edges=float"),
+        *("--float-epochs", "1", "--epochs", "1", "--train-limit", "300", "--test-limit", "100", "--threads", "1"),
+        *("--out", str(out)),
+    ]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "trains and evaluates, without an artifact: lower: Conv2d 'conv1' is in float" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["no_artifact"].startswith("lower: ")
+    assert [set(row) for row in results["rows"]] == [{"bits", "float_accuracy", "fake_accuracy"}]
+    assert not (out / "model.strata").exists()
+    assert main(argv) == 0  # complete: shown, not repeated
+    assert "no artifact: " in capsys.readouterr().out
+    assert main(["eval", str(out)]) == 0

@@ -45,8 +45,28 @@ def test_sat_clamps_all_and_rescales_what_no_normalization_follows():
     bs.float_form_(model, bs.recipes.sat(4, convs="all"), x)
     assert torch.equal(model.first.weight, clamped_weight(raw["first.weight"]))
     model, x = net()
-    bs.float_form_(model, bs.recipes.sat(4, rescale=None), x)
-    assert torch.equal(model.last.weight, tanh_normalize(raw["last.weight"]))
+    bs.float_form_(model, bs.recipes.sat(4, rescale="stddev"), x)
+    torch.testing.assert_close(model.last.weight.square().mean(), raw["last.weight"].square().mean())
+    assert torch.equal(model.first.weight, tanh_normalize(raw["first.weight"]))
+
+
+def test_a_layer_that_a_sum_reads_too_is_rescaled():
+    """The stem of a pre-activation network feeds a normalization and the residual stream."""
+    model = bs.zoo.create("preact_resnet20", width=4)
+    x = torch.randn(2, 3, 16, 16)
+    bs.quantize_(model, bs.recipes.sat(4), x)
+    rescaled = {n: m.weight_quant.applies(m.weight) for n, m in model.named_modules() if hasattr(m, "weight_quant")}
+    assert rescaled["conv1"]
+    assert rescaled["linear"]
+    assert rescaled["layer1.0.conv2"]  # its sum with the shortcut is normalized, not its output
+    assert not rescaled["layer1.0.conv1"]
+
+
+def test_the_filter_leaves_layers_alone():
+    model, x = net()
+    bs.float_form_(model, bs.recipes.maqd(3, 2), x, filter=lambda name, layer: not isinstance(layer, nn.Linear))
+    assert hasattr(model.first, "parametrizations")
+    assert not hasattr(model.last, "parametrizations")
 
 
 def test_maqd_standardizes_and_normalizes_over_layer_and_batch():
@@ -59,7 +79,7 @@ def test_maqd_standardizes_and_normalizes_over_layer_and_batch():
 
 
 def test_recipes_without_a_transform_leave_the_float_network_alone():
-    for recipe in (bs.recipes.lsq(4), bs.recipes.strata(), bs.recipes.uniq(2)):
+    for recipe in (bs.recipes.lsq(4), bs.recipes.strata(), bs.recipes.pact(2), bs.recipes.sat(4, rescale=None)):
         model, x = net()
         before = copy.deepcopy(model)
         bs.float_form_(model, recipe, x)

@@ -16,7 +16,7 @@ from bitstrata.quantizers.base import ActivationQuantizer, WeightQuantizer
 
 ROLES = ("weight", "activation", "input")
 ALL = [(role, name) for role in ROLES for name in names(role)]
-WIDTHS = ({1: 1, 2: 2, 3: 3, 4: 4}, {2: 2, 8: 8}, {1: 4, 3: 4}, {1: 8, 2: 8}, {5: 5})
+WIDTHS = ({1: 1, 2: 2, 3: 3, 4: 4}, {2: 2, 8: 8}, {1: 4, 3: 4}, {1: 8, 2: 8}, *({b: b} for b in range(1, 9)))
 DTYPES = (torch.float32, torch.float64)
 FIXED = ("dorefa", "maqd")  # grids on [-1, 1] whatever the size of the weights
 RESCALINGS = ("constant", "stddev")

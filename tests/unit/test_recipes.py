@@ -65,7 +65,7 @@ def test_the_text_names_everything():
     text = str(recipes.lsq(2, a=None))
     assert "precisions   w2af" in text
     assert "activations  float" in text
-    assert "edges        8 bits, lsq() x lsq()" in text
+    assert "edges        8 bits, lsq() x lsq(numel='sample', init='lsq')" in text
     assert "weights      lsq(init='lsq'), one step a tensor" in text
 
 

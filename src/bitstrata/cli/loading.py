@@ -15,6 +15,7 @@ from bitstrata import data, zoo
 from bitstrata.cli.common import CommandError, choose, parse_bits
 from bitstrata.cli.options import RunOptions
 from bitstrata.data import ArrayDataset, Compose, Dataset, RandomCrop, RandomHorizontalFlip, Transform
+from bitstrata.prepare import Pixels
 from bitstrata.recipes import base as recipes
 from bitstrata.train.checkpoint import load_tensors
 
@@ -131,6 +132,13 @@ def _widths(recipe: str, parameters: Mapping[str, inspect.Parameter], text: str)
     if len(bits) != 1:
         raise CommandError(f"--bits {text}: recipe {recipe!r} trains one bit-width at a time")
     return {"bits": bits[0]}
+
+
+def input_grid(recipe: recipes.Recipe, dataset: Dataset) -> Pixels | None:
+    """uint8 pixels as input codes, where the recipe quantizes what the first layer reads."""
+    if recipe.activation is None or recipe.edges == "float":
+        return None
+    return Pixels(mean=dataset.mean, std=dataset.std)
 
 
 def assignment(option: str, text: str) -> tuple[str, Any]:

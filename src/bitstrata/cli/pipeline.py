@@ -33,6 +33,7 @@ from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, Loader
+from bitstrata.lowering import LowerError
 from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, evaluate
 from bitstrata.train.checkpoint import seed_all
@@ -51,6 +52,7 @@ class Run:
     test: Dataset
     console: Console = field(default_factory=Console)
     seconds: dict[str, float] = field(default_factory=dict)
+    refusal: str | None = None  # why the quantized network has no integer program
 
     @property
     def example(self) -> Tensor:
@@ -190,6 +192,9 @@ def float_stage(run: Run, model: nn.Module, options: Train) -> float:
 def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     """Quantize a float network in place and train all precisions; returns their accuracies in float32."""
     quantized(run, model)
+    run.refusal = refusal(run, model)
+    if run.refusal is not None:
+        print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
     trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
     run.timed("joint", trainer.fit)
@@ -206,18 +211,33 @@ def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
 
 def quantized(run: Run, model: nn.Module) -> nn.Module:
     """Quantize in place and set the first step sizes from training batches without augmentation."""
-    pixels = bs.Pixels(mean=run.train.mean, std=run.train.std)
-    bs.quantize_(model, loading.make_recipe(run.options), run.example, input=pixels)
+    recipe = loading.make_recipe(run.options)
+    bs.quantize_(model, recipe, run.example, input=loading.input_grid(recipe, run.train))
     plain = Loader(run.train, run.options.batch_size, train=True, seed=run.options.seed, prefetch=False)
     steps = range(min(run.options.calibration_batches, len(plain)))
     bs.calibrate_(model, [plain.batch(0, step)[0] for step in steps])
     return model
 
 
+def refusal(run: Run, model: nn.Module) -> str | None:
+    """Why the quantized network has no integer program, asked before it is trained; None if it has one."""
+    try:
+        bs.lower(model, run.example)
+    except LowerError as error:
+        return str(error)
+    return None
+
+
 def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
     """From a float network to results.json."""
     assert run.out is not None
     fake = joint_stage(run, model)
+    if run.refusal is not None:
+        rows = [{"bits": p, "float_accuracy": float_accuracy, "fake_accuracy": fake[p]} for p in run.bits]
+        results = {"rows": rows, "no_artifact": run.refusal, "seconds": run.seconds, "seed": run.options.seed}
+        write_json(run.out / "results.json", {**results, **environment()})
+        print_results(run.console, results)
+        return
     artifact = run.out / "model.strata"
     program = packed(run, model, artifact)
     rows = run.timed("measure", lambda: measured_rows(run, model, artifact, float_accuracy, fake))
@@ -284,13 +304,14 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     table = Table(title="accuracy on the test set", title_justify="left")
     for column in ("bits", "float", "fake-quantized", "integer engine", "same class", "bytes read"):
         table.add_column(column, justify="right")
+    shares = ("float_accuracy", "fake_accuracy", "engine_accuracy", "top1_agreement")
     for row in results["rows"]:
-        table.add_row(
-            str(row["bits"]),
-            *(f"{row[key]:.2%}" for key in ("float_accuracy", "fake_accuracy", "engine_accuracy", "top1_agreement")),
-            f"{row['bytes']:,}",
-        )
+        cells = [f"{row[key]:.2%}" if key in row else "-" for key in shares]
+        table.add_row(str(row["bits"]), *cells, f"{row['bytes']:,}" if "bytes" in row else "-")
     console.print(table)
+    if "no_artifact" in results:
+        console.print(f"no artifact: {results['no_artifact']}")
+        return
     console.print(f"verified layer by layer: {'ok' if results['verify']['ok'] else 'FAILED'}")
 
 

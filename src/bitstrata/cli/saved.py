@@ -54,8 +54,7 @@ class SavedRun:
         model = loading.make_model(self.options.model, dataset, self.options.model_set)  # type: ignore[attr-defined]
         recipe = loading.make_recipe(self.options)
         if stage == "joint":
-            pixels = bs.Pixels(mean=dataset.mean, std=dataset.std)
-            bs.quantize_(model, recipe, example_of(dataset), input=pixels)
+            bs.quantize_(model, recipe, example_of(dataset), input=loading.input_grid(recipe, dataset))
         else:
             bs.float_form_(model, recipe, example_of(dataset))
         model.load_state_dict(checkpoint.load(file)["model"])

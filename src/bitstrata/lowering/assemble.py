@@ -107,7 +107,7 @@ def _grids(name: str, layer: QuantizedLayer) -> _Grids:
         pads = tuple(min(max(round(-z), grid.lo), grid.hi) for z in offset)  # the code nearest the value 0
     else:
         pads = (0,) if isinstance(layer, nn.Linear) else layer.act_quant.pad_codes
-    return _Grids(layer.weight_quant.width, weight_codes(layer), form, (grid.lo, grid.hi), offset, pads)
+    return _Grids(layer.weight_quant.width, weight_codes(layer, name), form, (grid.lo, grid.hi), offset, pads)
 
 
 def _source_codes(name: str, grids: Mapping[int, _Grids]) -> Weights:

@@ -39,13 +39,14 @@ def integer_form(offset: object, name: str) -> tuple[int, int]:
     return ratio.denominator, ratio.numerator
 
 
-def weight_codes(layer: QuantizedLayer) -> NDArray[np.int8]:
-    """Codes of the layer's weight at its current precision, (out, in/groups, kh, kw), int8."""
+def weight_codes(layer: QuantizedLayer, name: str = "") -> NDArray[np.int8]:
+    """Codes of the layer's weight at its current precision, (out, in/groups, kh, kw), int8; `name` is for errors."""
     codes = layer.weight_codes().numpy()
     half = 2 ** (layer.weight_quant.width - 1)
     if codes.min() < -half or codes.max() >= half:
+        whose = f"layer {name!r}: its" if name else "a layer's"
         raise LowerError(
-            f"lower: a layer's weight codes lie in {codes.min()}..{codes.max()} and do not fit "
+            f"lower: {whose} weight codes lie in {codes.min()}..{codes.max()} and do not fit "
             f"{layer.weight_quant.width} bits; programs hold weights of at most 8 bits"
         )
     return shape4(codes).astype(np.int8)

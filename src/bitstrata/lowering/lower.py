@@ -42,7 +42,8 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
             own_edges, codes that are no upper bits of the widest) has a program for one precision at a time.
 
     Raises:
-        LowerError: an operation outside the integer set, a layer left in float, or an accumulator that may overflow.
+        LowerError: an operation outside the integer set, a layer left in float, parameters that are not finite, a step
+            that was never set, or an accumulator that may overflow.
     """
     served = _served(model, precisions)
     if not isinstance(example, Tensor):

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import collapse_own_
-from ..prepare.precision import set_precision
+from ..prepare.precision import precisions, set_precision
 from .errors import LowerError
+from .ready import refuse_unready
 
 
 class _Tracer(fx.Tracer):
@@ -75,8 +76,9 @@ def trace(model: nn.Module, example: Tensor, served: tuple[int, ...] | None = No
     """Trace a model of one input tensor and check that the graph computes what the model does.
 
     Raises:
-        LowerError: the forward cannot be traced (control flow that depends on data, several inputs), does not run on
-            inputs of the example's shape, or changes a tensor in place that it uses again.
+        LowerError: numbers that are not finite; a step never set; a forward that cannot be traced (control flow that
+            depends on data, several inputs), does not run on inputs of the example's shape, or changes a tensor in
+            place that it uses again.
     """
     twin = double_copy(model, served)
     kind = type(model).__name__
@@ -92,6 +94,7 @@ def trace(model: nn.Module, example: Tensor, served: tuple[int, ...] | None = No
     if len(inputs) != 1:
         names = ", ".join(repr(str(node.target)) for node in inputs)
         raise LowerError(f"lower: the model must take one input tensor, {kind}.forward uses {len(inputs)} ({names})")
+    refuse_unready(twin, precisions(twin) if served is None else served)
     shape = (2, *example.shape[1:])  # a batch of one would hide what happens to the batch dimension
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     recorder = _Recorder(twin, graph)

@@ -122,6 +122,8 @@ class _QuantConv(QuantizedLayer):
         quantizer = self.act_quant
         if quantizer is None or not quantizer.shifted:
             return None
+        if isinstance(quantizer, ActivationQuantizer) and not quantizer.is_initialized():
+            return None  # only an all-zero map comes this far
         if isinstance(quantizer, PixelInput):
             codes = quantizer.channel(tuple(float(c) for c in quantizer.pad_codes), like)
             grid = quantizer.grid(like)

@@ -35,6 +35,17 @@ class Normalization(nn.Module):
     reset_running_stats: Callable[[], None]
 
 
+def spread_to_levels(state_dict: dict[str, Any], prefix: str, levels: nn.ModuleDict) -> None:
+    """Make the state of a plain module, in place, that of a module which holds one of it a precision in `levels`."""
+    own = f"{prefix}levels."
+    if any(key.startswith(own) for key in state_dict):
+        return
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        value = state_dict.pop(key)
+        for p in levels:
+            state_dict[f"{own}{p}.{key[len(prefix) :]}"] = value
+
+
 class PrecisionBatchNorm(nn.Module):
     """Batch normalization of a layer that runs at several precisions (vertical layering, section 6.3.1, Table 4).
 
@@ -128,14 +139,9 @@ class PrecisionBatchNorm(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = f"{prefix}levels."
-        if not any(key.startswith(own) for key in state_dict):
-            for key in [k for k in state_dict if k.startswith(prefix)]:
-                value = state_dict.pop(key)
-                for p in self.levels:
-                    state_dict[f"{own}{p}.{key[len(prefix) :]}"] = value
+        spread_to_levels(state_dict, prefix, self.levels)
         errors: list[str] = args[-1]
-        errors.extend(self._disagreements(state_dict, own))
+        errors.extend(self._disagreements(state_dict, f"{prefix}levels."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _disagreements(self, state_dict: dict[str, Any], own: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .layers import QuantizedLayer
-from .norm import HasPrecision, PrecisionBatchNorm
+from .norm import HasPrecision, PrecisionBatchNorm, spread_to_levels
 
 
 class OwnLayer(nn.Module):
@@ -67,12 +67,7 @@ class OwnLayer(nn.Module):
         return cast("Tensor", self.level(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = f"{prefix}levels."
-        if not any(key.startswith(own) for key in state_dict):
-            for key in [k for k in state_dict if k.startswith(prefix)]:
-                value = state_dict.pop(key)
-                for p in self.levels:
-                    state_dict[f"{own}{p}.{key[len(prefix) :]}"] = value
+        spread_to_levels(state_dict, prefix, self.levels)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

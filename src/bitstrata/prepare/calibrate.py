@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.norm import PrecisionBatchNorm
-from ..quantizers.base import ActivationQuantizer
-from .precision import precision, precisions
+from ..quantizers.base import ActivationQuantizer, Quantizer
+from .finite import not_finite
+from .precision import precision, precisions, quantized_layers
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[int] | None = None) -> nn.Module:
@@ -26,14 +28,18 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
         precisions: which to calibrate; all by default.
 
     Raises:
-        ValueError: no batches, a float model, or activations that are not finite.
+        TypeError: one tensor in the place of several batches.
+        ValueError: no batches, an empty one, a float model, or inputs or activations that are not finite.
+
+    Warns:
+        UserWarning: a layer's inputs were zero in every batch, so that its step is not set.
     """
-    data = [input_of(batch) for batch in batches]
+    data = _inputs("calibrate_", batches)
     chosen = _checked(model, "calibrate_", data, precisions)
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.statistic.zero_()
-    with _training(model), torch.no_grad():
+    with _training(model), torch.no_grad(), _watched(model, "calibrate_") as met:
         for quantizer in quantizers:
             quantizer.observing = True
         try:
@@ -44,6 +50,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
         finally:
             for quantizer in quantizers:
                 quantizer.observing = False
+    _warn_of_unset_steps(model, met)
     return model
 
 
@@ -55,8 +62,11 @@ def reestimate_batchnorm_(
     Args:
         batches: inputs, or (input, ...) tuples.
         precisions: which to re-estimate; all by default.
+
+    Raises:
+        TypeError, ValueError: as for `calibrate_`.
     """
-    data = [input_of(batch) for batch in batches]
+    data = _inputs("reestimate_batchnorm_", batches)
     chosen = _checked(model, "reestimate_batchnorm_", data, precisions)
     for p in chosen:
         with precision(model, p):
@@ -94,6 +104,69 @@ def _checked(model: nn.Module, what: str, data: list[Tensor], chosen: Iterable[i
         if p not in known:
             raise ValueError(f"{what}: {p!r} is not among the model's precisions {known}")
     return picked
+
+
+def _inputs(what: str, batches: Iterable[Any]) -> list[Tensor]:
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            f"{what}: batches must be an iterable of batches, got one tensor of shape {tuple(batches.shape)}; give [x]"
+        )
+    data = [input_of(batch) for batch in batches]
+    for index, x in enumerate(data):
+        if isinstance(x, Tensor):
+            if x.numel() == 0:
+                raise ValueError(f"{what}: batch {index} has no elements, shape {tuple(x.shape)}")
+            problem = not_finite({f"batch {index}": x})
+            if problem:
+                raise ValueError(f"{what}: {problem}, shape {tuple(x.shape)}")
+    return data
+
+
+@contextmanager
+def _watched(model: nn.Module, what: str) -> Iterator[dict[tuple[str, int], None]]:
+    """Collects (layer, precision) of the input quantizers that run; a ValueError of theirs gets the layer's name."""
+    met: dict[tuple[str, int], None] = {}  # an ordered set
+    inside: list[str] = []
+
+    def enter(name: str) -> Any:
+        def hook(quantizer: Quantizer, _args: Any) -> None:
+            inside.append(name)
+            met[name, quantizer.precision] = None
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        inside.clear()
+
+    handles = []
+    for name, layer in quantized_layers(model).items():
+        if layer.act_quant is not None:
+            handles.append(layer.act_quant.register_forward_pre_hook(enter(name)))
+            handles.append(layer.act_quant.register_forward_hook(leave))
+    try:
+        yield met
+    except ValueError as error:
+        if inside:
+            raise ValueError(f"{what}: input of layer {inside[-1]!r}: {error}") from error
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _warn_of_unset_steps(model: nn.Module, met: Iterable[tuple[str, int]]) -> None:
+    layers, unset = quantized_layers(model), []
+    for name, p in met:
+        with precision(model, {name: p}):
+            quantizer = layers[name].act_quant
+            if isinstance(quantizer, ActivationQuantizer) and not quantizer.is_initialized():
+                unset.append(f"{name!r} at precision {p}")
+    if unset:
+        warnings.warn(
+            f"calibrate_: no step is set for the input of {', '.join(unset)}: it was zero in every batch. The model "
+            "runs as long as it stays zero, and cannot be lowered before a batch with other values was seen",
+            stacklevel=3,
+        )
 
 
 @contextmanager

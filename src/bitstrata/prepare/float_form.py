@@ -6,44 +6,51 @@ weights and layer-batch normalization (section 3). Quantized training then start
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..functional.sat import deviation_scale
 from ..nn.layers import FORMS
 from ..quantizers.registry import build_transform
 from ..recipes.base import Recipe
 from .observe import observe
 from .swap import to_layer_batch_norm
 
+Filter = Callable[[str, nn.Module], bool]
+
 
 class _Reparametrized(nn.Module):
     """The weight that a float layer uses, as `torch.nn.utils.parametrize` wants it."""
 
-    def __init__(self, transform: nn.Module) -> None:
+    def __init__(self, transform: nn.Module, *, keep_deviation: bool = False) -> None:
         super().__init__()
         self.transform = transform
+        self.keep_deviation = keep_deviation
 
     def forward(self, w: Tensor) -> Tensor:
-        return self.transform(w)
+        value = self.transform(w)
+        return value * deviation_scale(w, value).to(value.dtype) if self.keep_deviation else value
 
 
-def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any) -> nn.Module:
+def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any, *, filter: Filter | None = None) -> nn.Module:
     """Give a float model the recipe's normalization and weight transform, in place; train it, then `quantize_` it.
 
     Weights are reparametrized, so the optimizer must be made after this; `quantize_` takes the reparametrization out
     again and goes on from the same parameters.
 
     - recipe.transform is applied to every Linear, Conv1d and Conv2d (first and last too if edges="inner");
-    - "dorefa" weights are clamped by tanh in every layer, and with the recipe's "constant" rescaling multiplied by
-      SAT's constant where the quantized network will be;
+    - "dorefa" weights of a recipe with a rescaling are clamped by tanh in every layer and rescaled where the quantized
+      network will be; without a rescaling they stay as they are (clamped ones alone train badly, SAT figure 2b);
     - norm="layer_batch" replaces batch normalizations by layer-batch normalizations with their affine.
 
     Args:
         model: a float model.
         recipe: the recipe that `quantize_` will be given.
         example_inputs: a tensor, or a tuple of positional arguments, as the model's forward takes them.
+        filter: called with (qualified name, layer); False leaves the layer's weight as it is.
 
     Returns:
         The same model.
@@ -59,9 +66,11 @@ def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any) -> nn.Mod
     ran = sorted((seen.order, name) for name, seen in trace.layers.items() if seen.calls)
     edges = {ran[0][1], ran[-1][1]} if ran else set()
     for name, module in layers.items():
+        if filter is not None and not filter(name, module):
+            continue
         transform = _transform(recipe, module, edge=name in edges, normalized=name in trace.normalized)
         if transform is not None:
-            parametrize.register_parametrization(module, "weight", _Reparametrized(transform))
+            parametrize.register_parametrization(module, "weight", transform)
     if recipe.norm == "layer_batch":
         to_layer_batch_norm(model)
     return model
@@ -86,16 +95,19 @@ def _is_ours(module: nn.Module) -> bool:
     return all(isinstance(part, _Reparametrized) for part in found["weight"].children())
 
 
-def _transform(recipe: Recipe, layer: nn.Module, *, edge: bool, normalized: bool) -> nn.Module | None:
+def _transform(recipe: Recipe, layer: nn.Module, *, edge: bool, normalized: bool) -> _Reparametrized | None:
     inner = not edge or recipe.edges == "inner"
     if inner and recipe.transform is not None:
-        return build_transform(recipe.transform.name, recipe.transform.options)
+        return _Reparametrized(build_transform(recipe.transform.name, recipe.transform.options))
     part = recipe.weight if inner else recipe.edge_weight
-    if part.name != "dorefa" or (edge and recipe.edges == "float"):
+    if part.name != "dorefa" or recipe.rescale is None or (edge and recipe.edges == "float"):
         return None
-    options: dict[str, Any] = {"detach_max": part.options.get("detach_max", False), "rescale": False}
-    if recipe.rescale is not None and recipe.rescale.name == "constant":
-        convs = recipe.rescale.options.get("convs", "auto")
-        applies = isinstance(layer, nn.Linear) or convs == "all" or (convs == "auto" and not normalized)
-        options.update(rescale=applies, var_mode=recipe.rescale.options.get("var_mode", "meansq"))
-    return build_transform("tanh", options)
+    convs = recipe.rescale.options.get("convs", "auto")
+    applies = isinstance(layer, nn.Linear) or convs == "all" or (convs == "auto" and not normalized)
+    constant = recipe.rescale.name == "constant"
+    options = {
+        "detach_max": part.options.get("detach_max", False),
+        "rescale": applies and constant,
+        "var_mode": recipe.rescale.options.get("var_mode", "meansq"),
+    }
+    return _Reparametrized(build_transform("tanh", options), keep_deviation=applies and not constant)

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..nn.layer_batch_norm import LayerBatchNorm1d, LayerBatchNorm2d
+from .finite import not_finite
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, LayerBatchNorm1d, LayerBatchNorm2d)
 
@@ -21,6 +23,7 @@ class LayerTrace:
 
     calls: int = 0
     negative: bool = False  # some input element was below zero
+    problem: str = ""  # why its inputs tell nothing of their sign
     order: int = -1  # position of the first call among all traced layers
     input_shape: tuple[int, ...] = ()
 
@@ -29,13 +32,30 @@ class LayerTrace:
 class Trace:
     """What the example run showed.
 
-    norm_owner: normalization's name -> the layer whose precision it follows. normalized: layers whose output a
-    normalization reads.
+    norm_owner: normalization's name -> the layer whose precision it follows. normalized: layers whose output
+    normalizations read and nothing else.
     """
 
     layers: dict[str, LayerTrace] = field(default_factory=dict)
     norm_owner: dict[str, str] = field(default_factory=dict)
     normalized: set[str] = field(default_factory=set)
+
+
+class _Readers(TorchFunctionMode):
+    """Notes which layers' outputs something else than a normalization computes with."""
+
+    def __init__(self, producer: dict[int, str]) -> None:
+        super().__init__()
+        self.producer = producer
+        self.elsewhere: set[str] = set()
+        self.in_norm = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.in_norm and isinstance(result, Tensor):
+            read = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+            self.elsewhere |= {self.producer[id(x)] for x in read if id(x) in self.producer}
+        return result
 
 
 def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Trace:
@@ -52,6 +72,7 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
     producer: dict[int, str] = {}
     alive: list[Tensor] = []  # ids are only unique among living tensors
     waiting: list[str] = []
+    readers = _Readers(producer)
     count = 0
 
     def layer_hook(name: str) -> Any:
@@ -59,6 +80,7 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
             nonlocal count
             seen, x = trace.layers[name], _input_of(args, kwargs)
             seen.negative |= bool((x < 0).any())
+            seen.problem = seen.problem or _useless(x)
             seen.order = count if seen.calls == 0 else seen.order
             seen.calls += 1
             seen.input_shape = tuple(x.shape)
@@ -73,6 +95,7 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
 
     def norm_hook(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            readers.in_norm -= 1
             owner = producer.get(id(_input_of(args, kwargs)))
             if owner is None:
                 waiting.append(name)
@@ -82,21 +105,40 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
 
         return hook
 
+    def enter_norm(_module: nn.Module, _args: Any) -> None:
+        readers.in_norm += 1
+
     handles = [module.register_forward_hook(layer_hook(name), with_kwargs=True) for name, module in layers.items()]
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS):
             handles.append(module.register_forward_hook(norm_hook(name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(enter_norm))
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), readers:
             model(*example) if isinstance(example, tuple | list) else model(example)
+    except Exception as error:
+        error.add_note(f"quantize_: the model does not run on example_inputs, {_described(example)}")
+        raise
     finally:
         for handle in handles:
             handle.remove()
+    trace.normalized -= readers.elsewhere
     for norm in waiting:  # nothing follows: the last layer before it is the nearest
         if trace.layers and count:
             last = max((t.order, n) for n, t in trace.layers.items())[1]
             trace.norm_owner.setdefault(norm, last)
     return trace
+
+
+def _useless(x: Tensor) -> str:
+    return f"it has no elements, shape {tuple(x.shape)}" if x.numel() == 0 else not_finite({"it": x})
+
+
+def _described(example: Any) -> str:
+    given = example if isinstance(example, tuple | list) else (example,)
+    return ", ".join(
+        f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in given
+    )
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 
 from torch import nn
 
@@ -41,7 +42,7 @@ def set_precision(model: nn.Module, precision: int | Mapping[str, int]) -> None:
     for name, value in wanted.items():
         if name not in layers:
             raise ValueError(f"set_precision: no quantized layer named {name!r}; there are: {', '.join(layers)}")
-        if value not in layers[name].precisions:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value not in layers[name].precisions:
             raise ValueError(
                 f"set_precision: {value!r} is not among the precisions {layers[name].precisions} of {name!r}"
             )

@@ -13,6 +13,7 @@ from ..nn.layers import FORMS, QuantizedLayer, convert
 from ..quantizers.base import LayerFacts, Quantizer, WeightQuantizer
 from ..quantizers.registry import build, build_rescale, build_transform
 from ..recipes.base import Part, Recipe
+from .finite import not_finite, watched
 from .float_form import float_type, strip_float_form_
 from .observe import LayerTrace, Trace, observe
 from .placement import absorb_activations_
@@ -75,7 +76,8 @@ def quantize_(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: the model is quantized already, or no layer is left to quantize; the model is unchanged.
+        ValueError: the model is quantized already; no layer is left to quantize; parameters or statistics are not
+            finite; a layer's input on the example is empty or not finite. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -94,6 +96,7 @@ def quantize_(
     chosen = {name: module for name, module in candidates.items() if name not in skipped}
     if not chosen:
         raise ValueError(f"quantize_: no layer to quantize among {len(candidates)} candidates: {skipped or 'none ran'}")
+    _refuse_not_finite(model, chosen, trace)
     if input is not None and (first in skipped or recipe.activation is None):
         why = skipped.get(first, f"recipe {recipe.name!r} keeps activations in float")
         raise ValueError(f"quantize_: input=Pixels is for a quantized first layer, but {first!r} reads floats: {why}")
@@ -149,6 +152,18 @@ class Role:
         return self.first or self.last
 
 
+def _refuse_not_finite(model: nn.Module, chosen: Mapping[str, nn.Module], trace: Trace) -> None:
+    """ValueError naming a layer or normalization whose numbers, or whose input on the example, are of no use."""
+    norms = {name: model.get_submodule(name) for name in trace.norm_owner}
+    for name, module in {**chosen, **norms}.items():
+        problem = not_finite(watched(module))
+        if problem:
+            raise ValueError(f"quantize_: {type(module).__name__} {name!r}: {problem}")
+    for name in sorted(chosen, key=lambda name: trace.layers[name].order):
+        if trace.layers[name].problem:
+            raise ValueError(f"quantize_: the input of layer {name!r} on the example: {trace.layers[name].problem}")
+
+
 def _kept_in_float(recipe: Recipe, candidates: Mapping[str, nn.Module], edges: set[str]) -> dict[str, str]:
     """Layers that the recipe leaves in float, with the reason."""
     kept = {}
@@ -202,7 +217,7 @@ def _form(  # noqa: PLR0917
     edge_bits = dict.fromkeys(recipe.precisions, recipe.edge_bits)
     part = recipe.weight if inner else recipe.edge_weight
     bits = {p: p for p in recipe.precisions} if inner else edge_bits
-    channels = shape[0] if recipe.per_channel else None
+    channels = shape[0] if (recipe.per_channel if inner else recipe.edge_per_channel) else None
     weight_quant = build(part.name, "weight", part.options, bits=bits, channels=channels)
     assert isinstance(weight_quant, WeightQuantizer)
     if recipe.rescale is not None:

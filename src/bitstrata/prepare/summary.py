@@ -69,6 +69,10 @@ def _quantized_row(name: str, layer: QuantizedLayer, own: int) -> SummaryRow:
     notes = ["first or last layer"] if layer.edge else []
     if weight.channels is not None:
         notes.append("a step an output channel")
+    if layer.weight_transform is not None:
+        notes.append(f"weights through {type(layer.weight_transform).__name__}")
+    if layer.input_pool is not None:
+        notes.append("pools its quantized input")
     kind = type(layer).__name__.removeprefix("Quant")
     inputs = "float" if act is None else f"{type(act).__name__} {_widths(act.bits)}{' signed' if act.signed else ''}"
     return SummaryRow(name, kind, f"{type(weight).__name__} {_widths(weight.bits)}", inputs, own, "; ".join(notes))

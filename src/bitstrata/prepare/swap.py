@@ -29,20 +29,35 @@ def to_layer_batch_norm(model: nn.Module) -> None:
 
 
 def convert_norms(model: nn.Module, recipe: Recipe, trace: Trace) -> None:
-    """Every normalization becomes one with levels for the recipe's precisions, following the layer that owns it."""
+    """Every normalization becomes one with levels for the recipe's precisions, following the layer that owns it.
+
+    One that is owned by a layer in float still sees other statistics at every precision: it follows the next quantized
+    layer, or the last.
+    """
     layers = quantized_layers(model)
+    order = sorted((seen.order, name) for name, seen in trace.layers.items() if seen.calls)
     replaced: dict[int, PrecisionBatchNorm] = {}
     for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS):
-            owner = trace.norm_owner.get(name)
-            if owner in layers:
-                replaced[id(module)] = PrecisionBatchNorm(
-                    module, recipe.precisions, owner, layers[owner], levels=recipe.norm_levels
-                )
-            else:
-                reason = f"follows {owner!r}, which is in float" if owner else "did not run on the example"
-                module.__dict__[SKIPPED] = reason
+        if not isinstance(module, BATCH_NORMS):
+            continue
+        owner = trace.norm_owner.get(name)
+        if owner is None:
+            module.__dict__[SKIPPED] = "did not run on the example"
+        elif owner not in layers and len(recipe.precisions) == 1:
+            module.__dict__[SKIPPED] = f"follows {owner!r}, which is in float"
+        else:
+            followed = owner if owner in layers else _nearest(order, owner, layers)
+            replaced[id(module)] = PrecisionBatchNorm(
+                module, recipe.precisions, owner, layers[followed], levels=recipe.norm_levels
+            )
     _replace(model, replaced)
+
+
+def _nearest(order: list[tuple[int, str]], owner: str, layers: Mapping[str, QuantizedLayer]) -> str:
+    """The first quantized layer that runs after `owner`, or the last before it."""
+    at = next(i for i, (_, name) in enumerate(order) if name == owner)
+    later = [name for _, name in order[at:] if name in layers]
+    return later[0] if later else [name for _, name in order[:at] if name in layers][-1]
 
 
 def give_own_edges(model: nn.Module, precisions: tuple[int, ...], first: str, last: str) -> None:

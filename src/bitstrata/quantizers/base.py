@@ -41,7 +41,7 @@ class Grid:
 class LayerFacts:
     """What `quantize_` saw of the layer that a quantizer serves.
 
-    kind: "conv" or "linear". normalized: a normalization reads the layer's output. edge: first or last layer.
+    kind: "conv" or "linear". normalized: only normalizations read the layer's output. edge: first or last layer.
     """
 
     kind: str
@@ -73,8 +73,8 @@ class Quantizer(nn.Module, ABC):
         if not bits:
             raise ValueError(f"{type(self).__name__}: bits must name at least one precision")
         for precision, width in bits.items():
-            if not 1 <= width <= 8:
-                raise ValueError(f"{type(self).__name__}: bits must be 1..8, got {width} at precision {precision}")
+            if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= 8:
+                raise ValueError(f"{type(self).__name__}: bits must be 1..8, got {width!r} at precision {precision}")
         self.bits = dict(sorted(bits.items()))
         self.channels = channels
         self.signed = signed
@@ -244,14 +244,16 @@ class ActivationQuantizer(Quantizer):
     def prepare(self, x: Tensor) -> None:
         """Called at the start of forward: observe, or initialise on the first training batch.
 
-        An all-zero batch sets no step, and needs none: zero is on every activation grid.
+        An all-zero batch sets no step, and needs none: zero is on every activation grid whose offset is 0. So a layer
+        whose inputs are always zero can be trained and evaluated.
         """
-        if self.observing or (self.training and not self._is_initialized()):
+        if self.observing or (self.training and not self.is_initialized()):
             self.init_(x)
-        else:
+        elif not self.is_initialized() and (self.offset != 0 or bool((x != 0).any())):
             self.require_initialized()
 
-    def _is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:
+        """Whether the current precision's step was set."""
         flag = self.__dict__.get("_initialized_cache")
         if not flag or not flag[self._slots[self.precision]]:  # reading a buffer each step would stall accelerators
             flag = self.initialized.tolist()
@@ -260,7 +262,7 @@ class ActivationQuantizer(Quantizer):
 
     def require_initialized(self) -> None:
         """Raise RuntimeError if the current precision's step was never set."""
-        if not self._is_initialized():
+        if not self.is_initialized():
             raise RuntimeError(
                 f"{type(self).__name__}: no step size at precision {self.precision}: run bitstrata.calibrate_(model, "
                 "batches), or a training batch, at this precision first; an all-zero batch does not count"

@@ -136,8 +136,8 @@ class PactActivation(ActivationQuantizer):
             x if self.signed else torch.where(x > 0, x, x * 0)
         )  # 0 times -inf or NaN is NaN: the base sees it
 
-    def _is_initialized(self) -> bool:
-        return isinstance(self.init, float) or super()._is_initialized()
+    def is_initialized(self) -> bool:
+        return isinstance(self.init, float) or super().is_initialized()
 
     def _grid(self) -> Grid:
         lo, hi = self.limits()

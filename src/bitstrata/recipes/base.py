@@ -96,8 +96,9 @@ class Recipe:
     activation_bits: precision -> width of inner layers' inputs.
     placement: "input" quantizes what a layer reads. "activation" lets the quantizer take the ReLU's place, before an
         average pooling that follows it.
-    edges: first and last layer. "int8": `edge_weight` and `edge_activation` at `edge_bits` at every precision.
-        "inner": as the inner layers, but for the network's input. "float": left in float, which cannot be lowered.
+    edges: first and last layer. "int8": `edge_weight` (a step an output channel if `edge_per_channel`) and
+        `edge_activation` at `edge_bits` at every precision. "inner": as the inner layers, but for the network's input.
+        "float": left in float, which cannot be lowered.
     last_input: the last layer reads codes of the "edge" grid or of the "inner" one. Only with edges="int8".
     own_edges: edge layers have weights of their own at every precision.
     downsample: "inner", or "float" to leave the 1x1 convolutions of shortcuts in float.
@@ -119,6 +120,7 @@ class Recipe:
     edge_weight: Part = Part("lsq", "weight")
     edge_activation: Part = Part("lsq", "activation")
     edge_bits: int = 8
+    edge_per_channel: bool = False
     last_input: str = "edge"
     own_edges: bool = False
     downsample: str = "inner"

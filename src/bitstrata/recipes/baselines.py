@@ -15,9 +15,9 @@ INT8 = "8-bit weights and activations per tensor by their largest magnitude, act
 _LSQ_DECAY = {1: 0.0, 2: 2.5e-5, 3: 5e-5}  # half the decay for every bit less, LSQ section 2.3 and UniQ section 5
 
 
-def step_schedule(bits: int) -> Schedule:
+def step_schedule(bits: int, course: str = "cosine") -> Schedule:
     """LSQ's and UniQ's training on ImageNet: 90 epochs from lr .01 by a cosine, decay by width."""
-    return Schedule(epochs=90, batch_size=256, lr=0.01, weight_decay=_LSQ_DECAY.get(bits, 1e-4))
+    return Schedule(epochs=90, batch_size=256, lr=0.01, weight_decay=_LSQ_DECAY.get(bits, 1e-4), schedule=course)
 
 
 @register("lsq", LSQ)
@@ -42,16 +42,19 @@ def lsq(
         edges: first and last layer: "int8", "inner" or "float".
         edge_bits: width of the first and last layer with edges="int8".
     """
+    activation = Part("lsq", "activation", {"numel": numel, "init": init})
     return Recipe(
         name="lsq",
         description=LSQ,
         precisions=(bits,),
         weight=Part("lsq", "weight", {"init": init}),
-        activation=None if a is None else Part("lsq", "activation", {"numel": numel, "init": init}),
+        activation=None if a is None else activation,
         activation_bits=activation_widths((bits,), a),
         per_channel=per_channel,
         edges=edges,
+        edge_activation=activation,
         edge_bits=edge_bits,
+        edge_per_channel=per_channel,
         schedule=step_schedule(bits),
     )
 
@@ -75,6 +78,7 @@ def lsq_plus(
         per_channel=per_channel,
         edges=edges,
         edge_bits=edge_bits,
+        edge_per_channel=per_channel,
         schedule=step_schedule(bits),
     )
 
@@ -206,6 +210,7 @@ def int8(a: int | None = 8, *, per_channel: bool = False, range: str = "symmetri
         activation_bits=activation_widths((8,), a),
         per_channel=per_channel,
         edges=edges,
+        edge_per_channel=per_channel,
         edge_activation=Part("int8", "activation", {"range": range}),
         schedule=Schedule(lr=0.001, nesterov=True),
     )

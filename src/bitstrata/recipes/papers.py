@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .base import Objective, Part, Recipe, Schedule, register
 from .baselines import SAT_SCHEDULE, step_schedule
@@ -150,11 +151,9 @@ def uniq(
         downsample: "inner", or "float" for the 1x1 convolutions of shortcuts.
         warmup: at 1 bit, train with Adam, five epochs at a constant .001 before the cosine from .004.
     """
-    schedule = step_schedule(bits)
+    schedule = step_schedule(bits, "cosine_epoch")
     if bits == 1 and warmup:
-        schedule = Schedule(
-            epochs=90, batch_size=256, lr=0.004, optimizer="adam", weight_decay=0.0, warmup=5.0, warmup_lr=0.001
-        )
+        schedule = replace(schedule, optimizer="adam", lr=0.004, warmup=5.0, warmup_lr=0.001)
     activation = Part("uniq", "activation", {"init": init, "signed_input": signed_input, "numel": numel})
     return Recipe(
         name="uniq",

@@ -43,6 +43,7 @@ def strata(
         per_channel=per_channel,
         edges=edges,
         edge_bits=edge_bits,
+        edge_per_channel=per_channel,
         objective=Objective(distill=distill),
         schedule=Schedule(lr=0.02, nesterov=True, weight_decay=5e-4),
     )

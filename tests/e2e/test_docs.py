@@ -1,0 +1,51 @@
+"""The pages under docs/ run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+
+from bitstrata.quantizers import registry  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def run(source: str, page: str, names: dict[str, object]) -> dict[str, object]:
+    exec(compile(source, str(DOCS / page), "exec"), names)
+    return names
+
+
+def test_add_a_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_RECORDS", dict(registry._RECORDS))
+    torch.manual_seed(0)
+    quantizer, tests, use = blocks("add-a-quantizer.md")
+    module = ModuleType("ternary")
+    run(quantizer, "add-a-quantizer.md", module.__dict__)
+    found = run(tests, "add-a-quantizer.md", {})
+    called = [value() for name, value in found.items() if name.startswith("test_")]
+    assert len(called) == 2
+    result = run(use, "add-a-quantizer.md", {})
+    assert result["report"].ok  # type: ignore[attr-defined]
+    assert "engine values unequal to the reference's: 0" in capsys.readouterr().out
+    assert (tmp_path / "ternary.strata" / "manifest.json").is_file()
+
+
+def test_mix_two_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for source in blocks("mix-two-papers.md"):
+        run(source, "mix-two-papers.md", names)
+    printed = capsys.readouterr().out
+    assert "needs transform='standardize'" in printed
+    assert "mixed: UniQ" in printed
