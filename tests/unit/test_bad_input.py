@@ -95,9 +95,7 @@ def test_wrong_weight_states(states):
 
 @pytest.mark.parametrize("states", [0, 1, 257, True])
 def test_wrong_activation_states(states):
-    with pytest.raises(
-        ValueError, match=r"states must be an integer in 2\.\.256, got|activation width must be 1\.\.8, got"
-    ):
+    with pytest.raises(ValueError, match=r"maqd: m_a must be a whole number of states, 2\.\.256, or None, got"):
         R.maqd(3, states)
 
 
@@ -143,7 +141,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_changes(name, b
 @pytest.mark.parametrize("key", ["0.bias", "1.weight", "4.running_mean", "4.running_var", "7.weight"])
 def test_other_numbers_that_are_not_finite_are_named(key):
     model = net()
-    model.state_dict()[key][0] = NAN
+    model.state_dict()[key].reshape(-1)[0] = NAN
     layer, tensor = key.split(".")
     with pytest.raises(ValueError, match=rf"^quantize_: \w+ '{layer}': 1 of \d+ values of {tensor} are not finite"):
         quantized("strata", model)
@@ -213,7 +211,7 @@ def test_activations_that_overflow_inside_are_named_by_layer():
             return x * 1e38 * 1e38
 
     model = bs.quantize_(
-        nn.Sequential(nn.Linear(4, 4), Big(), nn.Linear(4, 2)), R.uniq(edges="inner"), torch.zeros(2, 4)
+        nn.Sequential(nn.Linear(4, 4, bias=False), Big(), nn.Linear(4, 2)), R.uniq(edges="inner"), torch.zeros(2, 4)
     )
     with pytest.raises(
         ValueError, match=r"^calibrate_: input of layer '2': UniqActivation: cannot set the step.*not fi"
@@ -302,10 +300,6 @@ def zero_channel(model: nn.Module) -> None:
         model[index].weight[1] = 0
 
 
-def zero_inner(model: nn.Module) -> None:
-    model[3].weight.zero_()
-
-
 def zero_everywhere(model: nn.Module) -> None:
     for index in (0, 3, 7):
         model[index].weight.zero_()
@@ -316,13 +310,18 @@ def constant_everywhere(model: nn.Module) -> None:
         model[index].weight.fill_(-0.1)
 
 
-@pytest.mark.parametrize("spoil", [zero_channel, zero_inner, zero_everywhere, constant_everywhere])
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spoil", [zero_channel, zero_everywhere, constant_everywhere])
+@pytest.mark.parametrize(
+    ("name", "per_channel"),
+    [
+        (name, per_channel)
+        for name in NAMES
+        for per_channel in (False, True)
+        if not per_channel or "per_channel" in inspect.signature(getattr(R, name)).parameters
+    ],
+)
 def test_weights_without_content(name, per_channel, spoil: Callable[[nn.Module], None]):
     options = {"per_channel": True} if per_channel else {}
-    if per_channel and "per_channel" not in inspect.signature(getattr(R, name)).parameters:
-        pytest.skip("no such switch")
     model = net()
     with torch.no_grad():
         spoil(model)

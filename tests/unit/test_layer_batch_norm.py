@@ -224,7 +224,7 @@ def test_conversion_errors():
         TypeError, match=r"layer_batch_norm_from: norm must be BatchNorm1d or BatchNorm2d, got LayerNorm"
     ):
         layer_batch_norm_from(nn.LayerNorm(2))
-    with pytest.raises(TypeError, match=r"fold: norm must be a BatchNorm or LayerBatchNorm, got Identity"):
+    with pytest.raises(TypeError, match=r"fold: norm must be a BatchNorm, LayerBatchNorm or L1BatchNorm, got Identity"):
         fold(nn.Identity())
     without = nn.BatchNorm1d(2, track_running_stats=False)
     for function in (fold, layer_batch_norm_from):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import collapse_own_
+from ..prepare.observe import BATCH_NORMS
 from ..prepare.precision import precisions, set_precision
 from .errors import LowerError
 from .ready import refuse_unready
@@ -20,7 +21,7 @@ from .ready import refuse_unready
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, QuantizedLayer | PrecisionBatchNorm):
+        if isinstance(m, (QuantizedLayer, PrecisionBatchNorm, *BATCH_NORMS)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -50,6 +50,8 @@ def maqd(
     from ..quantizers.maqd import width_of
 
     width = width_of(m_w, delta_mode)
+    if m_a is not None and (not isinstance(m_a, int) or isinstance(m_a, bool) or not 2 <= m_a <= 256):
+        raise ValueError(f"maqd: m_a must be a whole number of states, 2..256, or None, got {m_a!r}")
     activation = {"states": m_a, "act_surrogate": act_surrogate, "alpha": alpha}
     return Recipe(
         name="maqd",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 Widths = str | int | Mapping[int, int] | None
 
@@ -25,6 +25,9 @@ def activation_widths(precisions: tuple[int, ...], a: Widths) -> dict[int, int]:
 
 def weight_widths(recipe: str, w: Sequence[int]) -> tuple[int, ...]:
     """Widths in ascending order, each once. ValueError on anything that is no whole number."""
+    if isinstance(w, str) or not isinstance(w, Iterable):
+        raise ValueError(f"{recipe}: weight widths must be several numbers of bits such as (2, 4), got {w!r}")
+    w = tuple(w)
     if not all(isinstance(b, int) and not isinstance(b, bool) for b in w):
-        raise ValueError(f"{recipe}: weight widths must be whole numbers of bits, got {tuple(w)}")
+        raise ValueError(f"{recipe}: weight widths must be whole numbers of bits, got {w}")
     return tuple(sorted(set(w)))
