@@ -78,13 +78,13 @@ def test_normalization_after_a_linear_layer():
     assert follows(model) == {"1": "0"}
 
 
-def test_normalizations_of_float_layers_stay():
+def test_normalizations_of_float_layers_follow_the_next_quantized_layer():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     model.add_module("aside", _Silent(nn.BatchNorm1d(3)))
     bs.quantize_(model, STRATA, torch.randn(3, 4), filter=lambda name, _: name != "2")
-    assert follows(model) == {"1": "0"}
+    assert follows(model) == {"1": "0", "3": "2"}
+    assert model[3].followed is model[4]
     notes = {name: row.note for name, row in rows(model).items()}
-    assert notes["3"] == "float: follows '2', which is in float"
     assert notes["aside.inner"] == "float: did not run on the example"
 
 

@@ -28,6 +28,11 @@ def norm_affine(norm: nn.Module, name: str) -> tuple[Array, Array]:
         raise LowerError(
             f"lower: the normalization {name} has no running statistics; use track_running_stats=True"
         ) from error
+    except TypeError as error:
+        raise LowerError(
+            f"lower: the normalization {name}, {type(norm).__name__}, is no affine function of its input at inference; "
+            "use its plain form"
+        ) from error
     return gain.numpy(), shift.numpy()
 
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .l1_norm import L1BatchNorm, QuantizedL1BatchNorm
+
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over all ranks; every rank's result depends on every rank's tensor, so gradients sum too."""
@@ -228,19 +230,29 @@ def fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(gain, shift), float64 (C,), with which evaluation computes gain_c x + shift_c.
 
     Args:
-        norm: BatchNorm1d/2d or LayerBatchNorm1d/2d.
+        norm: BatchNorm1d/2d, LayerBatchNorm1d/2d or L1BatchNorm1d/2d.
 
     Raises:
-        TypeError: another module.
+        TypeError: another module; a fully quantized normalization, whose grids follow the batch.
         ValueError: no running statistics.
     """
-    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | LayerBatchNorm):
-        raise TypeError(f"fold: norm must be a BatchNorm or LayerBatchNorm, got {type(norm).__name__}")
+    if isinstance(norm, QuantizedL1BatchNorm):
+        raise TypeError(
+            f"fold: {type(norm).__name__} quantizes its input and result by the largest magnitude in each batch, so it "
+            "is no affine map; use L1BatchNorm for a network that is to run in integers"
+        )
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | LayerBatchNorm | L1BatchNorm):
+        raise TypeError(f"fold: norm must be a BatchNorm, LayerBatchNorm or L1BatchNorm, got {type(norm).__name__}")
     mean, var = _running(norm, "fold")
     one = torch.ones(norm.num_features, dtype=torch.float64, device=mean.device)
     gamma = one if norm.weight is None else norm.weight.detach().double()
     beta = 0 * one if norm.bias is None else norm.bias.detach().double()
-    gain = gamma / torch.sqrt(var + norm.eps)
+    if isinstance(norm, L1BatchNorm):
+        spread = norm.running_deviation.detach().double() + norm.eps
+        spread = spread.masked_fill(spread == 0, 1.0)  # as evaluation does
+    else:
+        spread = torch.sqrt(var + norm.eps)
+    gain = gamma / spread
     return gain, beta - mean * gain
 
 

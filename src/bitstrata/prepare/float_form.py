@@ -17,7 +17,7 @@ from ..nn.layers import FORMS
 from ..quantizers.registry import build_transform
 from ..recipes.base import Recipe
 from .observe import observe
-from .swap import to_layer_batch_norm
+from .swap import replace_norms
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -44,7 +44,8 @@ def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any, *, filter
     - recipe.transform is applied to every Linear, Conv1d and Conv2d (first and last too if edges="inner");
     - "dorefa" weights of a recipe with a rescaling are clamped by tanh in every layer and rescaled where the quantized
       network will be; without a rescaling they stay as they are (clamped ones alone train badly, SAT figure 2b);
-    - norm="layer_batch" replaces batch normalizations by layer-batch normalizations with their affine.
+    - norm="layer_batch" replaces batch normalizations by layer-batch normalizations with their affine, norm="l1" by L1
+      batch normalizations that evaluate to the same.
 
     Args:
         model: a float model.
@@ -71,8 +72,7 @@ def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any, *, filter
         transform = _transform(recipe, module, edge=name in edges, normalized=name in trace.normalized)
         if transform is not None:
             parametrize.register_parametrization(module, "weight", transform)
-    if recipe.norm == "layer_batch":
-        to_layer_batch_norm(model)
+    replace_norms(model, recipe.norm)
     return model
 
 

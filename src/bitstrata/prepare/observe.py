@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..nn.l1_norm import L1BatchNorm
 from ..nn.layer_batch_norm import LayerBatchNorm1d, LayerBatchNorm2d
 from .finite import not_finite
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, LayerBatchNorm1d, LayerBatchNorm2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, LayerBatchNorm1d, LayerBatchNorm2d, L1BatchNorm)
 
 
 @dataclass

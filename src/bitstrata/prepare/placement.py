@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.layer_batch_norm import LayerBatchNorm
-from .observe import evaluating
+from .observe import BATCH_NORMS, evaluating
 
 ACTIVATIONS = (nn.ReLU, nn.Hardtanh)  # ReLU6 is a Hardtanh
 POOLS = (nn.AvgPool1d, nn.AvgPool2d)
@@ -108,7 +107,7 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self.leaves or isinstance(m, LayerBatchNorm):
+        if id(m) in self.leaves or isinstance(m, BATCH_NORMS):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

@@ -18,7 +18,7 @@ from .float_form import float_type, strip_float_form_
 from .observe import LayerTrace, Trace, observe
 from .placement import absorb_activations_
 from .precision import quantized_layers
-from .swap import SKIPPED, convert_norms, give_own_edges, to_layer_batch_norm
+from .swap import SKIPPED, convert_norms, give_own_edges, replace_norms
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -111,7 +111,6 @@ def quantize_(
         name: _form(name, module, recipe, trace.layers[name], facts[name], roles[name], input)
         for name, module in chosen.items()
     }
-    strip_float_form_(model)
     if recipe.placement == "activation":
         standing = {n: chosen[n] for n, form in forms.items() if getattr(form.act_quant, "stands_for_relu", False)}
         kept = [placed for placed in absorb_activations_(model, example_inputs, standing) if placed.action == "kept"]
@@ -121,6 +120,7 @@ def quantize_(
                 f"should take their place ({kept[0].reason}); values are right, gradients below 0 are cut",
                 stacklevel=2,
             )
+    strip_float_form_(model)
     for name, reason in skipped.items():
         candidates[name].__dict__[SKIPPED] = reason
     for name, form in forms.items():
@@ -131,8 +131,7 @@ def quantize_(
             edge=roles[name].edge,
             weight_transform=form.weight_transform,
         )
-    if recipe.norm == "layer_batch":
-        to_layer_batch_norm(model)
+    replace_norms(model, recipe.norm)
     convert_norms(model, recipe, trace)
     if recipe.own_edges:
         give_own_edges(model, recipe.precisions, first, last)

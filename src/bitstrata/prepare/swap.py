@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from torch import nn
 
+from ..nn.l1_norm import l1_batch_norm_from
 from ..nn.layer_batch_norm import layer_batch_norm_from
 from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
@@ -21,11 +22,31 @@ SKIPPED = "_bitstrata_skipped"  # module attribute: why quantize_ left it in flo
 
 def to_layer_batch_norm(model: nn.Module) -> None:
     """Every batch normalization becomes a layer-batch normalization with its affine, under the same names."""
+    _replace_batch_norms(model, layer_batch_norm_from)
+
+
+def to_l1_batch_norm(model: nn.Module) -> None:
+    """Every batch normalization becomes an L1 batch normalization that evaluates to the same, under the same names.
+
+    Its deviation is scaled by sqrt(pi/2), so that a trained network goes on from where it is.
+    """
+    _replace_batch_norms(model, l1_batch_norm_from)
+
+
+def replace_norms(model: nn.Module, norm: str) -> None:
+    """Put the normalization that a recipe's field `norm` names in the place of batch normalization, in place."""
+    if norm == "layer_batch":
+        to_layer_batch_norm(model)
+    elif norm == "l1":
+        to_l1_batch_norm(model)
+
+
+def _replace_batch_norms(model: nn.Module, form: Callable[[nn.Module], nn.Module]) -> None:
     made: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-                parent._modules[name] = made.setdefault(id(child), layer_batch_norm_from(child))
+                parent._modules[name] = made.setdefault(id(child), form(child))
 
 
 def convert_norms(model: nn.Module, recipe: Recipe, trace: Trace) -> None:

@@ -102,7 +102,8 @@ class Recipe:
     last_input: the last layer reads codes of the "edge" grid or of the "inner" one. Only with edges="int8".
     own_edges: edge layers have weights of their own at every precision.
     downsample: "inner", or "float" to leave the 1x1 convolutions of shortcuts in float.
-    norm: "batch", or "layer_batch" to put layer-batch normalization in the place of batch normalization.
+    norm: "batch", or "layer_batch" or "l1" to put layer-batch normalization or L1 batch normalization in the place of
+        batch normalization.
     norm_levels: "individual" statistics and affine a precision, individual "statistics" only, or all "shared".
     """
 

@@ -23,7 +23,7 @@ def check(recipe: Recipe) -> None:
     one_of(owner, "edges", recipe.edges, ("int8", "inner", "float"))
     one_of(owner, "last_input", recipe.last_input, ("edge", "inner"))
     one_of(owner, "downsample", recipe.downsample, ("inner", "float"))
-    one_of(owner, "norm", recipe.norm, ("batch", "layer_batch"))
+    one_of(owner, "norm", recipe.norm, ("batch", "layer_batch", "l1"))
     one_of(owner, "norm_levels", recipe.norm_levels, ("individual", "statistics", "shared"))
     _check_roles(owner, recipe)
     _check_widths(owner, recipe)

@@ -1,0 +1,327 @@
+"""Normalization by the mean absolute deviation, in float and with every tensor of it in low-bit integers.
+
+Source: Guo, Liu et al., "Towards Accurate and Efficient Sub-8-Bit Integer Training", section 3.3, eqs. 5 and 36-42.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reduce import sum_to
+
+L1_SCALES = {"1": 1.0, "sqrt(pi/2)": math.sqrt(math.pi / 2)}
+Rounding = Callable[[Tensor], Tensor]
+HALF = (torch.float16, torch.bfloat16)
+
+
+def l1_factor(l1_scale: str, owner: str) -> float:
+    """What the mean absolute deviation is multiplied by; `owner` is for the ValueError on an unknown `l1_scale`."""
+    if l1_scale not in L1_SCALES:
+        raise ValueError(f"{owner}: l1_scale must be one of {', '.join(map(repr, L1_SCALES))}, got {l1_scale!r}")
+    return L1_SCALES[l1_scale]
+
+
+def nearest(z: Tensor) -> Tensor:
+    """Round to nearest, ties to even."""
+    return z.round()
+
+
+def stochastic(z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """floor(z + u) with u uniform in [0, 1), drawn an element: the mean over draws is z.
+
+    Args:
+        z: floating; whole numbers stay as they are.
+        generator: on z's device; torch's default one otherwise. The draws do not depend on z's memory format.
+    """
+    low = z.floor()
+    u = torch.rand(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+    return low + ((z - low) + u >= 1)  # z + u itself would be rounded, up to the next whole number at times
+
+
+def stochastic_rounding(generator: torch.Generator) -> Rounding:
+    """`stochastic` with the draws of `generator`."""
+    return partial(stochastic, generator=generator)
+
+
+class _L1Normalize(torch.autograd.Function):
+    """h = (x - mu)/D with mu = mean(x), D = c mean|x - mu| + eps, both differentiated.
+
+    g = dL/dh, s = sign(x - mu) with sign(0) = 0: dL/dx = (g - mean(g) - c (s - mean(s)) mean(g h)) / D.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], eps: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.mean(dims, keepdim=True)
+        centered = x - mean
+        deviation = centered.abs().mean(dims, keepdim=True).mul_(factor)
+        spread = _divisor(deviation + eps)
+        h = centered.div_(spread)
+        ctx.save_for_backward(h, spread)
+        ctx.config = (dims, factor)
+        ctx.mark_non_differentiable(mean, deviation)
+        return h, mean, deviation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        h, spread = ctx.saved_tensors
+        dims, factor = ctx.config
+        return _through_statistics(grad, h, h.sign().mul_(factor), spread, dims), None, None, None
+
+
+def _divisor(spread: Tensor) -> Tensor:
+    """1 in the place of 0, which only constant inputs without an eps have: they are centered to 0 and stay it."""
+    return spread.masked_fill(spread == 0, 1.0)
+
+
+def _through_statistics(g: Tensor, h: Tensor, slope: Tensor, spread: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Gradient of x for that of h = (x - mean)/spread, with d spread/dx_i = (slope_i - mean(slope))/n."""
+    together = (g * h).mean(dims, keepdim=True)
+    slope = slope - slope.mean(dims, keepdim=True)
+    return (g - g.mean(dims, keepdim=True)).sub_(slope.mul_(together)).div_(spread)
+
+
+def l1_normalize(
+    x: Tensor, dims: tuple[int, ...], *, eps: float = 1e-5, l1_scale: str = "1"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) / (deviation + eps), with deviation = c mean|x - mean|, both over `dims`.
+
+    The paper's eq. 39 writes a sum for the deviation; over n elements that would shrink the result n-fold.
+
+    Args:
+        x: floating, any shape; statistics of half-precision x are taken in float32.
+        dims: dimensions to normalize over, all others have statistics of their own.
+        eps: at least 0, added to the deviation. With 0, what is constant is normalized to 0.
+        l1_scale: c; "1", or "sqrt(pi/2)", with which the deviation of Gaussian x is its standard deviation.
+
+    Returns:
+        The normalized x, of its shape and dtype, differentiable once; mean and deviation (without eps), with the
+        dimensions `dims` kept as 1, float32 or wider, not differentiable.
+
+    Raises:
+        ValueError: unknown `l1_scale`, or nothing to take a mean of.
+    """
+    factor = l1_factor(l1_scale, "l1_normalize")
+    _refuse_empty("l1_normalize", x)
+    h, mean, deviation = _L1Normalize.apply(x.float() if x.dtype in HALF else x, dims, eps, factor)
+    return h.to(x.dtype), mean, deviation
+
+
+def _refuse_empty(owner: str, x: Tensor) -> None:
+    if x.numel() == 0:
+        raise ValueError(f"{owner}: the input has no elements, shape {tuple(x.shape)}")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A tensor on a symmetric grid without zero point: value = step * codes.
+
+    codes: whole numbers in the floating dtype of what was quantized. step: one element of it.
+    """
+
+    codes: Tensor
+    step: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        return self.codes * self.step
+
+
+def symmetric_dynamic(x: Tensor, bits: int = 8, rounding: Rounding = nearest) -> Codes:
+    """Codes in -B..B, B = 2^(bits-1) - 1, with the one step max|x| / B of the whole tensor; 1 if that is 0.
+
+    NaN or infinite elements make every code NaN.
+
+    Args:
+        x: float32 or float64, any shape with elements.
+        bits: 2..8.
+        rounding: of x/step to whole numbers.
+
+    Raises:
+        ValueError: `bits` out of range.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"symmetric_dynamic: bits must be 2..8, got {bits}")
+    bound = 2 ** (bits - 1) - 1
+    step = x.detach().abs().amax().div_(bound)
+    step = step.masked_fill_(step == 0, 1.0)
+    return Codes(rounding(x.detach() / step).clamp_(-bound, bound), step)
+
+
+@dataclass(frozen=True)
+class QuantizedNorm:
+    """Every tensor of one fully quantized normalization: what is quantized, and the result.
+
+    x, mean, deviation, normalized, weight, bias: on their grids; weight and bias None where there are none.
+    batch_mean, batch_deviation: of x's codes, in real numbers, before they are quantized; without eps.
+    result: weight * normalized + bias, not quantized: the next layer quantizes what it reads.
+    """
+
+    x: Codes
+    batch_mean: Tensor
+    mean: Codes
+    batch_deviation: Tensor
+    deviation: Codes
+    normalized: Codes
+    weight: Codes | None
+    bias: Codes | None
+    result: Tensor
+
+
+def _spread(deviation: Tensor, eps: float, l2: bool) -> Tensor:
+    """What to divide by, for a deviation without eps."""
+    return deviation.square().add_(eps).sqrt_() if l2 else deviation + eps
+
+
+@torch.no_grad()
+def quantized_norm_codes(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: tuple[int, ...],
+    *,
+    bits: int = 8,
+    eps: float = 1e-5,
+    l1_scale: str = "1",
+    l2: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> QuantizedNorm:
+    """The fully quantized normalization, every tensor on a dynamic symmetric grid of its own, rounded to nearest.
+
+    In this order: x; its mean, from the sum of integer codes; the deviation of x from the quantized mean, eps
+    included, its codes at least 1; (x - mean)/deviation of the quantized three; weight; bias.
+
+    Args:
+        x: float32 or float64, any shape with elements.
+        weight, bias: broadcastable to x, or None.
+        dims, eps, l1_scale: as for `l1_normalize`.
+        bits: width of every grid, 2..8.
+        l2: normalize by sqrt(mean (x - mean)^2 + eps) instead, whatever `l1_scale`.
+        statistics: mean and deviation (without eps) to use and quantize in the place of x's own, broadcastable to x.
+
+    Raises:
+        ValueError: `bits` out of range, unknown `l1_scale`, or x without elements.
+    """
+    factor = l1_factor(l1_scale, "quantized_norm_codes")
+    _refuse_empty("quantized_norm_codes", x)
+    xq = symmetric_dynamic(x, bits)
+    x_value = xq.value
+    if statistics is None:
+        total = xq.codes.sum(dims, keepdim=True, dtype=torch.int64)
+        count = x.numel() // total.numel()
+        batch_mean = total.to(x.dtype) / count * xq.step
+    else:
+        batch_mean = statistics[0]
+    mean = symmetric_dynamic(batch_mean, bits)
+    centered = x_value - mean.value
+    if statistics is not None:
+        batch_deviation = statistics[1]
+    elif l2:
+        batch_deviation = centered.square().mean(dims, keepdim=True).sqrt_()
+    else:
+        batch_deviation = centered.abs().mean(dims, keepdim=True).mul_(factor)
+    grid = symmetric_dynamic(_spread(batch_deviation, eps, l2), bits)
+    deviation = Codes(grid.codes.clamp(min=1), grid.step)
+    normalized = symmetric_dynamic(centered / deviation.value, bits)
+    result = normalized.value
+    weight_q = None if weight is None else symmetric_dynamic(weight.to(x.dtype), bits)
+    bias_q = None if bias is None else symmetric_dynamic(bias.to(x.dtype), bits)
+    result = result if weight_q is None else result.mul_(weight_q.value)
+    result = result if bias_q is None else result.add_(bias_q.value)
+    return QuantizedNorm(xq, batch_mean, mean, batch_deviation, deviation, normalized, weight_q, bias_q, result)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a fully quantized normalization does besides its tensors; options: keywords of `quantized_norm_codes`."""
+
+    dims: tuple[int, ...]
+    statistics: tuple[Tensor, Tensor] | None
+    rounding: Rounding
+    options: dict[str, Any]
+
+
+class _QuantizedNorm(torch.autograd.Function):
+    """Straight through every quantizer, clamps of codes included; what the float formula reads is quantized."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, setting: _Setting
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fixed = setting.statistics is not None
+        out = quantized_norm_codes(x, weight, bias, setting.dims, statistics=setting.statistics, **setting.options)
+        sign = None
+        if not fixed and not setting.options["l2"]:
+            sign = (out.x.value - out.mean.value).sign_().to(torch.int8)  # the codes of h may be 0 where this is not
+        gamma = None if out.weight is None else out.weight.value
+        ctx.save_for_backward(out.normalized.value, out.deviation.value, sign, gamma)
+        ctx.shapes = [None if t is None else t.shape for t in (weight, bias)]
+        ctx.setting = (fixed, setting.dims, setting.rounding, setting.options)
+        mean, deviation = out.batch_mean.clone(), out.batch_deviation.clone()
+        ctx.mark_non_differentiable(mean, deviation)
+        return out.result, mean, deviation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        h, spread, sign, gamma = ctx.saved_tensors
+        fixed, dims, rounding, options = ctx.setting
+        grad = symmetric_dynamic(grad, options["bits"], rounding).value
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            g = grad if gamma is None else grad * gamma
+            slope = h if sign is None else sign.to(h.dtype).mul_(L1_SCALES[options["l1_scale"]])
+            grad_x = g / spread if fixed else _through_statistics(g, h, slope, spread, dims)
+        of_weight, of_bias = ctx.shapes
+        grad_weight = sum_to(grad * h, of_weight) if ctx.needs_input_grad[1] else None
+        grad_bias = sum_to(grad, of_bias) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+def quantized_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: tuple[int, ...],
+    *,
+    bits: int = 8,
+    eps: float = 1e-5,
+    l1_scale: str = "1",
+    l2: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    rounding: Rounding = stochastic,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantized_norm_codes(...).result` with a gradient.
+
+    The gradient of the result is quantized first, with `rounding`, to `bits` bits. Then, straight through all other
+    quantizers and clamps of codes, the gradients are those of the float normalization with the quantized weight,
+    deviation and normalized x in the place of the real ones; with `statistics` given, these are constants. s of
+    `l1_normalize` is the sign of quantized x less quantized mean; with `l2` normalized x is in the place of c s.
+
+    Args:
+        x: floating, any shape with elements; half precision is computed in float32.
+        weight, bias: of x's rank with sizes 1 where they are broadcast, or None.
+        dims, bits, eps, l1_scale, l2, statistics: as for `quantized_norm_codes`.
+        rounding: real numbers, gradient/step, to whole numbers: `stochastic`, `stochastic_rounding(generator)`,
+            `nearest` or a function of one's own.
+
+    Returns:
+        The result in x's shape and dtype, differentiable once; mean and deviation (without eps) before they are
+        quantized, not differentiable: of the batch, or those given.
+
+    Raises:
+        ValueError: as for `quantized_norm_codes`.
+    """
+    options = {"bits": bits, "eps": eps, "l1_scale": l1_scale, "l2": l2}
+    wide = x.float() if x.dtype in HALF else x
+    weight, bias = (None if t is None else t.to(wide.dtype) for t in (weight, bias))
+    y, mean, deviation = _QuantizedNorm.apply(wide, weight, bias, _Setting(dims, statistics, rounding, options))
+    return y.to(x.dtype), mean, deviation
