@@ -5,6 +5,7 @@ Structure (blocks, shapes, grids) is drawn; weights, statistics and images come 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,8 @@ class _Maker:
 
 @st.composite
 def recipes(draw: Draw) -> bs.Recipe:
+    if draw(st.integers(0, 2)) == 0:
+        return draw(st.sampled_from(OTHERS))()
     per_channel, edge_bits = draw(st.booleans()), draw(st.sampled_from((8, 8, 4, 2)))
     if draw(st.integers(0, 4)) == 0:
         bits, a = draw(st.integers(2, 8)), draw(st.sampled_from(("same", 3, 8)))
@@ -165,6 +168,40 @@ def recipes(draw: Draw) -> bs.Recipe:
     widths = draw(st.sets(st.integers(1, 8), min_size=1, max_size=4))
     a, scales = draw(st.sampled_from(("same", "same", 2, 8))), draw(st.sampled_from(("free", "tied")))
     return bs.recipes.strata(sorted(widths), a, per_channel=per_channel, scales=scales, edge_bits=edge_bits)
+
+
+def replaced(recipe: bs.Recipe, **parts: object) -> bs.Recipe:
+    return dataclasses.replace(recipe, **parts)  # type: ignore[arg-type]
+
+
+R, Part = bs.recipes, bs.recipes.Part
+OTHERS: tuple[Callable[[], bs.Recipe], ...] = (
+    lambda: R.lsq_plus(3),
+    lambda: R.lsq_plus(2, a=1, per_channel=True),
+    lambda: R.lsq_plus(4, edges="inner"),
+    lambda: R.dorefa(1),
+    lambda: R.dorefa(3, scheme="centered"),
+    lambda: R.pact(2),
+    lambda: R.pact(4, double_side=True, alpha=1.5),
+    lambda: R.sat(2, convs="all"),
+    lambda: R.sat(5, rescale="stddev"),
+    lambda: R.uniq(1, per_channel=True),
+    lambda: R.uniq(8, a=4),
+    lambda: R.vertical((2, 3, 4)),
+    lambda: R.vertical((2, 5, 8), compensation=False, norm_levels="statistics"),
+    lambda: R.vertical((3, 8), edges="inner", norm_levels="shared"),
+    lambda: R.adabits((1, 2, 4)),
+    lambda: R.adabits((2, 8), scheme="centered"),
+    lambda: R.ascending((2, 4)),
+    R.int8,
+    lambda: R.int8(range="full", per_channel=True),
+    lambda: replaced(
+        R.strata((1, 3)), transform=Part("standardize", "transform", {"eps_ws": 0.01}), norm="layer_batch"
+    ),
+    lambda: replaced(
+        R.strata((2, 4)), activation=Part("lsq_plus", "activation"), rescale=Part("constant", "rescale"), norm="l1"
+    ),
+)
 
 
 @st.composite
