@@ -117,7 +117,8 @@ def quantize_(
         if kept:
             warnings.warn(
                 f"quantize_: {', '.join(repr(placed.name) for placed in kept)} stay in front of the quantizer that "
-                f"should take their place ({kept[0].reason}); values are right, gradients below 0 are cut",
+                f"should take their place ({kept[0].reason}): gradients below 0 are cut there, and an average that is "
+                "kept comes before the quantizer",
                 stacklevel=2,
             )
     strip_float_form_(model)

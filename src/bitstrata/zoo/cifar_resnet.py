@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import PadShortcut, check_choice, check_positive, conv1x1, conv3x3, initialize
@@ -20,8 +19,10 @@ class CifarBlock(nn.Module):
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
         self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
         self.conv2 = conv3x3(outputs, outputs)
         self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU()
         self.shortcut: nn.Module
         if stride == 1 and inputs == outputs:
             self.shortcut = nn.Identity()
@@ -31,9 +32,9 @@ class CifarBlock(nn.Module):
             self.shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return self.relu2(out + self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -57,6 +58,7 @@ class CifarResNet(nn.Module):
             raise ValueError(f"CifarResNet: shortcut 'A' pads both sides alike, so width must be even, got {width}")
         self.conv1 = conv3x3(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
         stages = []
         inputs = width
         for stage, count in enumerate(blocks):
@@ -72,7 +74,7 @@ class CifarResNet(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return self.linear(self.pool(x).flatten(1))
