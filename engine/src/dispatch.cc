@@ -9,6 +9,9 @@ extern const Kernels kGenericKernels;
 #ifdef BITSTRATA_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
+#ifdef BITSTRATA_HAVE_AVX512VNNI
+extern const Kernels kAvx512VnniKernels;
+#endif
 
 namespace {
 
@@ -17,6 +20,9 @@ const Kernels* const kTable[] = {
     &kGenericKernels,
 #ifdef BITSTRATA_HAVE_AVX2
     &kAvx2Kernels,
+#endif
+#ifdef BITSTRATA_HAVE_AVX512VNNI
+    &kAvx512VnniKernels,
 #endif
 };
 

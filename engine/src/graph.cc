@@ -17,6 +17,8 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int64_t kChunkBytes = 256 << 10;  // what a chunk of images may occupy, to stay in the second-level cache
 constexpr int64_t kMaxChunk = 64;
+constexpr int64_t kTileBytes = 48 << 10;  // of a tile's values
+constexpr int64_t kLeastTile = 64;        // pixels, over which a convolution's weights are read once
 constexpr int64_t kSharedCost = 1 << 15;  // work below this is not worth waking the other threads for
 
 // The index of the first element outside [lo, hi], or count (which is not 0).
@@ -36,8 +38,26 @@ int64_t find_outside(const void* data, int64_t count, int32_t lo, int32_t hi) {
 
 // What a thread needs to run a chunk.
 struct Graph::Worker {
-  AlignedBuffer arena;
+  AlignedBuffer arena;   // values and scratch, of this thread's images or, where threads share images, of all
+  AlignedBuffer locals;  // of the group that runs
   std::vector<uint8_t*> values;
+};
+
+// Operations that are run one after the other on a tile of pixels while it is in the cache, then on the next tile: one
+// that computes pixels in order, and those after it that compute each pixel from the same pixel of their inputs.
+struct Graph::Group {
+  struct Local {
+    int value;
+    int64_t pixel_bytes;
+    int last;    // operation that reads it
+    int64_t at;  // in the thread's buffer
+  };
+  size_t first, end;          // operations
+  int64_t pixels;             // of an image
+  int64_t unit;               // pixels that the first operation computes at once; 0: it does not work in pixels
+  std::vector<Local> locals;  // values that nothing outside reads: only a tile of them exists
+  int64_t most;               // pixels of a tile, a multiple of the unit
+  int64_t tile;               // the same, no more than there are
 };
 
 Graph::Graph(const std::string& isa, int threads)
@@ -113,24 +133,75 @@ int Graph::flatten(const std::string& name, int x) {
 void Graph::finish(int output) {
   if (output_ >= 0) fail("graph", "it is finished already");
   value(output);
+  form_groups(output);
   lay_out_arena(output, 1);
   chunk_ = std::clamp(kChunkBytes / std::max<int64_t>(arena_bytes_, 1), int64_t{1}, kMaxChunk);
   lay_out_arena(output, chunk_);
   workers_.resize(static_cast<size_t>(threads_));
+  for (Worker& worker : workers_) worker.values.resize(values_.size());
   if (threads_ > 1) pool_ = std::make_unique<ThreadPool>(threads_);
   output_ = output;
 }
 
-// Buffers: the values, then the operations' scratch. Input and output are the caller's.
+void Graph::form_groups(int output) {
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    const Op& op = *ops_[i];
+    const int64_t pixels = values_[i + 1].shape.pixels();
+    if (op.items_of_pixel() > 0 && !groups_.empty() && groups_.back().unit > 0 && groups_.back().pixels == pixels)
+      groups_.back().end = i + 1;
+    else
+      groups_.push_back({i, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0});
+  }
+  for (Group& group : groups_) find_locals(output, &group);
+}
+
+void Graph::find_locals(int output, Group* group) {
+  if (group->unit == 0) return;
+  int64_t pixel_bytes = 1;
+  for (size_t i = group->first; i < group->end; ++i) {
+    const int v = static_cast<int>(i) + 1;
+    const auto reads = [&](const auto& op) {
+      return std::find(op->inputs.begin(), op->inputs.end(), v) != op->inputs.end();
+    };
+    const auto end = ops_.begin() + static_cast<std::ptrdiff_t>(group->end);
+    if (v == output || std::any_of(end, ops_.end(), reads)) continue;
+    int last = v - 1;
+    for (size_t j = i + 1; j < group->end; ++j)
+      if (reads(ops_[j])) last = static_cast<int>(j);
+    group->locals.push_back({v, values_[i + 1].bytes() / group->pixels, last, 0});
+    pixel_bytes += group->locals.back().pixel_bytes;
+  }
+  const int64_t wanted = std::max(kTileBytes / pixel_bytes, kLeastTile);
+  group->most = (wanted + group->unit - 1) / group->unit * group->unit;
+}
+
+void Graph::lay_out_locals(int64_t images, Group* group) {
+  group->tile = std::min(group->most, group->pixels * images);
+  std::vector<Lifetime> buffers;
+  for (const Group::Local& l : group->locals) buffers.push_back({l.pixel_bytes * group->tile, l.value - 1, l.last});
+  const Layout layout = lay_out(buffers);
+  for (size_t i = 0; i < buffers.size(); ++i) group->locals[i].at = layout.offset[i];
+  local_bytes_ = std::max(local_bytes_, layout.bytes);
+}
+
+// Buffers: the values and the operations' scratch. Input and output are the caller's, local values are elsewhere. Time
+// is counted in groups.
 void Graph::lay_out_arena(int output, int64_t images) {
   std::vector<Lifetime> buffers;
   for (const Value& v : values_) buffers.push_back({v.bytes() * images, 0, 0});
-  for (int i = 0; i < static_cast<int>(ops_.size()); ++i) {
-    const Op& op = *ops_[static_cast<size_t>(i)];
-    Lifetime& result = buffers[static_cast<size_t>(op.output)];
-    result.first = result.last = i;
-    for (int x : op.inputs) buffers[static_cast<size_t>(x)].last = i;
-    buffers.push_back({op.scratch_bytes(images), i, i});
+  for (int g = 0; g < static_cast<int>(groups_.size()); ++g) {
+    const Group& group = groups_[static_cast<size_t>(g)];
+    for (size_t i = group.first; i < group.end; ++i) {
+      const Op& op = *ops_[i];
+      Lifetime& result = buffers[static_cast<size_t>(op.output)];
+      result.first = result.last = g;
+      for (int x : op.inputs) buffers[static_cast<size_t>(x)].last = g;
+      buffers.push_back({op.scratch_bytes(images), g, g});
+    }
+  }
+  for (Group& group : groups_) {
+    lay_out_locals(images, &group);
+    for (const Group::Local& local : group.locals) buffers[static_cast<size_t>(local.value)].bytes = 0;
   }
   buffers[0].bytes = buffers[static_cast<size_t>(output)].bytes = 0;
   Layout layout = lay_out(buffers);
@@ -158,21 +229,21 @@ void Graph::run(const void* input, int64_t batch, const std::vector<void*>& dest
   if (batch == 0) return;
   check_range("run", "batch", batch, 0, kMaxElements);
   check_input(input, batch);
-  const Call call{static_cast<const uint8_t*>(input), batch, destinations};
   const std::lock_guard<std::mutex> turn(running_);
   const int64_t images = std::min(chunk_, (batch + threads_ - 1) / threads_);
   const int64_t chunks = (batch + images - 1) / images;
   const bool share_rows = threads_ > 1 && chunks < threads_;
+  const Call call{static_cast<const uint8_t*>(input), batch, destinations, share_rows};
   const int busy = share_rows ? 1 : threads_;
-  for (int t = 0; t < busy; ++t) {
+  for (int t = 0; t < threads_; ++t) {
     Worker& worker = workers_[static_cast<size_t>(t)];
-    if (worker.arena.data() == nullptr) worker.arena = AlignedBuffer(arena_bytes_);
-    worker.values.resize(values_.size());
+    if (t < busy && worker.arena.data() == nullptr) worker.arena = AlignedBuffer(arena_bytes_);
+    if (worker.locals.data() == nullptr) worker.locals = AlignedBuffer(local_bytes_);
   }
   std::atomic<int64_t> next{0};
   const auto work = [&](int t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      run_chunk(call, i * images, std::min(images, batch - i * images), workers_[static_cast<size_t>(t)], share_rows);
+      run_chunk(call, i * images, std::min(images, batch - i * images), workers_[static_cast<size_t>(t)]);
   };
   if (busy > 1)
     pool_->run(work);
@@ -180,7 +251,7 @@ void Graph::run(const void* input, int64_t batch, const std::vector<void*>& dest
     work(0);
 }
 
-void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker, bool share_rows) {
+void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker) {
   for (size_t v = 0; v < values_.size(); ++v) {
     uint8_t* destination = static_cast<uint8_t*>(call.destinations[v]);
     worker.values[v] =
@@ -190,16 +261,52 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& w
   if (call.destinations[0] != nullptr)
     std::memcpy(worker.values[0], input, static_cast<size_t>(images * values_[0].bytes()));
   worker.values[0] = const_cast<uint8_t*>(input);  // operations only read their inputs
-  for (size_t i = 0; i < ops_.size(); ++i) {
-    const Op& op = *ops_[i];
-    const Frame frame{worker.values.data(), worker.arena.data() + offsets_[values_.size() + i], images};
-    const bool share = share_rows && op.cost() * images >= kSharedCost;
-    for (int phase = 0; phase < op.phases(); ++phase) {
-      const int64_t items = op.items(phase, images);
-      if (share)
-        pool_->run([&](int t) { op.run(phase, frame, items * t / threads_, items * (t + 1) / threads_); });
+  if (call.share_rows)
+    for (Worker& other : workers_)
+      if (&other != &worker) other.values = worker.values;
+  const int self = static_cast<int>(&worker - workers_.data());
+  uint8_t* arena = worker.arena.data();
+  for (const Group& group : groups_) {
+    int64_t cost = 0;
+    for (size_t i = group.first; i < group.end; ++i) cost += ops_[i]->cost() * images;
+    const auto divide = [&](int64_t items, const auto& work) {
+      if (call.share_rows && cost >= kSharedCost)
+        pool_->run([&](int t) { work(t, items * t / threads_, items * (t + 1) / threads_); });
       else
-        op.run(phase, frame, 0, items);
+        work(self, int64_t{0}, items);
+    };
+    const Op& op = *ops_[group.first];
+    const Frame frame{worker.values.data(), arena + offsets_[values_.size() + group.first], images};
+    const int untiled = group.unit > 0 ? op.phases() - 1 : op.phases();
+    for (int phase = 0; phase < untiled; ++phase)
+      divide(op.items(phase, images), [&](int, int64_t from, int64_t to) { op.run(phase, frame, from, to); });
+    if (group.unit > 0)
+      divide(group.pixels * images / group.unit, [&](int t, int64_t from, int64_t to) {
+        run_tiles(group, call, images, arena, t, from * group.unit, to * group.unit);
+      });
+  }
+}
+
+// The last phase of a group for the pixels [begin, end) of all images, on a thread.
+void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
+                      int64_t end) {
+  Worker& worker = workers_[static_cast<size_t>(thread)];
+  std::vector<uint8_t*>& values = worker.values;
+  for (int64_t from = begin; from < end; from += group.tile) {
+    const int64_t to = std::min(from + group.tile, end);
+    // Operations address a pixel from the start of its value, of which only the tile exists.
+    for (const Group::Local& l : group.locals)
+      if (call.destinations[static_cast<size_t>(l.value)] == nullptr)
+        values[static_cast<size_t>(l.value)] = reinterpret_cast<uint8_t*>(
+            reinterpret_cast<uintptr_t>(worker.locals.data() + l.at) - static_cast<uintptr_t>(from * l.pixel_bytes));
+    for (size_t i = group.first; i < group.end; ++i) {
+      const Op& op = *ops_[i];
+      const Frame frame{values.data(), arena + offsets_[values_.size() + i], images};
+      const int64_t each = op.items_of_pixel();
+      if (each > 0)
+        op.run(op.phases() - 1, frame, from * each, to * each);
+      else
+        op.run(op.phases() - 1, frame, from / group.unit, to / group.unit);
     }
   }
 }

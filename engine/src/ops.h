@@ -28,6 +28,10 @@ class Op {
   virtual int phases() const { return 1; }
   virtual int64_t items(int phase, int64_t images) const = 0;
   virtual void run(int phase, const Frame& frame, int64_t begin, int64_t end) const = 0;
+  // How many consecutive output pixels an item of the last phase computes; 0: items are something else.
+  virtual int64_t pixels_of_item() const { return 0; }
+  // How many items an output pixel is made of that depends on the same pixel of each input alone; 0: it does not.
+  virtual int64_t items_of_pixel() const { return 0; }
   virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }

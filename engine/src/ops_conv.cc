@@ -29,36 +29,42 @@ class ConvOp final : public Op {
     }
   }
 
-  int phases() const override { return 2; }
-  int64_t rows(int phase) const { return linear_ ? 1 : phase == 0 ? shape_.padded_h() : shape_.out_h; }
-  int64_t items(int phase, int64_t images) const override { return rows(phase) * images; }
-  int64_t scratch_bytes(int64_t images) const override { return rows(0) * row_bytes_ * images; }
+  // Two, staging and convolving, or the second alone.
+  int phases() const override { return direct() ? 1 : 2; }
+  int64_t items(int phase, int64_t images) const override { return rows(stages(phase)) * images; }
+  int64_t pixels_of_item() const override { return linear_ ? 1 : shape_.out_w; }
+  int64_t scratch_bytes(int64_t images) const override { return rows(true) * row_bytes_ * images; }
   int64_t cost() const override {
-    return rows(1) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
+    return rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
   }
   const char* kernel() const override { return kernel_.name; }
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
-    if (linear_) return run_rows(phase, f.values[inputs[0]], f.scratch, f.values[output], begin, end);
+    const bool stage = stages(phase);
+    if (linear_) return run_rows(stage, f.values[inputs[0]], f.scratch, f.values[output], begin, end);
     const int64_t in_bytes = shape_.in_h * shape_.in_w * shape_.in_c;
     const int64_t out_bytes = shape_.out_h * shape_.out_w * shape_.out_c * 4;
     const int64_t staged_bytes = shape_.padded_h() * row_bytes_;
-    const int64_t per_image = rows(phase);
+    const int64_t per_image = rows(stage);
     while (begin < end) {
       const int64_t i = begin / per_image, first = begin % per_image;
       const int64_t last = std::min(per_image, first + end - begin);
-      run_rows(phase, f.values[inputs[0]] + i * in_bytes, f.scratch + i * staged_bytes,
+      run_rows(stage, f.values[inputs[0]] + i * in_bytes, f.scratch + i * staged_bytes,
                f.values[output] + i * out_bytes, first, last);
       begin += last - first;
     }
   }
 
  private:
-  void run_rows(int phase, const uint8_t* image, uint8_t* staged, uint8_t* out, int64_t begin, int64_t end) const {
-    if (phase == 0)
+  bool direct() const { return row_bytes_ == 0; }
+  bool stages(int phase) const { return phase == 0 && !direct(); }
+  int64_t rows(bool staged) const { return linear_ ? 1 : staged ? shape_.padded_h() : shape_.out_h; }
+
+  void run_rows(bool stage, const uint8_t* image, uint8_t* staged, uint8_t* out, int64_t begin, int64_t end) const {
+    if (stage)
       kernel_.stage(shape_, packed_.data(), image, staged, begin, end);
     else
-      kernel_.run(shape_, packed_.data(), staged, reinterpret_cast<int32_t*>(out), begin, end);
+      kernel_.run(shape_, packed_.data(), direct() ? image : staged, reinterpret_cast<int32_t*>(out), begin, end);
   }
 
   const ConvKernel& kernel_;

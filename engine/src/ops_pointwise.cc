@@ -2,6 +2,7 @@
 
 #include "checks.h"
 #include "ops.h"
+#include "requant_short.h"
 
 namespace bitstrata {
 namespace {
@@ -11,7 +12,7 @@ int index_of(DType t) { return static_cast<int>(t); }
 // Item: a pixel, or an element where channels do not matter.
 class RequantOp final : public Op {
  public:
-  RequantOp(RequantFn fn, const Value& x, const RequantParams& p, int input, int output)
+  RequantOp(RequantFn fn, bool in_short, const Value& x, const RequantParams& p, int input, int output)
       : Op({input}, output),
         fn_(fn),
         pixels_(x.shape.pixels()),
@@ -21,9 +22,20 @@ class RequantOp final : public Op {
         bias_(p.bias, p.bias + p.channels),
         shift_(p.shift, p.shift + p.channels),
         args_{multiplier_.data(),        bias_.data(), shift_.data(), p.channels, static_cast<int32_t>(p.lo),
-              static_cast<int32_t>(p.hi)} {}
+              static_cast<int32_t>(p.hi)} {
+    if (!in_short) return;
+    short_ = ShortRequant(args_);
+    if (short_.in_short.empty()) return;
+    args_.from = short_.from.data();
+    args_.to = short_.to.data();
+    args_.factor = short_.multiplier.data();
+    args_.addend = short_.addend.data();
+    args_.places = short_.shift.data();
+    args_.in_short = short_.in_short.data();
+  }
 
   int64_t items(int, int64_t images) const override { return pixels_ * images; }
+  int64_t items_of_pixel() const override { return 1; }
   int64_t cost() const override { return pixels_ * args_.channels; }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(args_, f.values[inputs[0]] + begin * x_bytes_, f.values[output] + begin * out_bytes_, end - begin);
@@ -34,18 +46,21 @@ class RequantOp final : public Op {
   int64_t pixels_, x_bytes_, out_bytes_;
   std::vector<int64_t> multiplier_, bias_, shift_;
   RequantArgs args_;
+  ShortRequant short_;
 };
 
 class AddOp final : public Op {
  public:
-  AddOp(AddFn fn, int64_t count, int a, int b, int output, int64_t shift_a, int64_t shift_b)
+  AddOp(AddFn fn, const Shape& shape, int a, int b, int output, int64_t shift_a, int64_t shift_b)
       : Op({a, b}, output),
         fn_(fn),
-        count_(count),
+        count_(shape.elements()),
+        channels_(shape.c),
         shift_a_(static_cast<int>(shift_a)),
         shift_b_(static_cast<int>(shift_b)) {}
 
   int64_t items(int, int64_t images) const override { return count_ * images; }
+  int64_t items_of_pixel() const override { return channels_; }
   int64_t cost() const override { return count_; }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(reinterpret_cast<const int32_t*>(f.values[inputs[0]]) + begin,
@@ -55,7 +70,7 @@ class AddOp final : public Op {
 
  private:
   AddFn fn_;
-  int64_t count_;
+  int64_t count_, channels_;
   int shift_a_, shift_b_;
 };
 
@@ -65,11 +80,13 @@ class ClipOp final : public Op {
       : Op({input}, output),
         fn_(fn),
         count_(x.shape.elements()),
+        channels_(x.shape.c),
         bytes_(size_of(x.dtype)),
         lo_(static_cast<int32_t>(lo)),
         hi_(static_cast<int32_t>(hi)) {}
 
   int64_t items(int, int64_t images) const override { return count_ * images; }
+  int64_t items_of_pixel() const override { return channels_; }
   int64_t cost() const override { return count_; }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(f.values[inputs[0]] + begin * bytes_, f.values[output] + begin * bytes_, end - begin, lo_, hi_);
@@ -77,7 +94,7 @@ class ClipOp final : public Op {
 
  private:
   ClipFn fn_;
-  int64_t count_, bytes_;
+  int64_t count_, channels_, bytes_;
   int32_t lo_, hi_;
 };
 
@@ -96,7 +113,7 @@ Made make_requant(const Kernels& kernels, const std::string& name, Operand x, in
   for (int64_t c = 0; c < p.channels; ++c) check_range(name, "shift", p.shift[c], 0, 62);
   check_bounds(name, p.dtype, p.lo, p.hi);
   const RequantFn fn = kernels.requant[index_of(x.value.dtype)][index_of(p.dtype)];
-  return {std::make_unique<RequantOp>(fn, x.value, p, x.index, output),
+  return {std::make_unique<RequantOp>(fn, kernels.short_requant, x.value, p, x.index, output),
           Value{x.value.shape, p.dtype, static_cast<int32_t>(p.lo), static_cast<int32_t>(p.hi)}};
 }
 
@@ -109,7 +126,7 @@ Made make_add(const Kernels& kernels, const std::string& name, Operand a, Operan
     fail(name, "inputs have shapes " + str(a.value.shape) + " and " + str(b.value.shape) + ", which differ");
   check_range(name, "shift_a", shift_a, -31, 62);
   check_range(name, "shift_b", shift_b, -31, 62);
-  return {std::make_unique<AddOp>(kernels.add, a.value.shape.elements(), a.index, b.index, output, shift_a, shift_b),
+  return {std::make_unique<AddOp>(kernels.add, a.value.shape, a.index, b.index, output, shift_a, shift_b),
           Value{a.value.shape, DType::i32}};
 }
 

@@ -17,6 +17,7 @@ class PoolOp final : public Op {
         out_bytes_(shape.out_h * shape.out_w * shape.channels * size_of(out)) {}
 
   int64_t items(int, int64_t images) const override { return shape_.out_h * images; }
+  int64_t pixels_of_item() const override { return shape_.out_w; }
   int64_t cost() const override {
     return shape_.out_h * shape_.out_w * shape_.channels * shape_.kernel_h * shape_.kernel_w;
   }

@@ -41,8 +41,9 @@ void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edg
   const int64_t stage_cut = random.in(0, s.padded_h()), cut = random.in(0, s.out_h);  // rows in two parts, second first
   kernel.stage(s, packed.get(), image.get(), staged.get(), stage_cut, s.padded_h());
   kernel.stage(s, packed.get(), image.get(), staged.get(), 0, stage_cut);
-  kernel.run(s, packed.get(), staged.get(), out.get<int32_t>(), cut, s.out_h);
-  kernel.run(s, packed.get(), staged.get(), out.get<int32_t>(), 0, cut);
+  const void* rows = kernel.staged_row_bytes(s) == 0 ? image.get() : staged.get();
+  kernel.run(s, packed.get(), rows, out.get<int32_t>(), cut, s.out_h);
+  kernel.run(s, packed.get(), rows, out.get<int32_t>(), 0, cut);
 
   const auto input = [&](int64_t y, int64_t x, int64_t c) -> int64_t {
     if (y < 0 || x < 0 || y >= s.in_h || x >= s.in_w) return pad.get<int32_t>()[c];
@@ -115,6 +116,38 @@ void test_convs(const Kernels& row) {
         check_conv(row, conv_shape(3, m, 2, n, 2, random), range, bits, edge, seed);
       }
     }
+}
+
+// What needs more channels, wider maps or larger kernels than the rest: blocks of many vectors, several tiles, windows
+// read from the image itself, depthwise kernels of more than one step and those that one kernel leaves to another.
+void test_large_convs(const Kernels& row) {
+  struct Large {
+    int64_t h, w, in, out, groups, kernel_h, kernel_w, stride, dilation, pad;
+  };
+  const Large shapes[] = {
+      {3, 70, 3, 17, 1, 3, 3, 1, 1, 1},   {9, 41, 4, 49, 1, 3, 3, 1, 1, 1},   {2, 5, 5, 65, 1, 2, 2, 1, 1, 0},
+      {2, 7, 8, 144, 1, 3, 1, 2, 1, 1},   {3, 5, 16, 80, 1, 1, 1, 1, 1, 0},   {5, 6, 12, 33, 1, 1, 1, 2, 1, 0},
+      {7, 1, 20, 9, 1, 1, 1, 1, 1, 0},    {5, 5, 1, 1, 64, 3, 3, 1, 1, 1},    {4, 9, 1, 1, 65, 3, 3, 1, 1, 1},
+      {4, 50, 1, 1, 97, 3, 3, 1, 1, 1},   {9, 11, 1, 1, 80, 5, 5, 1, 1, 2},   {9, 90, 1, 1, 17, 7, 7, 2, 1, 3},
+      {12, 12, 1, 1, 129, 8, 2, 1, 1, 1}, {9, 9, 1, 1, 20, 9, 9, 1, 1, 4},    {3, 50, 1, 1, 16, 1, 3, 1, 20, 20},
+      {6, 9, 1, 1, 66, 2, 3, 1, 1, 1},    {6, 9, 1, 1, 113, 4, 3, 1, 2, 1},   {3, 9, 1, 1, 70, 1, 3, 1, 1, 1},
+      {40, 3, 1, 1, 34, 3, 3, 3, 3, 3},   {3, 44, 1, 1, 30, 1, 4, 1, 13, 13}, {7, 7, 1, 1, 150, 6, 3, 1, 1, 2}};
+  const Range ranges[] = {{DType::u8, 0, 255}, {DType::u8, 0, 15}, {DType::s8, -128, 127}, {DType::s8, 0, 127}};
+  uint64_t seed = 1000;
+  for (const Large& l : shapes)
+    for (const Range& range : ranges)
+      for (int bits : {4, 8})
+        for (int form = 0; form < 2; ++form) {
+          ConvShape s{};
+          s.groups = l.groups, s.in_h = l.h, s.in_w = l.w, s.in_c = l.in * l.groups, s.out_c = l.out * l.groups;
+          s.kernel_h = l.kernel_h, s.kernel_w = l.kernel_w, s.stride_h = s.stride_w = l.stride;
+          s.dilation_h = s.dilation_w = l.dilation, s.pad_top = s.pad_left = l.pad;
+          s.out_h = (l.h + 2 * l.pad - (l.kernel_h - 1) * l.dilation - 1) / l.stride + 1;
+          s.out_w = (l.w + 2 * l.pad - (l.kernel_w - 1) * l.dilation - 1) / l.stride + 1;
+          s.mul = 1 + form, s.add = form;
+          ++seed;
+          check_conv(row, s, range, bits, seed % 2 == 0 ? Edge::end : Edge::begin, seed);
+        }
 }
 
 int64_t read(DType t, const void* p, int64_t i) {
@@ -238,6 +271,7 @@ int run_all() {
       return 1;
     }
     test_convs(row);
+    test_large_convs(row);
     uint64_t seed = 0;
     for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65})
       for (Edge edge : {Edge::end, Edge::begin}) {

@@ -120,6 +120,36 @@ def test_threads_share_the_rows_of_one_image(threads: int, batch: int) -> None:
             np.testing.assert_array_equal(engine.run(x), expected)
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_tiles_of_one_image(isa: str, threads: int) -> None:
+    """Convolutions followed by operations on the same pixels: tiles, values of which only a tile exists, and others."""
+    rng = np.random.default_rng(0)
+    wide, top, shape = (-(2**31), 2**31 - 1), 2**31 - 1, (53, 31, C)
+    codes = [p.Value(name, shape, "u8", 0, 3) for name in "xad"]
+    sums = [p.Value(name, shape, "i32", *wide) for name in ("first", "b", "second", "c", "sum", "clipped")]
+    values = (*codes, *sums)
+    ops = (
+        conv("first", 0, 3, rng),
+        requant("a", 3, 1, 5, 3),
+        requant("b", 3, 4, 4, top),
+        conv("second", 1, 5, rng),
+        requant("c", 5, 6, 2, top),
+        p.Add("sum", (6, 4), 7, 1, -2),
+        p.Clip("clipped", (7,), 8, -50, 70),
+        requant("d", 8, 2, 5, 3),
+    )
+    plan = p.Plan(values, ops, 0, 2, 1.0, (0.0,))
+    x = rng.integers(0, 4, (2, *shape)).astype(np.uint8)
+    expected = ReferenceExecutor(plan).run_all(x)
+    assert all(value.std() > 0 for value in expected.values())
+    engine = EngineExecutor(plan, isa=isa, threads=threads)
+    for _ in range(5):
+        np.testing.assert_array_equal(engine.run(x), expected["d"])
+        for name, value in engine.run_all(x).items():
+            np.testing.assert_array_equal(value, expected[name], name)
+
+
 def test_memory_is_reused() -> None:
     plan = residual_plan()
     total = sum(int(np.prod(v.shape)) * (4 if v.dtype == "i32" else 1) for v in plan.values[1:-1])
@@ -157,6 +187,12 @@ def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {
         "generic": dict.fromkeys(("stem", "conv", "depthwise", "linear"), "generic"),
         "avx2": {"stem": "avx2-wide", "conv": "avx2-narrow", "depthwise": "avx2-depthwise", "linear": "avx2-narrow"},
+        "avx512vnni": {
+            "stem": "avx512vnni",
+            "conv": "avx512vnni",
+            "depthwise": "avx512vnni-depthwise",
+            "linear": "avx512vnni-direct",
+        },
     }[isa]
     for executor in (by_environment, by_argument):
         assert executor.isa == isa

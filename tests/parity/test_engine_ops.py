@@ -249,6 +249,35 @@ def test_conv_small_groups(groups: int, x_range: tuple[int, int]) -> None:
         conv_case(3, channels=channels, groups=groups, x_range=x_range, form=(2, 1))
 
 
+@pytest.mark.parametrize("out", [47, 48, 49, 63, 64, 65, 80, 129, 144])
+def test_conv_many_outputs(out: int) -> None:
+    """More vectors of output channels than a block holds, and more pixels than a tile."""
+    conv_case(out, channels=(5, out), hw=(2, 3), bits=4, x_range=(0, 15), form=(2, 1))
+    conv_case(out, channels=(3, out), hw=(17, 13), batch=1)
+    conv_case(out, channels=(8, out), hw=(15, 14), kernel=(1, 1), padding=(0,) * 4, batch=1)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("dtype", "x_range"), [("u8", (0, 255)), ("s8", (0, 127)), ("s8", (-8, 7))])
+def test_conv_of_whole_pixels(stride: tuple[int, int], dtype: str, x_range: tuple[int, int]) -> None:
+    """1x1 windows, which a kernel may read from the input itself, and those at the edges of a map that it may not."""
+    for channels, padding in product([(4, 5), (8, 40), (7, 5)], [(0, 0, 0, 0), (0, 1, 0, 1), (1, 0, 0, 0)]):
+        case = {"channels": channels, "padding": padding, "dtype": dtype, "x_range": x_range, "form": (2, 1)}
+        conv_case(6, hw=(7, 6), kernel=(1, 1), stride=stride, bits=4, **case)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3), (2, 3), (3, 3), (4, 3), (5, 5), (7, 7), (8, 2), (9, 3), (3, 45)])
+@pytest.mark.parametrize(("channels", "width"), [(5, 45), (64, 46), (97, 47)])
+def test_conv_depthwise(kernel: tuple[int, int], channels: int, width: int) -> None:
+    """Kernels of every height, some larger than the fastest kernel takes; maps wider than it interleaves at once."""
+    padding = (kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2)
+    for stride, dilation, bits in product([(1, 1), (2, 2)], [(1, 1), (1, 2)], [4, 8]):
+        shape = {"hw": (9, width), "kernel": kernel, "stride": stride, "dilation": dilation, "padding": padding}
+        for dtype, x_range in (("u8", (0, 255)), ("s8", (-8, 7))):
+            case = {"channels": (1, 1), "groups": channels, "bits": bits, "dtype": dtype, "x_range": x_range}
+            conv_case(7, form=(2, 1), batch=1, **shape, **case)
+
+
 @pytest.mark.parametrize("form", [(-1, 0), (3, 0), (0, 9), (1, -100), (255, 127)])
 def test_conv_unusual_forms(form: tuple[int, int]) -> None:
     """Weights that fit int8 only as codes, by the multiplier or the addend alone."""
@@ -300,6 +329,32 @@ def test_requant_random(data: st.DataObject) -> None:
     b = np.where(np.abs(b) + 2**31 * np.abs(m) < 2**62, b, b >> 2)
     lo, hi = sorted(int(v) for v in rng.integers(*LIMITS[dtype_out], 2, endpoint=True))
     requant_case(x, m, b, shift, dtype_out, bounds=data.draw(st.sampled_from([None, (lo, hi)])))
+
+
+@pytest.mark.parametrize("levels", [(0, 1), (0, 3), (0, 15), (-8, 7), (-32, 31), (0, 63), (0, 64), (5, 5)])
+@pytest.mark.parametrize("reach", [8, 12, 17, 24, 31])
+def test_requant_at_every_step(levels: tuple[int, int], reach: int) -> None:
+    """Inputs on both sides of each step between two results, which arithmetic in fewer bits would move.
+
+    reach: the inputs from the first step to the last span about 2^reach.
+    """
+    rng = np.random.default_rng(reach)
+    c, (lo, hi) = 35, levels
+    slope = max(hi - lo, 1) / 2.0**reach * rng.uniform(0.3, 1.0, c) * rng.choice([-1, 1], c)
+    shift = np.clip(np.floor(30 - np.log2(np.abs(slope))), 0, 62).astype(np.int64)
+    m = np.rint(slope * 2.0**shift).astype(np.int64)
+    m[3] = 0
+    b = np.clip(rng.uniform(-0.5, 1.5, c) * (hi - lo) * 2.0**shift, -(2.0**61), 2.0**61).astype(np.int64)
+    x = np.zeros((1, 2 * (hi - lo) + 4, 1, c), np.int64)
+    x[0, -4:, 0] = np.array([-(2**31), 2**31 - 1, -1, 0])[:, None]
+    for channel, level in product(range(c), range(lo + 1, hi + 1)):
+        if m[channel] != 0:
+            step = ((level << int(shift[channel])) - int(b[channel])) // int(m[channel])
+            x[0, 2 * (level - lo - 1) : 2 * (level - lo), 0, channel] = step, step + 1
+    x = np.clip(x, *LIMITS["i32"]).astype(np.int32)
+    dtype = "s8" if lo < 0 else "u8"
+    assert all(proved(2**31, int(p), int(q)) for p, q in zip(m, b, strict=True))
+    requant_case(x, m, b, shift, dtype, bounds=levels)
 
 
 @pytest.mark.parametrize("shifts", [(0, 0), (-3, 2), (5, 5), (31, 30), (1, 33), (62, 8), (-8, 1)])

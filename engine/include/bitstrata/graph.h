@@ -91,22 +91,29 @@ class Graph {
   int output() const { return output_; }
   const char* isa() const { return kernels_.isa; }
   int threads() const { return threads_; }
-  int64_t chunk() const { return chunk_; }              // images that pass through the graph together
-  int64_t arena_bytes() const { return arena_bytes_; }  // of one thread
+  int64_t chunk() const { return chunk_; }                             // images that pass through the graph together
+  int64_t arena_bytes() const { return arena_bytes_ + local_bytes_; }  // of one thread
 
  private:
   struct Worker;
+  struct Group;
   struct Call {
     const uint8_t* input;
     int64_t batch;
     const std::vector<void*>& destinations;
+    bool share_rows;  // all threads work on the same images
   };
 
   Operand operand(const std::string& name, int index) const;
   int append(const std::string& name, Made made);
+  void form_groups(int output);
+  void find_locals(int output, Group* group);
+  void lay_out_locals(int64_t images, Group* group);
   void lay_out_arena(int output, int64_t images);
   void check_input(const void* input, int64_t batch) const;
-  void run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker, bool share_rows);
+  void run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker);
+  void run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
+                 int64_t end);
 
   const Kernels& kernels_;
   const int threads_;
@@ -115,6 +122,8 @@ class Graph {
   std::vector<std::unique_ptr<Op>> ops_;
   int64_t chunk_ = 1;  // images that pass through the graph together
   int64_t arena_bytes_ = 0;
+  int64_t local_bytes_ = 0;       // of a thread: the largest group's tile
+  std::vector<Group> groups_;     // of successive operations, run tile by tile
   std::vector<int64_t> offsets_;  // in the arena: of each value, then of each operation's scratch
   std::vector<Worker> workers_;   // one a thread
   std::unique_ptr<ThreadPool> pool_;

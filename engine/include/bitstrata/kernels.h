@@ -41,10 +41,11 @@ struct ConvKernel {
   int64_t (*packed_bytes)(const ConvShape&);
   // codes: (out_c, in_c / groups, kernel_h, kernel_w); pad: (in_c,); packed: packed_bytes, aligned to 64.
   void (*pack)(const ConvShape&, const int8_t* codes, const int32_t* pad, void* packed);
-  int64_t (*staged_row_bytes)(const ConvShape&);  // a multiple of 4; staged rows are padded_h() of these
+  // A multiple of 4; staged rows are padded_h() of these. 0: nothing is staged, `run` reads the image itself.
+  int64_t (*staged_row_bytes)(const ConvShape&);
   void (*stage)(const ConvShape&, const void* packed, const void* image, void* staged, int64_t row_begin,
                 int64_t row_end);
-  // staged: aligned to 4; out: (out_h, out_w, out_c).
+  // staged: aligned to 4, or the image; out: (out_h, out_w, out_c).
   void (*run)(const ConvShape&, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
               int64_t row_end);
 };
@@ -54,6 +55,10 @@ struct RequantArgs {
   const int64_t *multiplier, *bias, *shift;  // (channels,) each
   int64_t channels;
   int32_t lo, hi;
+  // The same function in 32 bits (see src/requant_short.h), or null: for channels 16 i to 16 i + 15 where in_short[i],
+  // out = (clamp(x, from[c], to[c]) * factor[c] + addend[c]) >> places[c] for every int32 x, modulo 2^32 throughout.
+  const int32_t *from = nullptr, *to = nullptr, *factor = nullptr, *addend = nullptr, *places = nullptr;  // (channels,)
+  const uint8_t* in_short = nullptr;  // (channels / 16, rounded up,)
 };
 using RequantFn = void (*)(const RequantArgs&, const void* x, void* out, int64_t pixels);
 
@@ -82,8 +87,9 @@ struct Kernels {
   AddFn add;
   ClipFn clip[kDTypes];
   PoolFn max_pool[kDTypes];
-  PoolFn sum_pool[kDTypes];   // the result is i32
-  PoolFn sum_codes[kDTypes];  // the result has the input's type and wraps; none for i32
+  PoolFn sum_pool[kDTypes];    // the result is i32
+  PoolFn sum_codes[kDTypes];   // the result has the input's type and wraps; none for i32
+  bool short_requant = false;  // requant uses RequantArgs::factor and the like
 };
 
 }  // namespace bitstrata

@@ -1,8 +1,9 @@
 """Integers for training: ShiftQuant, its peers, stochastic rounding, and the integer products of a training step.
 
-Pure functions on tensors; layers and recipes build on them.
+Pure functions on tensors, and the two differentiable ones that layers are made of (`autograd.py`).
 """
 
+from .autograd import IntegerRule, LayerState, integer_conv, integer_linear
 from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
 from .groups import (
     OptimalGroups,
@@ -63,6 +64,8 @@ __all__ = [
     "Geometry",
     "HadamardQuantized",
     "Headroom",
+    "IntegerRule",
+    "LayerState",
     "OptimalGroups",
     "PackedShift",
     "Scaled",
@@ -90,6 +93,8 @@ __all__ = [
     "hadamard_quantize",
     "hadamard_transform",
     "headroom",
+    "integer_conv",
+    "integer_linear",
     "largest_code",
     "linear_forward",
     "linear_input_grad",

@@ -1,5 +1,6 @@
 """Quantized layers and normalizations: what `quantize_` puts in place of their float forms."""
 
+from .integer_layers import IntegerConv1d, IntegerConv2d, IntegerLayer, IntegerLinear, to_integer
 from .l1_layer_norm import L1LayerNorm, QuantizedL1LayerNorm
 from .l1_norm import (
     L1BatchNorm1d,
@@ -14,6 +15,10 @@ from .norm import PrecisionBatchNorm
 from .own import OwnLayer
 
 __all__ = [
+    "IntegerConv1d",
+    "IntegerConv2d",
+    "IntegerLayer",
+    "IntegerLinear",
     "L1BatchNorm1d",
     "L1BatchNorm2d",
     "L1LayerNorm",
@@ -30,4 +35,5 @@ __all__ = [
     "QuantizedLayer",
     "convert",
     "l1_batch_norm_from",
+    "to_integer",
 ]

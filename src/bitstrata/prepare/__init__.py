@@ -2,6 +2,15 @@
 
 from .calibrate import calibrate_, reestimate_batchnorm_
 from .float_form import float_form_
+from .integer_training import (
+    LayerMemory,
+    SavedMemory,
+    integer_,
+    integer_layers,
+    load_noise_state_,
+    noise_state,
+    saved_memory,
+)
 from .mixed import mixed_precision_map
 from .parameters import parameter_groups, precision_parameters
 from .precision import precision, precisions, set_precision
@@ -9,18 +18,25 @@ from .quantize import Pixels, quantize_
 from .summary import Summary, SummaryRow, summary
 
 __all__ = [
+    "LayerMemory",
     "Pixels",
+    "SavedMemory",
     "Summary",
     "SummaryRow",
     "calibrate_",
     "float_form_",
+    "integer_",
+    "integer_layers",
+    "load_noise_state_",
     "mixed_precision_map",
+    "noise_state",
     "parameter_groups",
     "precision",
     "precision_parameters",
     "precisions",
     "quantize_",
     "reestimate_batchnorm_",
+    "saved_memory",
     "set_precision",
     "summary",
 ]

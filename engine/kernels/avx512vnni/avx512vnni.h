@@ -1,0 +1,20 @@
+// What the AVX-512 VNNI files share.
+#pragma once
+
+#include "bitstrata/kernels.h"
+
+namespace bitstrata {
+
+// Any convolution: products of u8 and s8 in fours, summed in int32.
+extern const ConvKernel kAvx512VnniConv;
+// The same where pixels can be read from the input itself: unpadded 1x1 windows on u8.
+extern const ConvKernel kAvx512VnniDirect;
+// One input and one output channel in each group; only where avx512vnni_depthwise_fits.
+extern const ConvKernel kAvx512VnniDepthwise;
+// Of any depthwise convolution; defined with the AVX2 kernels, which this row's processors can run too.
+extern const ConvKernel kAvx2Depthwise;
+
+bool avx512vnni_direct_fits(const ConvShape&);
+bool avx512vnni_depthwise_fits(const ConvShape&);
+
+}  // namespace bitstrata

@@ -1,0 +1,271 @@
+// Direct convolution with AVX-512 VNNI: sixteen output channels a vector, several vectors and output pixels a block.
+//
+// One step multiplies four bytes of each pixel's window, broadcast to all lanes, with a vector of weights that holds,
+// for each of sixteen output channels, the four bytes that belong to them, and adds the four products to an int32
+// (vpdpbusd, which does not saturate). Signed activations are staged with an offset that makes them unsigned; what the
+// offset adds is constant in each channel, and taken off where the sums begin. Weights mul*c + add that leave s8 are
+// applied as mul * sum(c*a) + add * sum(a).
+#include <immintrin.h>
+
+#include "../common/conv_stage.h"
+#include "../common/unroll.h"
+#include "../common/weight_form.h"
+#include "avx512vnni.h"
+#include "stage.h"
+
+namespace bitstrata {
+namespace {
+
+constexpr int kLanes = 16;   // output channels of a vector
+constexpr int kVectors = 4;  // of a set, at most
+constexpr int kStep = 4;     // activations of a step
+constexpr int kPixels = 8;   // of a block, at most: their window's addresses fill the general registers
+constexpr int kTile = 192;   // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+
+// Pixels of a block: with the sums of its vectors, the weights and one broadcast in 32 registers.
+constexpr int pixels_of(int vectors) { return vectors == kVectors ? 6 : kPixels; }
+
+int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
+
+// Sizes and positions of everything that is packed: int32 correction[groups][vectors * kLanes]; padding; weights.
+// Vectors of a group come in sets of nearly equal size; weights are [group][set][step][vector of the set][lane][kStep].
+struct Packed {
+  Packed(const ConvShape& s, bool direct)
+      : form(s),
+        stage(s, round_up(s.group_in(), kStep), form.offset, !form.whole),
+        runs(s, stage),
+        vectors(round_up(s.group_out(), kLanes) / kLanes),
+        sets((vectors + kVectors - 1) / kVectors),
+        steps(runs.count * runs.elements / kStep),
+        row_bytes(direct ? s.in_w * s.in_c : stage.row_bytes),
+        padding_at(s.groups * vectors * kLanes * 4),
+        weights_at(round_up(padding_at + s.groups * stage.lanes, 64)),
+        bytes(weights_at + s.groups * vectors * steps * 64) {}
+  int64_t first_vector(int64_t set) const { return set * vectors / sets; }
+  // Where the weight of a window's element for a lane is, in a set of `together` vectors whose v-th is meant.
+  int64_t weight_at(int64_t element, int64_t together, int64_t v, int64_t lane) const {
+    return ((element / kStep * together + v) * kLanes + lane) * kStep + element % kStep;
+  }
+
+  WeightForm form;
+  Staging<uint8_t> stage;
+  Runs<uint8_t> runs;
+  int64_t vectors, sets;  // of output channels, in each group
+  int64_t steps;          // of a window
+  int64_t row_bytes;      // of what `run` reads
+  int64_t padding_at, weights_at, bytes;
+};
+
+int64_t packed_bytes(const ConvShape& s) { return Packed(s, false).bytes; }
+int64_t staged_row_bytes(const ConvShape& s) { return Packed(s, false).stage.row_bytes; }
+int64_t no_staged_row_bytes(const ConvShape&) { return 0; }
+
+void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
+  const Packed p(s, false);
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  std::memset(packed, 0, static_cast<size_t>(p.bytes));
+  stage_padding(s, p.stage, pad, base + p.padding_at);
+  int32_t* correction = reinterpret_cast<int32_t*>(base);
+  for (int64_t group = 0; group < s.groups; ++group)
+    for (int64_t set = 0; set < p.sets; ++set) {
+      const int64_t first = p.first_vector(set), together = p.first_vector(set + 1) - first;
+      int8_t* weights = reinterpret_cast<int8_t*>(base + p.weights_at + (group * p.vectors + first) * p.steps * 64);
+      const int64_t end = min64(s.group_out(), (first + together) * kLanes);
+      for (int64_t within = first * kLanes; within < end; ++within) {
+        const int64_t o = group * s.group_out() + within, v = within / kLanes - first, lane = within % kLanes;
+        uint32_t sum = 0;  // of the full weights
+        int64_t k = 0;     // element of the window
+        for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap, k += p.stage.lanes)
+          for (int64_t i = 0; i < s.group_in(); ++i) {
+            const int32_t c = codes[(o * s.group_in() + i) * s.kernel_h * s.kernel_w + tap];
+            weights[p.weight_at(k + i, together, v, lane)] = static_cast<int8_t>(p.form.pack_mul * c + p.form.pack_add);
+            sum += static_cast<uint32_t>(s.mul * c + s.add);
+          }
+        correction[group * p.vectors * kLanes + within] =
+            static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
+      }
+    }
+}
+
+// Pixels of three channels to pixels of four, the last of them 0.
+void widen(const uint8_t* from, int64_t pixels, int32_t offset, uint8_t* to) {
+  const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+  const __m512i places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+  const __m512i added = _mm512_set1_epi32(offset * 0x010101);
+  for (int64_t i = 0; i < pixels; i += 16, from += 48, to += 64) {
+    const int64_t count = min64(16, pixels - i);
+    const __mmask64 in = ~uint64_t{0} >> (64 - 3 * count), out = ~uint64_t{0} >> (64 - 4 * count);
+    const __m512i x = _mm512_permutexvar_epi32(quarters, _mm512_maskz_loadu_epi8(in, from));
+    _mm512_mask_storeu_epi8(to, out, _mm512_add_epi8(_mm512_shuffle_epi8(x, places), added));
+  }
+}
+
+void stage(const ConvShape& s, const void* packed, const void* image, void* staged, int64_t row_begin,
+           int64_t row_end) {
+  const Packed p(s, false);
+  const uint8_t* padding = static_cast<const uint8_t*>(packed) + p.padding_at;
+  if (s.in_c == 3 && s.groups == 1 && !p.stage.sums)
+    stage_rows_by(s, p.stage, padding, image, staged, row_begin, row_end,
+                  [&](const uint8_t* from, int64_t pixels, uint8_t* to) { widen(from, pixels, p.form.offset, to); });
+  else
+    stage_rows(s, p.stage, padding, image, staged, row_begin, row_end);
+}
+
+void stage_nothing(const ConvShape&, const void*, const void*, void*, int64_t, int64_t) {}
+
+inline __m512i broadcast(const uint8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// Hides from the compiler where an address comes from. It would else keep parts of the sum that outlive the inner loop
+// in vector registers, and move one to a general register for every load.
+inline const uint8_t* in_register(const uint8_t* address) {
+  __asm__("" : "+r"(address));
+  return address;
+}
+
+// Calls step(at, b) for every kStep bytes b of every run of a window; at: where the run starts in each of kP windows.
+template <int kP, typename Step>
+inline void each_step(const Packed& p, const uint8_t* const* x, const Step& step) {
+  const int64_t rows = p.runs.count / p.runs.per_row, run_bytes = p.runs.elements;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < p.runs.per_row; ++column) {
+      const int64_t offset = row * p.runs.row_step + column * p.runs.column_step;
+      const uint8_t* at[kP];
+      each<kP>([&](auto i) { at[i] = in_register(x[i] + offset); });
+      for (int64_t b = 0; b < run_bytes; b += kStep) step(at, b);
+    }
+}
+
+// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums.
+template <int kP, int kV>
+inline void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, __m512i (&sum)[kP][kV]) {
+  each_step<kP>(p, x, [&](const uint8_t* const* at, int64_t b) {
+    __m512i weights[kV];
+    each<kV>([&](auto j) { weights[j] = _mm512_load_si512(w + j); });
+    each<kP>([&](auto i) {
+      const __m512i a = broadcast(at[i] + b);
+      each<kV>([&](auto j) { sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], a, weights[j]); });
+    });
+    w += kV;
+  });
+}
+
+// What the blocks of a tile need. A block's first pixel is at window[0], window_sum[0], out.
+struct Block {
+  const Packed& p;
+  const uint8_t* const* window;  // where each pixel's window starts
+  const int32_t* window_sum;     // add * the sum of its activations
+  const __m512i* weights;
+  const int32_t* correction;
+  int64_t channels;  // that are real
+  int32_t* out;
+  int64_t out_pitch;
+};
+
+template <int kP, int kV>
+void convolve(const Block& b) {
+  __m512i sum[kP][kV];
+  const bool whole = b.p.form.whole;
+  each<kV>([&](auto j) {
+    const __m512i first = whole ? _mm512_loadu_si512(b.correction + j * kLanes) : _mm512_setzero_si512();
+    each<kP>([&](auto i) { sum[i][j] = first; });
+  });
+  multiply<kP, kV>(b.p, b.window, b.weights, sum);
+  if (!whole) {
+    const __m512i mul = _mm512_set1_epi32(b.p.form.mul);
+    each<kV>([&](auto j) {
+      const __m512i correction = _mm512_loadu_si512(b.correction + j * kLanes);
+      each<kP>([&](auto i) {
+        sum[i][j] = _mm512_add_epi32(_mm512_mullo_epi32(sum[i][j], mul),
+                                     _mm512_add_epi32(correction, _mm512_set1_epi32(b.window_sum[i])));
+      });
+    });
+  }
+  const int64_t last = b.channels - (kV - 1) * kLanes;
+  const __mmask16 mask = static_cast<__mmask16>((1u << last) - 1);
+  each<kP>([&](auto i) {
+    int32_t* to = b.out + i * b.out_pitch;
+    each<kV - 1>([&](auto j) { _mm512_storeu_si512(to + j * kLanes, sum[i][j]); });
+    _mm512_mask_storeu_epi32(to + (kV - 1) * kLanes, mask, sum[i][kV - 1]);
+  });
+}
+
+using BlockFn = void (*)(const Block&);
+template <int kV>
+constexpr BlockFn kBlocks[kPixels] = {convolve<1, kV>, convolve<2, kV>, convolve<3, kV>, convolve<4, kV>,
+                                      convolve<5, kV>, convolve<6, kV>, convolve<7, kV>, convolve<8, kV>};
+constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>, kBlocks<3>, kBlocks<4>};
+
+// All `pixels` of a tile, for one set of vectors: as few blocks as can be, of nearly equal size.
+void convolve_tile(Block b, int64_t vectors, int64_t pixels) {
+  const BlockFn* by_pixels = kBySet[vectors - 1];
+  const int64_t most = pixels_of(static_cast<int>(vectors)), blocks = (pixels + most - 1) / most;
+  for (int64_t left = blocks; left > 0; --left) {
+    const int64_t count = (pixels + left - 1) / left;
+    by_pixels[count - 1](b);
+    b.window += count, b.window_sum += count, b.out += count * b.out_pitch;
+    pixels -= count;
+  }
+}
+
+// add * the sum of the activations of the window at (y, x), wrapping.
+int32_t window_sum(const ConvShape& s, const Packed& p, const uint8_t* staged, int64_t group, int64_t y, int64_t x) {
+  uint32_t sum = 0;
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+    const uint8_t* row = staged + (y * s.stride_h + ky * s.dilation_h) * p.row_bytes + p.stage.sums_at;
+    const int32_t* sums = reinterpret_cast<const int32_t*>(row) + group * p.stage.columns + x * s.stride_w;
+    for (int64_t kx = 0; kx < s.kernel_w; ++kx) sum += static_cast<uint32_t>(sums[kx * s.dilation_w]);
+  }
+  return static_cast<int32_t>(sum * static_cast<uint32_t>(p.form.add));
+}
+
+template <bool kDirect>
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+  const Packed p(s, kDirect);
+  const uint8_t* base = static_cast<const uint8_t*>(packed);
+  const uint8_t* rows = static_cast<const uint8_t*>(staged);
+  const int32_t* correction = reinterpret_cast<const int32_t*>(base);
+  const __m512i* weights = reinterpret_cast<const __m512i*>(base + p.weights_at);
+  const uint8_t* window[kTile];
+  int32_t sums[kTile];
+  const int64_t end = row_end * s.out_w;
+  int64_t pixels;
+  for (int64_t begin = row_begin * s.out_w; begin < end; begin += pixels) {
+    pixels = min64(kTile, end - begin);
+    for (int64_t group = 0; group < s.groups; ++group) {
+      for (int64_t i = 0; i < pixels;) {
+        const int64_t y = (begin + i) / s.out_w, x = (begin + i) % s.out_w, count = min64(s.out_w - x, pixels - i);
+        const int64_t step = s.stride_w * p.stage.lanes;
+        const uint8_t* first = rows + y * s.stride_h * p.row_bytes + group * p.stage.columns * p.stage.lanes + x * step;
+        for (int64_t j = 0; j < count; ++j) window[i + j] = first + j * step;
+        if (p.stage.sums)
+          for (int64_t j = 0; j < count; ++j) sums[i + j] = window_sum(s, p, rows, group, y, x + j);
+        i += count;
+      }
+      for (int64_t set = 0; set < p.sets; ++set) {
+        const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v, first = group * p.vectors + v;
+        convolve_tile({p, window, sums, weights + first * p.steps, correction + first * kLanes,
+                       min64(vectors * kLanes, s.group_out() - v * kLanes),
+                       out + begin * s.out_c + group * s.group_out() + v * kLanes, s.out_c},
+                      vectors, pixels);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool avx512vnni_direct_fits(const ConvShape& s) {
+  const WeightForm form(s);
+  return s.groups == 1 && s.kernel_h == 1 && s.kernel_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
+         s.padded_h() <= s.in_h && s.padded_w() <= s.in_w && s.in_c % kStep == 0 && form.offset == 0 && form.whole;
+}
+
+extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack, staged_row_bytes, stage, run<false>};
+extern const ConvKernel kAvx512VnniDirect = {"avx512vnni-direct", packed_bytes,  pack,
+                                             no_staged_row_bytes, stage_nothing, run<true>};
+
+}  // namespace bitstrata

@@ -1,0 +1,318 @@
+"""Linear and convolution whose three products of a training step are computed on integers, with gradients.
+
+Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer training", section 4.1 and appendix D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
+from .groups import check_groups
+from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, linear_weight_grad, weight_codes
+from .peers import tensor_quantize
+from .products import check_form
+from .rounding import ROUNDINGS, CounterGenerator
+from .shiftquant import PackedShift, ShiftQuantized, check_bits, shift_quantize
+
+METHODS = ("shift", "tensor")
+REACTIONS = ("error", "skip")
+FORWARD_STREAMS = 1 << 63  # streams from here on belong to activations, those below to gradients
+
+
+@dataclass(frozen=True)
+class IntegerRule:
+    """How a layer computes in integers.
+
+    Attributes:
+        w, a, g: widths of weights, activations and gradients, 2..8.
+        groups: N_G of activations and gradients, 1..8; only for method "shift".
+        act_rounding: of activations in training: "nearest" or "stochastic". Evaluation rounds everything to nearest.
+        grad_rounding: of gradients in training: "stochastic" or "nearest".
+        unsigned_nonneg: activations without negative elements get codes 0..2^a - 1, which buys a bit after a ReLU.
+        method: "shift": ShiftQuant for activations and gradients, weights with a scale a channel. "tensor": one scale a
+            tensor for all three.
+        form: of `product`, how the integers are multiplied; all give the same result. "float64" is the fastest here.
+        on_nonfinite: NaN or infinity in an activation or a gradient is an "error", or its step is a "skip": all
+            gradients of the layer are 0 and `LayerState.skipped` counts it; the result of an activation that is not
+            finite is NaN.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    w: int = 4
+    a: int = 4
+    g: int = 4
+    groups: int = 4
+    act_rounding: str = "nearest"
+    grad_rounding: str = "stochastic"
+    unsigned_nonneg: bool = False
+    method: str = "shift"
+    form: str = "float64"
+    on_nonfinite: str = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("w", "a", "g"):
+            check_bits(getattr(self, name), f"IntegerRule: {name}")
+        check_groups(self.groups, "IntegerRule")
+        check_form(self.form)
+        for name, known in (
+            ("act_rounding", ROUNDINGS),
+            ("grad_rounding", ROUNDINGS),
+            ("method", METHODS),
+            ("on_nonfinite", REACTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"IntegerRule: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def shift_groups(self) -> int:
+        """N_G in use: 1 for method "tensor"."""
+        return self.groups if self.method == "shift" else 1
+
+    def quantize_activation(
+        self, x: Tensor, axis: int, *, training: bool = False, generator: CounterGenerator | None = None
+    ) -> ShiftQuantized:
+        """The activation's codes, groups along `axis`; errors as shift_quantize."""
+        return shift_quantize(
+            x,
+            self.a,
+            self.shift_groups,
+            axis,
+            rounding=self.act_rounding if training else "nearest",
+            generator=generator,
+            unsigned_nonneg=self.unsigned_nonneg,
+        )
+
+    def quantize_gradient(
+        self, grad: Tensor, axis: int, *, training: bool = False, generator: CounterGenerator | None = None
+    ) -> ShiftQuantized:
+        """The gradient's codes, groups along `axis`; errors as shift_quantize."""
+        rounding = self.grad_rounding if training else "nearest"
+        return shift_quantize(grad, self.g, self.shift_groups, axis, rounding=rounding, generator=generator)
+
+    def quantize_weight(self, weight: Tensor, side: str, conv_groups: int = 1) -> WeightCodes:
+        """The weight's codes, to nearest, for the forward product (side "out") or the input gradient ("in")."""
+        if self.method == "shift":
+            return weight_codes(weight, self.w, side, conv_groups)
+        coded = tensor_quantize(weight, self.w)
+        channels = weight.shape[0] if side == "out" else weight.shape[1] * conv_groups
+        return WeightCodes(coded.codes, coded.scale.expand(channels).contiguous(), self.w, side, conv_groups)
+
+
+@dataclass
+class LayerState:
+    """What a layer carries from step to step.
+
+    Attributes:
+        name: how errors call the layer.
+        noise: each gradient that is rounded takes its next stream, so draws depend on the seed, on the layer's own
+            streams and on how many backward passes it has seen; not on threads, other layers, or on whether its
+            forward pass was run twice (checkpointing).
+        skipped: backward passes whose gradients were set to 0.
+    """
+
+    name: str = "integer layer"
+    noise: CounterGenerator = field(default_factory=lambda: CounterGenerator(0))
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer; geometry None for linear."""
+
+    rule: IntegerRule
+    state: LayerState
+    geometry: Geometry | None
+    training: bool
+    differentiated: bool  # gradients are recorded: there will be a backward pass
+
+    def axis(self, x: Tensor) -> int:
+        return x.dim() - 1 if self.geometry is None else 1
+
+    def conv_groups(self) -> int:
+        return 1 if self.geometry is None else self.geometry.groups
+
+    def usable(self, x: Tensor, what: str) -> bool:
+        """Whether x is finite in float32; ValueError if it is not and the rule says so."""
+        finite = x.detach().to(torch.float32).isfinite()
+        if bool(finite.all()):
+            return True
+        if self.rule.on_nonfinite == "error":
+            bad = x.numel() - int(finite.sum())
+            raise ValueError(
+                f"{self.state.name}: {bad} of {x.numel()} elements of {what} {tuple(x.shape)} are not finite (NaN or "
+                "infinite in float32)"
+            )
+        return False
+
+    def weight(self, weight: Tensor, side: str) -> WeightCodes:
+        try:
+            return self.rule.quantize_weight(weight, side, self.conv_groups())
+        except ValueError as error:
+            raise ValueError(f"{self.state.name}: weight {tuple(weight.shape)}: {error}") from error
+
+    def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        if self.geometry is None:
+            return (*x.shape[:-1], weight.shape[0])
+        return (x.shape[0], weight.shape[0], *self.geometry.output(tuple(x.shape[2:]), tuple(weight.shape[2:])))
+
+    def forward(self, x: ShiftQuantized, w: WeightCodes, dtype: torch.dtype) -> Tensor:
+        if self.geometry is None:
+            return linear_forward(x, w, form=self.rule.form, dtype=dtype)
+        return conv_forward(x, w, self.geometry, form=self.rule.form, dtype=dtype)
+
+    def input_grad(self, g: ShiftQuantized, w: WeightCodes, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.geometry is None:
+            return linear_input_grad(g, w, form=self.rule.form, dtype=dtype)
+        return conv_input_grad(g, w, size, self.geometry, form=self.rule.form, dtype=dtype)
+
+    def weight_grad(self, g: ShiftQuantized, x: ShiftQuantized, kernel: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.geometry is None:
+            return linear_weight_grad(g, x, form=self.rule.form, dtype=dtype)
+        return conv_weight_grad(g, x, kernel, self.geometry, form=self.rule.form, dtype=dtype)
+
+
+class _IntegerProduct(torch.autograd.Function):
+    """Y = X W^T + b on codes; keeps X's packed codes, exponents and scale, and a reference to W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        ctx.call, ctx.packing = call, None
+        ctx.like = [None if t is None else (t.shape, t.dtype, t.device) for t in (x, weight, bias)]
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        ctx.usable = call.usable(x, "the activation")
+        if not ctx.usable:
+            return torch.full(call.result_shape(x, weight), torch.nan, dtype=dtype, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            xq = call.rule.quantize_activation(x, call.axis(x), training=call.training, generator=_forward_noise(call))
+            y = call.forward(xq, call.weight(weight, "out"), dtype)
+        kept: list[Tensor | None] = [None, None, None]
+        if call.differentiated and ctx.needs_input_grad[1]:
+            packed = xq.pack()
+            kept = [packed.codes, packed.exponents, packed.scale]
+            ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed)
+        ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
+        return y if bias is None else y + bias.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        needs = ctx.needs_input_grad
+        if not (ctx.usable and call.usable(grad, "the gradient")):
+            call.state.skipped += 1
+            return *(_zeros(like) if need else None for like, need in zip(ctx.like, needs, strict=False)), None
+        codes, exponents, scale, weight = ctx.saved_tensors
+        (x_shape, x_dtype, _), (w_shape, w_dtype, _), b_like = ctx.like
+        gx = gw = gb = None
+        with torch.autocast(grad.device.type, enabled=False):
+            gq = call.rule.quantize_gradient(grad, call.axis(grad), training=call.training, generator=call.state.noise)
+            if needs[0]:
+                gx = call.input_grad(gq, call.weight(weight, "in"), tuple(x_shape[2:]), x_dtype)
+            if needs[1]:
+                xq = PackedShift(codes, exponents, scale, *ctx.packing).unpack()
+                gw = call.weight_grad(gq, xq, tuple(w_shape[2:]), w_dtype)
+            if needs[2]:
+                gb = bias_grad(gq, dtype=b_like[1]).reshape(b_like[0])
+        return gx, gw, gb, None
+
+
+def _zeros(like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
+    return torch.zeros(like[0], dtype=like[1], device=like[2])
+
+
+def _forward_noise(call: _Call) -> CounterGenerator | None:
+    """A stream that torch's default generator picks: checkpointing restores that, so a second run draws the same."""
+    if call.rule.act_rounding == "nearest" or not call.training:
+        return None
+    return CounterGenerator(call.state.noise.seed, FORWARD_STREAMS + int(torch.randint(FORWARD_STREAMS - 1, ())))
+
+
+def _call(rule: IntegerRule | None, state: LayerState | None, geometry: Geometry | None, training: bool) -> _Call:
+    return _Call(rule or IntegerRule(), state or LayerState(), geometry, training, torch.is_grad_enabled())
+
+
+def integer_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rule: IntegerRule | None = None,
+    state: LayerState | None = None,
+    training: bool = True,
+) -> Tensor:
+    """Y = X W^T + b with the forward product and both gradients on integer codes.
+
+    Forward: X in ShiftQuant along its last axis, W with a scale an output. Backward: the gradient is quantized once, by
+    default stochastically; the input gradient takes W with a scale an input, the weight gradient the codes of X that
+    the forward pass used, the bias gradient sums dequantized codes. Gradients go straight through all quantizers. Of X
+    only the packed codes, the exponents and the scale are kept for the backward pass, and only if the weight needs a
+    gradient; products that nobody needs are not computed.
+
+    Integers are exact whatever the form: the default multiplies them as float64 matrices, so the arithmetic is that of
+    integer kernels, the speed is not. Autocast has no effect inside.
+
+    Args:
+        x: floating (..., in), not empty. weight: floating (out, in). bias: (out,), added in floating point.
+        rule: None for `IntegerRule()`. state: the layer's name and noise; None for a new one, so for the same draws at
+            every call. training: False rounds everything to nearest.
+
+    Returns:
+        (..., out) in the wider dtype of x and weight. Differentiable once.
+
+    Raises:
+        ValueError: shapes that do not fit; x empty; weights that are not finite; activations or, in the backward pass,
+            gradients that are not finite under on_nonfinite "error".
+    """
+    call = _call(rule, state, None, training)
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{call.state.name}: input {tuple(x.shape)} must be (..., in) and weight {tuple(weight.shape)} (out, in)"
+        )
+    return _apply(x, weight, bias, call)
+
+
+def integer_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    geometry: Geometry | None = None,
+    *,
+    rule: IntegerRule | None = None,
+    state: LayerState | None = None,
+    training: bool = True,
+) -> Tensor:
+    """Convolution with all three products on integer codes; as integer_linear, groups along axis 1.
+
+    Args:
+        x: floating (samples, in, [height,] width), not empty. weight: (out, in / groups, ...). bias: (out,).
+        geometry: None for stride 1 without padding. rule, state, training: as integer_linear.
+
+    Returns:
+        (samples, out, ...) in the wider dtype of x and weight. Differentiable once.
+
+    Raises:
+        ValueError: as integer_linear.
+    """
+    call = _call(rule, state, geometry or Geometry(), training)
+    if x.dim() != weight.dim() or x.dim() not in (3, 4) or x.shape[1] != weight.shape[1] * call.conv_groups():
+        raise ValueError(
+            f"{call.state.name}: input {tuple(x.shape)} must be (samples, in, [height,] width) and weight "
+            f"{tuple(weight.shape)} (out, in / groups, ...) with groups={call.conv_groups()}"
+        )
+    bias = None if bias is None else bias.reshape(-1, *[1] * (x.dim() - 2))
+    return _apply(x, weight, bias, call)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    if x.numel() == 0:
+        raise ValueError(f"{call.state.name}: input {tuple(x.shape)} has no elements, so no range")
+    result: Tensor = _IntegerProduct.apply(x, weight, bias, call)
+    return result

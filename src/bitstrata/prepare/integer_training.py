@@ -1,0 +1,329 @@
+"""integer_: a model that trains in integers; and what layers keep for the backward pass, in bytes.
+
+Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer training".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..integer.autograd import IntegerRule
+from ..integer.rounding import CounterGenerator, stochastic_round
+from ..nn.integer_layers import INTEGER_FORMS, IntegerLayer, layer_noise, to_integer
+from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, l1_batch_norm_from
+from .finite import not_finite, watched
+from .observe import Trace, observe
+from .precision import quantized_layers
+from .swap import SKIPPED
+
+Filter = Callable[[str, nn.Module], bool]
+NORMS = ("l1_quantized", "l1", "l2_quantized", "batch")
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What a method sets where the caller does not: widths, normalization, and the rounding of gradients."""
+
+    quantizer: str
+    bits: int
+    norm: str
+    grad_rounding: str
+
+
+METHODS: dict[str, _Method] = {
+    "shift": _Method("shift", 4, "l1_quantized", "stochastic"),
+    "int8_naive": _Method("tensor", 8, "l2_quantized", "nearest"),
+    "int8_sr": _Method("tensor", 8, "l2_quantized", "stochastic"),
+}
+
+
+class CounterRounding:
+    """Stochastic rounding of a normalization's gradient by a counter: the next stream of `generator` at each call."""
+
+    def __init__(self, generator: CounterGenerator) -> None:
+        self.generator = generator
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """z, floating, rounded to whole numbers; its mean over draws is z."""
+        return stochastic_round(z, self.generator.uniform(z.shape, z.device))
+
+
+def integer_(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    w: int | None = None,
+    a: int | None = None,
+    g: int | None = None,
+    groups: int = 4,
+    edge_bits: int = 8,
+    norm: str | None = None,
+    l1_scale: str = "sqrt(pi/2)",
+    method: str = "shift",
+    act_rounding: str = "nearest",
+    unsigned_nonneg: bool = False,
+    form: str = "float64",
+    on_nonfinite: str = "error",
+    seed: int = 0,
+    filter: Filter | None = None,
+) -> nn.Module:
+    """Make Linear, Conv1d and Conv2d train in integers and replace batch normalizations, in place.
+
+    Layers change class (`IntegerLayer`), so parameters, hooks, tied weights and the state_dict keys of layers stay; the
+    optimizer, loss, activation functions, pooling and sums stay in float. The example is run once, in evaluation mode,
+    to see which layers run and which is first and last. Attention that reads the weights of its parts itself
+    (`nn.MultiheadAttention`) stays in float, as do other normalizations and layers of derived or reparametrized types.
+
+    Args:
+        model: a float model.
+        example_inputs: a tensor, or a tuple of positional arguments, as the model's forward takes them.
+        w, a, g: widths of weights, activations, gradients, 2..8; None for the method's: 4 for "shift", 8 for the
+            others, which take no other.
+        groups: N_G of method "shift", 1..8.
+        edge_bits: the three widths in the first and the last layer.
+        norm: what batch normalization becomes: "l1_quantized", every tensor of it in 8 bits (the paper's);
+            "l2_quantized", its twin by standard deviation; "l1", in float; "batch", as it is. None for "l1_quantized"
+            with "shift" and "l2_quantized" with the others.
+        l1_scale: of `l1_batch_norm_from`.
+        method: "shift", ShiftQuant; "int8_naive", one 8-bit scale a tensor with gradients rounded to nearest;
+            "int8_sr", the same with stochastic rounding.
+        act_rounding, unsigned_nonneg, form, on_nonfinite: of `IntegerRule`.
+        seed: of all stochastic rounding of gradients, 0..2^64 - 1. Every layer has streams of its own.
+        filter: called with (qualified name, layer); False leaves the layer in float.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an option out of range; the model is quantized or in integers already, or a bare layer; no layer is
+            left; parameters, statistics or a layer's input on the example are not finite, or the input is empty; a
+            batch normalization without running statistics, for another `norm` than "batch". The model is unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"integer_: model must be a torch.nn.Module, got {type(model).__name__}")
+    preset = _preset(method, {"w": w, "a": a, "g": g})
+    rule = IntegerRule(
+        w=w or preset.bits,
+        a=a or preset.bits,
+        g=g or preset.bits,
+        groups=groups,
+        act_rounding=act_rounding,
+        grad_rounding=preset.grad_rounding,
+        unsigned_nonneg=unsigned_nonneg,
+        method=preset.quantizer,
+        form=form,
+        on_nonfinite=on_nonfinite,
+    )
+    edge_rule = replace(rule, w=edge_bits, a=edge_bits, g=edge_bits)
+    norm = preset.norm if norm is None else norm
+    if norm not in NORMS:
+        raise ValueError(f"integer_: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    candidates = _candidates(model)
+    trace = observe(model, example_inputs, candidates)
+    skipped = _skips(candidates, trace, filter)
+    chosen = [name for name in candidates if name not in skipped]
+    if not chosen:
+        raise ValueError(f"integer_: no layer to convert among {len(candidates)} candidates: {skipped or 'none'}")
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
+    _refuse_not_finite({**{name: candidates[name] for name in chosen}, **norms}, trace)
+    indices = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    layer_noise(seed, len(indices))  # the seed, before anything changes
+    made: dict[int, nn.Module] = {}
+    if norm != "batch":
+        made = {
+            id(module): _norm(name, module, norm, l1_scale, rule.grad_rounding, layer_noise(seed, indices[name]))
+            for name, module in norms.items()
+        }
+    ran = sorted((seen.order, name) for name, seen in trace.layers.items() if seen.calls)
+    edges = {ran[0][1], ran[-1][1]}
+    for name, reason in skipped.items():
+        candidates[name].__dict__[SKIPPED] = reason
+    for name in chosen:
+        to_integer(candidates[name], edge_rule if name in edges else rule, seed=seed, index=indices[name], name=name)
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():  # every name of a module that has several
+            if id(child) in made:
+                parent._modules[child_name] = made[id(child)]
+    _disable_fused_paths(model)
+    return model
+
+
+def _preset(method: str, widths: Mapping[str, int | None]) -> _Method:
+    if method not in METHODS:
+        raise ValueError(f"integer_: method must be one of {', '.join(METHODS)}, got {method!r}")
+    preset = METHODS[method]
+    for name, bits in widths.items():
+        if preset.quantizer == "tensor" and bits not in (None, preset.bits):
+            raise ValueError(f"integer_: method {method!r} has {preset.bits} bits; got {name}={bits!r}")
+        if bits == 0:
+            raise ValueError(f"integer_: {name} must be in 2..8, got 0")
+    return preset
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    if integer_layers(model) or quantized_layers(model):
+        raise ValueError("integer_: the model is quantized or in integers already; start from a float model")
+    if type(model) in INTEGER_FORMS:
+        raise ValueError(f"integer_: the model is a bare {type(model).__name__}; wrap it in nn.Sequential")
+    return {name: module for name, module in model.named_modules() if type(module) in INTEGER_FORMS}
+
+
+def _skips(candidates: Mapping[str, nn.Module], trace: Trace, keep: Filter | None) -> dict[str, str]:
+    skipped = {}
+    for name, module in candidates.items():
+        if not trace.layers[name].calls:
+            skipped[name] = "did not run on the example"
+        elif keep is not None and not keep(name, module):
+            skipped[name] = "kept in float by the filter"
+    return skipped
+
+
+def _refuse_not_finite(modules: Mapping[str, nn.Module], trace: Trace) -> None:
+    for name, module in modules.items():
+        problem = not_finite(watched(module))
+        if problem:
+            raise ValueError(f"integer_: {type(module).__name__} {name!r}: {problem}")
+    for name, seen in sorted(trace.layers.items(), key=lambda item: item[1].order):  # the first one is the cause
+        if name in modules and seen.problem:
+            raise ValueError(f"integer_: the input of layer {name!r} on the example: {seen.problem}")
+
+
+def _norm(  # noqa: PLR0917
+    name: str, module: nn.Module, norm: str, l1_scale: str, rounding: str, noise: CounterGenerator
+) -> L1BatchNorm:
+    quantized = norm != "l1"
+    rounds: Any = CounterRounding(noise) if rounding == "stochastic" else rounding
+    try:
+        return l1_batch_norm_from(
+            module, l1_scale=l1_scale, quantized=quantized, l2=norm == "l2_quantized", rounding=rounds
+        )
+    except ValueError as error:
+        raise ValueError(f"integer_: {type(module).__name__} {name!r}: {error}") from error
+
+
+def _disable_fused_paths(model: nn.Module) -> None:
+    """Torch's transformer layers have a fused path for evaluation that reads the float weights of their parts."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer) and integer_layers(module):
+            module.activation_relu_or_gelu = 0
+
+
+def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
+    """Qualified name -> layer that trains in integers, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
+
+
+def _generators(model: nn.Module) -> dict[str, CounterGenerator]:
+    found: dict[str, CounterGenerator] = {name: layer.state.noise for name, layer in integer_layers(model).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedL1BatchNorm) and isinstance(module.rounding, CounterRounding):
+            found[name] = module.rounding.generator
+    return found
+
+
+def noise_state(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Seed and next stream of every layer and normalization: with the state_dict, what an exact resume needs.
+
+    Not part of the state_dict, whose keys stay those of the float model.
+    """
+    return {name: generator.state_dict() for name, generator in _generators(model).items()}
+
+
+def load_noise_state_(model: nn.Module, state: Mapping[str, Mapping[str, int]]) -> None:
+    """Continue where `noise_state` was taken.
+
+    Raises:
+        ValueError: the names are not those of the model's layers.
+    """
+    generators = _generators(model)
+    if set(generators) != set(state):
+        raise ValueError(
+            f"load_noise_state_: the state is of {sorted(state)}, the model's generators of {sorted(generators)}"
+        )
+    for name, generator in generators.items():
+        generator.load_state_dict(state[name])
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one layer keeps for its backward pass.
+
+    Attributes:
+        kept: of all tensors it saves but parameters (packed codes, exponents and scales in an integer layer).
+        float32: of its inputs in float32, what a float layer saves.
+    """
+
+    kept: int
+    float32: int
+
+
+@dataclass(frozen=True)
+class SavedMemory:
+    """Bytes kept for the backward pass.
+
+    Attributes:
+        layers: qualified name -> bytes of each Linear, Conv1d or Conv2d, float or integer, that ran.
+        total: of all that the whole model saves but parameters and buffers, each piece of memory once.
+            Activation functions save their results too, so that this shrinks less than the layers do.
+    """
+
+    layers: dict[str, LayerMemory]
+    total: int
+
+
+def saved_memory(model: nn.Module, example_inputs: Any) -> SavedMemory:
+    """What a forward pass on the example, in the model's present mode, keeps for the backward pass.
+
+    Measured: every tensor that autograd saves passes through a hook. The forward pass is a real one: in training mode
+    it updates running statistics.
+
+    Args:
+        model: float or integer. example_inputs: a tensor, or a tuple of positional arguments.
+    """
+    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    layers: dict[str, LayerMemory] = {}
+    storages: dict[int, Tensor] = {}  # a tensor of each, alive so that no address is used twice
+    running: list[str] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        address = saved.untyped_storage().data_ptr()
+        if saved.numel() and address not in owned:
+            storages[address] = saved
+            if running:
+                seen = layers[running[-1]]
+                layers[running[-1]] = replace(seen, kept=seen.kept + saved.numel() * saved.element_size())
+        return saved
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            seen = layers.get(name, LayerMemory(0, 0))
+            layers[name] = replace(seen, float32=seen.float32 + 4 * x.numel())
+            running.append(name)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        if type(module) in INTEGER_FORMS or isinstance(module, IntegerLayer):
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda saved: saved):
+            model(*example_inputs) if isinstance(example_inputs, tuple | list) else model(example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return SavedMemory(layers, sum(t.untyped_storage().nbytes() for t in storages.values()))
