@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from bitstrata_runtime.program import Program
 
+from ..nn.integer_layers import IntegerLayer
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import OwnLayer
@@ -63,6 +64,12 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
 def _served(model: nn.Module, wanted: Iterable[int] | None) -> tuple[int, ...]:
     known = all_precisions(model)
     if not known:
+        integer = next((name for name, module in model.named_modules() if isinstance(module, IntegerLayer)), None)
+        if integer is not None:
+            raise LowerError(
+                f"lower: {integer!r} trains in integers whose ranges follow each batch (integer_), which have no program; "
+                "quantize_ the float network with the trained weights instead"
+            )
         raise LowerError("lower: the model has no quantized layers; call quantize_ first")
     served = known if wanted is None else tuple(sorted(set(wanted)))
     if not served or not set(served) <= set(known):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from bitstrata.prepare import precisions
+from bitstrata.prepare import load_noise_state_, noise_state, precisions
 from bitstrata.train import checkpoint
 from bitstrata.train.config import Level, TrainConfig, differences
 from bitstrata.train.evaluate import evaluate, place
@@ -232,6 +232,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "position": vars(self.position),
                 "rng": checkpoint.rng_state(),
+                "noise": noise_state(self.model),
                 "metrics": self.log.position(),
             },
         )
@@ -245,6 +246,7 @@ class Trainer:
         self._check_same_run(path, state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        load_noise_state_(self.model, state.get("noise", {}))
         self.position = Position(**state["position"])
         self.log.cut(state["metrics"])
         return cast(dict[str, Any], state["rng"])
