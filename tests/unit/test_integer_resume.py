@@ -28,7 +28,7 @@ def trainer(net: nn.Module, out: Path) -> bs.Trainer:
     return bs.Trainer(net, bs.TrainConfig(epochs=3, lr=0.05, seed=1, eval_every=0), loader(), out_dir=out)
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -42,11 +42,11 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path) -> None:
     def interrupted(images: Tensor, labels: Tensor) -> dict[int | str, float]:
         steps.append(None)
         if len(steps) > 5:
-            raise Interruption
+            raise InterruptionError
         return step(images, labels)
 
     first._step = interrupted  # type: ignore[method-assign]
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         first.fit()
     resumed = model()
     trainer(resumed, tmp_path / "broken").fit()
@@ -58,5 +58,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_lower_names_the_layer_and_the_way_out() -> None:
-    with pytest.raises(LowerError, match=r"'\w+.*' trains in integers whose ranges follow each batch .*; quantize_ the"):
+    with pytest.raises(
+        LowerError, match=r"'\w+.*' trains in integers whose ranges follow each batch .*; quantize_ the"
+    ):
         bs.lower(model(), torch.randn(1, 1, 8, 8))

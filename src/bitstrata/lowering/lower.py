@@ -67,8 +67,8 @@ def _served(model: nn.Module, wanted: Iterable[int] | None) -> tuple[int, ...]:
         integer = next((name for name, module in model.named_modules() if isinstance(module, IntegerLayer)), None)
         if integer is not None:
             raise LowerError(
-                f"lower: {integer!r} trains in integers whose ranges follow each batch (integer_), which have no program; "
-                "quantize_ the float network with the trained weights instead"
+                f"lower: {integer!r} trains in integers whose ranges follow each batch (integer_), which have no "
+                "program; quantize_ the float network with the trained weights instead"
             )
         raise LowerError("lower: the model has no quantized layers; call quantize_ first")
     served = known if wanted is None else tuple(sorted(set(wanted)))
