@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.l1norm import HALF, Rounding, l1_factor, l1_normalize, nearest, quantized_norm, stochastic
+from .running_norm import RunningNorm
 
 ROUNDINGS: dict[str, Rounding] = {"stochastic": stochastic, "nearest": nearest}
 
@@ -32,7 +33,7 @@ def check_quantized(owner: str, bits: int, rounding: str | Rounding, l1_scale: s
     return rounding
 
 
-class L1BatchNorm(nn.Module):
+class L1BatchNorm(RunningNorm):
     """Batch normalization by the mean absolute deviation of each channel; use `L1BatchNorm1d` or `2d`.
 
     y_c = weight_c (x - mean_c) / (deviation_c + eps) + bias_c, with deviation_c = c mean|x - mean_c| over batch and
@@ -54,12 +55,9 @@ class L1BatchNorm(nn.Module):
             the module a replacement of trained batch normalization.
     """
 
-    shapes: tuple[str, ...] = ()  # what the inputs of a subclass look like
-    ranks: tuple[int, ...] = ()
+    spread = "running_deviation"
 
-    running_mean: Tensor
     running_deviation: Tensor
-    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -72,50 +70,14 @@ class L1BatchNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not self.ranks:
-            raise TypeError(f"{name}: use {name}1d or {name}2d")
-        if num_features < 1:
-            raise ValueError(f"{name}: num_features must be at least 1, got {num_features}")
-        if not eps >= 0:
-            raise ValueError(f"{name}: eps must be at least 0, got {eps}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"{name}: momentum must be in 0..1 or None, got {momentum}")
-        l1_factor(l1_scale, name)
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
+        super().__init__(num_features, eps, momentum, affine, statistics=num_features, device=device, dtype=dtype)
+        l1_factor(l1_scale, type(self).__name__)
         self.l1_scale = l1_scale
-        self.track_running_stats = True
-        if affine:
-            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
-        self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("running_deviation", torch.ones(num_features, device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
 
     @property
     def running_var(self) -> Tensor:
         """The square of `running_deviation`, computed: writing into it changes nothing."""
         return self.running_deviation.square()
-
-    def reset_running_stats(self) -> None:
-        """Mean 0, deviation 1, no batches seen."""
-        self.running_mean.zero_()
-        self.running_deviation.fill_(1)
-        self.num_batches_tracked.zero_()
-
-    def reset_parameters(self) -> None:
-        """Initial statistics and affine."""
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any of `shapes` to the same shape and dtype.
@@ -153,29 +115,14 @@ class L1BatchNorm(nn.Module):
         return (0, *range(2, x.dim()))
 
     def _check(self, x: Tensor) -> None:
-        name = type(self).__name__
-        if x.dim() not in self.ranks:
-            raise ValueError(f"{name}: input must be {' or '.join(self.shapes)}, got shape {tuple(x.shape)}")
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{name}: input has {x.shape[1]} channels (shape {tuple(x.shape)}), expected "
-                f"num_features={self.num_features}"
-            )
+        self._check_shape(x)
         if self.training and x.numel() // x.shape[1] < 2:
-            raise ValueError(f"{name}: training needs more than one element a channel, got shape {tuple(x.shape)}")
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, deviation: Tensor) -> None:
-        self.num_batches_tracked += 1
-        share: Any = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        for running, batch in ((self.running_mean, mean), (self.running_deviation, deviation)):
-            running.copy_((1 - share) * running.to(batch.dtype) + share * batch.view(-1))
+            raise ValueError(
+                f"{type(self).__name__}: training needs more than one element a channel, got shape {tuple(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}, affine={self.affine}, "
-            f"l1_scale={self.l1_scale!r}"
-        )
+        return f"{super().extra_repr()}, l1_scale={self.l1_scale!r}"
 
 
 class L1BatchNorm1d(L1BatchNorm):
@@ -317,11 +264,7 @@ def l1_batch_norm_from(
         spread = var.sqrt() if l2 else (factor * (var + norm.eps).sqrt() - made.eps).clamp_(min=0)
         made.running_mean.copy_(norm.running_mean)
         made.running_deviation.copy_(spread)
-        if norm.num_batches_tracked is not None:
-            made.num_batches_tracked.copy_(norm.num_batches_tracked)
+        made._take_over(norm)
         if norm.affine:
             made.weight.copy_(norm.weight.double() * factor)
-            made.bias.copy_(norm.bias)
-            made.weight.requires_grad_(norm.weight.requires_grad)
-            made.bias.requires_grad_(norm.bias.requires_grad)
     return made.train(norm.training)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .l1_norm import L1BatchNorm, QuantizedL1BatchNorm
+from .running_norm import RunningNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-class LayerBatchNorm(nn.Module):
+class LayerBatchNorm(RunningNorm):
     """Normalization by one mean and one variance of the whole batch tensor; use `LayerBatchNorm1d` or `2d`.
 
     y_c = weight_c (x - mean) / sqrt(var + eps) + bias_c with scalar mean and biased var over all of x, both
@@ -48,12 +49,7 @@ class LayerBatchNorm(nn.Module):
             call it in training mode; batches may differ in size.
     """
 
-    shapes: tuple[str, ...] = ()  # what the inputs of a subclass look like
-    dims: tuple[int, ...] = ()
-
-    running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -66,44 +62,8 @@ class LayerBatchNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not self.dims:
-            raise TypeError(f"{name}: use LayerBatchNorm1d or LayerBatchNorm2d")
-        if num_features < 1:
-            raise ValueError(f"{name}: num_features must be at least 1, got {num_features}")
-        if eps < 0:
-            raise ValueError(f"{name}: eps must be at least 0, got {eps}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"{name}: momentum must be in 0..1 or None, got {momentum}")
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
+        super().__init__(num_features, eps, momentum, affine, statistics=1, device=device, dtype=dtype)
         self.sync = sync
-        self.track_running_stats = True
-        if affine:
-            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
-        self.register_buffer("running_mean", torch.zeros(1, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(1, device=device, dtype=dtype))
-        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
-
-    def reset_running_stats(self) -> None:
-        """Mean 0, variance 1, no batches seen."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
-    def reset_parameters(self) -> None:
-        """Initial statistics and affine."""
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any of `shapes` to the same shape and dtype.
@@ -111,7 +71,7 @@ class LayerBatchNorm(nn.Module):
         Raises:
             ValueError: another number of dimensions or of channels, or a training batch of fewer than two elements.
         """
-        self._check(x)
+        self._check_shape(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.training:
             centered, var = self._centered(wide)
@@ -123,17 +83,6 @@ class LayerBatchNorm(nn.Module):
         shape = (-1, *[1] * (x.dim() - 2))
         weight, bias = self.weight.to(wide.dtype).view(shape), self.bias.to(wide.dtype).view(shape)
         return (centered * (weight * gain) + bias).to(x.dtype)
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() not in self.dims:
-            raise ValueError(
-                f"{type(self).__name__}: input must be {' or '.join(self.shapes)}, got shape {tuple(x.shape)}"
-            )
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__}: input has {x.shape[1]} channels (shape {tuple(x.shape)}), expected "
-                f"num_features={self.num_features}"
-            )
 
     def _centered(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x less its mean, and its variance (1,); the running statistics move.
@@ -158,32 +107,22 @@ class LayerBatchNorm(nn.Module):
             return x
         return _SumOverRanks.apply(x)
 
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked += 1
-        share: Any = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
-            running.copy_((1 - share) * running.to(batch.dtype) + share * batch)
-
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum}, affine={self.affine}"
-            f"{', sync=True' if self.sync else ''}"
-        )
+        return super().extra_repr() + (", sync=True" if self.sync else "")
 
 
 class LayerBatchNorm1d(LayerBatchNorm):
     """Layer-batch normalization of (N, C) or (N, C, L); see `LayerBatchNorm`."""
 
     shapes = ("(N, C)", "(N, C, L)")
-    dims = (2, 3)
+    ranks = (2, 3)
 
 
 class LayerBatchNorm2d(LayerBatchNorm):
     """Layer-batch normalization of (N, C, H, W); see `LayerBatchNorm`."""
 
     shapes = ("(N, C, H, W)",)
-    dims = (4,)
+    ranks = (4,)
 
 
 def layer_batch_norm_from(norm: nn.Module, *, sync: bool = False) -> LayerBatchNorm:
@@ -216,13 +155,7 @@ def layer_batch_norm_from(norm: nn.Module, *, sync: bool = False) -> LayerBatchN
     with torch.no_grad():
         made.running_mean.copy_(mean.mean())
         made.running_var.copy_(var.mean() + mean.var(correction=0))  # = mean of (var + mean^2) - (mean of mean)^2
-        if norm.num_batches_tracked is not None:
-            made.num_batches_tracked.copy_(norm.num_batches_tracked)
-        if norm.affine:
-            made.weight.copy_(norm.weight)
-            made.bias.copy_(norm.bias)
-            made.weight.requires_grad_(norm.weight.requires_grad)
-            made.bias.requires_grad_(norm.bias.requires_grad)
+        made._take_over(norm)
     return made.train(norm.training)
 
 
