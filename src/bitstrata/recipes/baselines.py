@@ -61,19 +61,28 @@ def lsq(
 
 @register("lsq_plus", LSQ_PLUS)
 def lsq_plus(
-    bits: int = 4, a: Widths = "same", *, per_channel: bool = False, edges: str = "int8", edge_bits: int = 8
+    bits: int = 4,
+    a: Widths = "same",
+    *,
+    per_channel: bool = False,
+    numel: str = "sample",
+    act_init: str | float = "mse",
+    edges: str = "int8",
+    edge_bits: int = 8,
 ) -> Recipe:
     """LSQ+ (Bhalgat et al., 2020): activations with a learned step and offset, weights symmetric; 2 to 8 bits.
 
     Args:
-        bits, a, per_channel, edges, edge_bits: as for `lsq`.
+        bits, a, per_channel, numel, edges, edge_bits: as for `lsq`.
+        act_init: initial steps and offsets of activations: least squared error on the batch ("mse", the paper's), its
+            range ("minmax"), or a number for the step.
     """
     return Recipe(
         name="lsq_plus",
         description=LSQ_PLUS,
         precisions=(bits,),
         weight=Part("lsq_plus", "weight"),
-        activation=None if a is None else Part("lsq_plus", "activation"),
+        activation=None if a is None else Part("lsq_plus", "activation", {"numel": numel, "init": act_init}),
         activation_bits=activation_widths((bits,), a),
         per_channel=per_channel,
         edges=edges,
