@@ -111,8 +111,8 @@ class _QuantConv(QuantizedLayer):
         A grid without an exact zero pads with its code nearest zero, before the convolution.
         """
         q = self.quantized_input(x)
-        border = self._border(q)
-        if border is None or not any(self._reversed_padding_repeated_twice):
+        border = self._border(q) if any(self._reversed_padding_repeated_twice) else None
+        if border is None:
             return q, self.padding
         frame = F.pad(torch.zeros_like(q[:1]), self._reversed_padding_repeated_twice, value=1.0)
         return F.pad(q, self._reversed_padding_repeated_twice) + frame * border, 0

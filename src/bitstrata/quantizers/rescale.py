@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 
 import torch
@@ -54,9 +55,9 @@ class Rescaled(WeightQuantizer):
         """Whether a layer with the weight x is rescaled: linear layers are, convolutions by the option `convs`."""
         return x.dim() == 2 or self.convs == "all" or (self.convs == "auto" and not self.normalized)
 
+    @abstractmethod
     def factor(self, x: Tensor, quantized: Tensor) -> Tensor:
         """s, 0-d, from the weight and the inner grid's values for its codes."""
-        raise NotImplementedError(f"{type(self).__name__}: implement factor")
 
     @torch.no_grad()
     def scale_of(self, x: Tensor) -> Tensor:
