@@ -9,6 +9,8 @@
 
 #include "bitstrata/dispatch.h"
 #include "bitstrata/graph.h"
+#include "products.h"
+#include "training.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -103,6 +105,8 @@ std::vector<nb::ndarray<nb::numpy>> run(Graph& g, Batch x, const std::vector<int
 
 NB_MODULE(_engine, m) {
   m.doc() = "Integer graph executor; see bitstrata_runtime.engine for its use.";
+  bind_products(m);
+  bind_training(m);
   m.def("available_isas", &bitstrata::available_isas);
   nb::class_<Graph>(m, "Graph")
       .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)

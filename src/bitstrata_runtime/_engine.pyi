@@ -58,3 +58,63 @@ class Graph:
     def chunk(self) -> int: ...
     @property
     def arena_bytes(self) -> int: ...
+
+# Integer products of a training step (bindings/products.cc). Arrays are C-contiguous, numpy's or torch's; results are
+# written into the arrays passed for them. ValueError for shapes, dtypes and ranges that do not fit.
+Array = Any
+
+def conv_forward(
+    x: Array,
+    range: Pair,
+    w: Array,
+    stride: Pair,
+    dilation: Pair,
+    padding: Sides,
+    groups: int,
+    isa: str,
+    threads: int,
+    *,
+    shift: Array | None = None,
+    acc: Array | None = None,
+    lo: Array | None = None,
+    hi: Array | None = None,
+    values: Array | None = None,
+    factor: Array | None = None,
+) -> None: ...
+def conv_input_grad(
+    g: Array,
+    range: Pair,
+    w: Array,
+    stride: Pair,
+    dilation: Pair,
+    padding: Sides,
+    groups: int,
+    isa: str,
+    threads: int,
+    *,
+    shift: Array | None = None,
+    acc: Array | None = None,
+    lo: Array | None = None,
+    hi: Array | None = None,
+    values: Array | None = None,
+    factor: Array | None = None,
+) -> None: ...
+def conv_weight_grad(
+    g: Array,
+    x: Array,
+    stride: Pair,
+    dilation: Pair,
+    padding: Sides,
+    groups: int,
+    isa: str,
+    threads: int,
+    *,
+    gw: Array | None = None,
+    values: Array | None = None,
+    out_factor: Array | None = None,
+    in_factor: Array | None = None,
+) -> None: ...
+def product_kernels(
+    isa: str, size: Pair, channels: Pair, kernel: Pair, groups: int, range: Pair, weights: Pair
+) -> tuple[str, str]:
+    """Names of the kernels of a product and of its weight gradient."""

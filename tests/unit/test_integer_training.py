@@ -219,8 +219,8 @@ def test_transformer_layers_run_in_integers_in_evaluation_too() -> None:
     x = torch.randn(2, 5, 8)
     plain = copy.deepcopy(encoder).eval()
     integer_(encoder, x, w=2, a=2, edge_bits=2)
-    assert set(integer_layers(encoder)) == {"layers.0.linear1", "layers.0.linear2"}
-    assert type(encoder.layers[0].self_attn.out_proj) is not IntegerLinear
+    assert set(integer_layers(encoder)) == {"layers.0.self_attn", "layers.0.linear1", "layers.0.linear2"}
+    assert type(encoder.layers[0].self_attn.out_proj) is not IntegerLinear  # attention reads its weight itself
     encoder(x).sum().backward()
     with torch.no_grad():
         trained_mode, evaluated = encoder(x), encoder.eval()(x)
@@ -307,7 +307,7 @@ def test_options_out_of_range_leave_the_model(options: dict[str, Any], message: 
             "integer_: BatchNorm2d '1': .*no running statistics",
         ),
         (nn.Sequential(nn.ReLU()), X, "integer_: no layer to convert among 0 candidates: none"),
-        (nn.Conv2d(4, 2, 1), X, "integer_: the model is a bare Conv2d; wrap it in nn.Sequential"),
+        (nn.Conv2d(4, 2, 1), X, "integer_: the model is a bare Conv2d; wrap it in nn.Sequential or use to_"),
     ],
 )
 def test_models_that_are_refused_stay_as_they_are(model: nn.Module, example: Tensor, message: str) -> None:

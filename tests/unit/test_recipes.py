@@ -150,7 +150,7 @@ def changed(**fields):
         ),
         (changed(placement="output"), r"Recipe 'strata': placement must be one of 'input', 'activation', got 'output'"),
         (changed(edges="none"), r"edges must be one of 'int8', 'inner', 'float', got 'none'"),
-        (changed(norm="group"), r"norm must be one of 'batch', 'layer_batch', 'l1', got 'group'"),
+        (changed(norm="group"), r"norm must be one of 'batch', 'layer_batch', 'l1', .* got 'group'"),
         (changed(norm_levels="own"), r"norm_levels must be one of 'individual', 'statistics', 'shared', got 'own'"),
         (changed(weight=Part("lsq", "weight")), r"LSQWeight: one width for all precisions, got \[2, 4\]"),
         (lambda: recipes.lsq(1), r"LSQWeight: undefined at 1 bit"),
@@ -183,8 +183,9 @@ def test_every_recipe_trains_by_its_own_settings(name):
     for key, value in recipes.get(name).training.items():
         if key != "epochs":
             assert getattr(config, key) == value
-    only = {"m_a": None} if name == "maqd" else {"a": None}
-    assert recipes.get(name, **only).activation is None
+    if not recipes.get(name).integers:
+        only = {"m_a": None} if name == "maqd" else {"a": None}
+        assert recipes.get(name, **only).activation is None
 
 
 def test_one_bit_uniq_warms_up_with_adam():

@@ -53,6 +53,8 @@ SHAPES: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
     ("maqd_preact_resnet", {"width": 4, "shortcut_kernel": 3, "norm": nn.Identity}, SMALL),
     ("maqd_cnn9", {"width": 4}, SMALL),
     ("maqd_cnn9", {"width": 4, "norm": nn.InstanceNorm2d, "in_channels": 1}, (1, 32, 32)),
+    ("vit_cifar", {}, SMALL),
+    ("vit_cifar", {"width": 12, "depth": 2, "heads": 2, "hidden": 20, "patch": 8, "in_channels": 1}, (1, 32, 32)),
 ]
 
 

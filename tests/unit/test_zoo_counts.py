@@ -53,6 +53,7 @@ COUNTS: list[tuple[str, int, dict[str, Any], int]] = [
     ("maqd_preact_resnet", 10, {}, 21_088_960 + 26_772),
     ("maqd_preact_resnet", 10, LITERAL, 21_048_192 + 25_504),
     ("maqd_cnn9", 100, {}, 2_324_160 + 2_816 + 25_700),
+    ("vit_cifar", 10, {}, 48 * 192 + 192 + 64 * 192 + 6 * (12 * 192**2 + 13 * 192) + 2 * 192 + 1_930),
 ]
 
 # classes, options, weights of convolutions, of their batch norms' affine maps

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "bitstrata/training.h"
 #include "bitstrata/types.h"
 
 namespace bitstrata {
@@ -78,6 +79,38 @@ struct PoolShape {
 // Output rows [row_begin, row_end) of one image. A maximum's windows each hold at least one position of the map.
 using PoolFn = void (*)(const PoolShape&, const void* x, void* out, int64_t row_begin, int64_t row_end);
 
+// One way to sum what every weight of a convolution multiplied: over images and output positions, gradient times input.
+// Shapes are those of the forward convolution; of `mul`, `add`, bounds and pad codes nothing is read, padding is 0.
+// Sums are kept modulo 2^32 in the kernel's own order.
+struct WeightGradKernel {
+  const char* name;
+  int64_t (*sums)(const ConvShape&);  // how many
+  // Of `add`, aligned to 64, for so many images and output rows of each.
+  int64_t (*scratch_bytes)(const ConvShape&, int64_t images, int64_t rows);
+  // Adds output rows [row_begin, row_end) of each image; sums: aligned to 64. x: (images, in_h, in_w, in_c) of
+  // input_dtype; g: (images, out_h, out_w, out_c). fresh: sums are not set yet, and count as 0.
+  void (*add)(const ConvShape&, const void* x, const int8_t* g, int64_t images, int64_t row_begin, int64_t row_end,
+              void* scratch, int32_t* sums, bool fresh);
+  // row[i] += the sum of weight i of an output channel, in the order (in_c / groups, kernel_h, kernel_w).
+  void (*read)(const ConvShape&, const int32_t* sums, int64_t out_channel, int64_t* row);
+};
+
+// Integer products of a training step: weight gradients, and the loops around products. Channels are the innermost
+// dimension.
+struct ProductKernels {
+  const WeightGradKernel* (*weight_grad)(const ConvShape&);  // the best for this convolution
+  // out[i] = x[i] * factor[i mod period], modulo 2^8.
+  void (*multiply_codes)(const uint8_t* x, const uint8_t* factor, uint8_t* out, int64_t count, int64_t period);
+  // lo[c] = min(lo[c], x[., c]), hi[c] = max(hi[c], x[., c]).
+  void (*bounds)(const int32_t* x, int64_t pixels, int64_t channels, int32_t* lo, int32_t* hi);
+  // x[i] = (x[i] << shift) + part[i], modulo 2^32.
+  void (*shift_add)(int32_t* x, const int32_t* part, int64_t count, int shift);
+  // out[p, c] = float(x[p, c]) * factor[c].
+  void (*scale)(const int32_t* x, const float* factor, float* out, int64_t pixels, int64_t channels);
+  // out[i] = float(double(x[i]) * (outer * inner[i])).
+  void (*scale_sums)(const int64_t* x, double outer, const double* inner, float* out, int64_t count);
+};
+
 // A row of the dispatch table. Arrays are indexed by DType.
 struct Kernels {
   const char* isa;
@@ -90,6 +123,8 @@ struct Kernels {
   PoolFn sum_pool[kDTypes];    // the result is i32
   PoolFn sum_codes[kDTypes];   // the result has the input's type and wraps; none for i32
   bool short_requant = false;  // requant uses RequantArgs::factor and the like
+  const Training* training;    // quantization and normalization of a training step
+  const ProductKernels* products;
 };
 
 }  // namespace bitstrata

@@ -7,6 +7,9 @@
 #include "../common/pointwise.h"
 
 namespace bitstrata {
+
+extern const Training kAvx2Training;
+extern const ProductKernels kAvx2Products;
 namespace {
 
 inline __m256i load(const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
@@ -91,6 +94,8 @@ const Kernels kAvx2Kernels = {
     {sum_pool<uint8_t, int32_t>, sum_pool<int8_t, int32_t>, sum_pool<int32_t, int32_t>},
     {sum_pool<uint8_t, uint8_t>, sum_pool<int8_t, int8_t>, nullptr},
     true,
+    &kAvx2Training,
+    &kAvx2Products,
 };
 
 }  // namespace bitstrata

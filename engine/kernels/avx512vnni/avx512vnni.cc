@@ -7,6 +7,9 @@
 #include "../common/pointwise.h"
 
 namespace bitstrata {
+
+extern const Training kAvx512VnniTraining;
+extern const ProductKernels kAvx512VnniProducts;
 namespace {
 
 // The 64-bit results of lanes 0, 2, 4... or, of x moved down, 1, 3, 5...: eight channels of a vector of sixteen.
@@ -165,6 +168,8 @@ const Kernels kAvx512VnniKernels = {
     {sum_pool<uint8_t, int32_t>, sum_pool<int8_t, int32_t>, sum_pool<int32_t, int32_t>},
     {sum_pool<uint8_t, uint8_t>, sum_pool<int8_t, int8_t>, nullptr},
     true,
+    &kAvx512VnniTraining,
+    &kAvx512VnniProducts,
 };
 
 }  // namespace bitstrata

@@ -42,10 +42,6 @@ struct Packed {
         weights_at(round_up(padding_at + s.groups * stage.lanes, 64)),
         bytes(weights_at + s.groups * vectors * steps * 64) {}
   int64_t first_vector(int64_t set) const { return set * vectors / sets; }
-  // Where the weight of a window's element for a lane is, in a set of `together` vectors whose v-th is meant.
-  int64_t weight_at(int64_t element, int64_t together, int64_t v, int64_t lane) const {
-    return ((element / kStep * together + v) * kLanes + lane) * kStep + element % kStep;
-  }
 
   WeightForm form;
   Staging<uint8_t> stage;
@@ -60,27 +56,65 @@ int64_t packed_bytes(const ConvShape& s) { return Packed(s, false).bytes; }
 int64_t staged_row_bytes(const ConvShape& s) { return Packed(s, false).stage.row_bytes; }
 int64_t no_staged_row_bytes(const ConvShape&) { return 0; }
 
+// Channels [begin, end) of one output channel's weights (channel, tap), kStep of a tap at a time: step k of tap t goes to
+// weights + (t * tap_steps + k) * pitch.
+template <bool kAsTheyAre>
+void pack_channels(const Packed& p, const int8_t* codes, int64_t taps, int64_t begin, int64_t end, int64_t tap_steps,
+                   int64_t pitch, int8_t* weights) {
+  const auto weight = [&](int8_t c) {
+    return kAsTheyAre ? c : static_cast<int8_t>(p.form.pack_mul * c + p.form.pack_add);
+  };
+  for (int64_t i = begin; i < end; i += kStep) {
+    const int64_t count = min64(kStep, end - i);
+    const int8_t* from = codes + i * taps;
+    int8_t* to = weights + i / kStep * pitch;
+    if (count < kStep) {
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t k = 0; k < count; ++k) to[t * tap_steps * pitch + k] = weight(from[k * taps + t]);
+    } else {
+      for (int64_t t = 0; t < taps; ++t) {
+        const int8_t four[kStep] = {weight(from[t]), weight(from[taps + t]), weight(from[2 * taps + t]),
+                                    weight(from[3 * taps + t])};
+        std::memcpy(to + t * tap_steps * pitch, four, kStep);
+      }
+    }
+  }
+}
+
+// The sum of an output channel's codes.
+int32_t sum_codes(const int8_t* codes, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
 void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
+  constexpr int64_t kTogether = 32;  // channels whose packed weights for a set stay in the L1 cache
   const Packed p(s, false);
   uint8_t* base = static_cast<uint8_t*>(packed);
-  std::memset(packed, 0, static_cast<size_t>(p.bytes));
+  const bool filled = s.group_in() % kStep == 0 && s.group_out() % kLanes == 0;  // no weight is left out
+  std::memset(packed, 0, static_cast<size_t>(filled ? p.weights_at : p.bytes));
   stage_padding(s, p.stage, pad, base + p.padding_at);
   int32_t* correction = reinterpret_cast<int32_t*>(base);
+  const int64_t taps = s.kernel_h * s.kernel_w, row = s.group_in() * taps;
+  const bool as_they_are = p.form.pack_mul == 1 && p.form.pack_add == 0;
   for (int64_t group = 0; group < s.groups; ++group)
     for (int64_t set = 0; set < p.sets; ++set) {
       const int64_t first = p.first_vector(set), together = p.first_vector(set + 1) - first;
       int8_t* weights = reinterpret_cast<int8_t*>(base + p.weights_at + (group * p.vectors + first) * p.steps * 64);
       const int64_t end = min64(s.group_out(), (first + together) * kLanes);
+      const int8_t* of_group = codes + group * s.group_out() * row;
+      for (int64_t i = 0; i < s.group_in(); i += kTogether)
+        for (int64_t within = first * kLanes; within < end; ++within) {
+          int8_t* to = weights + (within - first * kLanes) * kStep;
+          const auto pack_some = as_they_are ? pack_channels<true> : pack_channels<false>;
+          pack_some(p, of_group + within * row, taps, i, min64(i + kTogether, s.group_in()), p.stage.lanes / kStep,
+                    together * kLanes * kStep, to);
+        }
       for (int64_t within = first * kLanes; within < end; ++within) {
-        const int64_t o = group * s.group_out() + within, v = within / kLanes - first, lane = within % kLanes;
-        uint32_t sum = 0;  // of the full weights
-        int64_t k = 0;     // element of the window
-        for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap, k += p.stage.lanes)
-          for (int64_t i = 0; i < s.group_in(); ++i) {
-            const int32_t c = codes[(o * s.group_in() + i) * s.kernel_h * s.kernel_w + tap];
-            weights[p.weight_at(k + i, together, v, lane)] = static_cast<int8_t>(p.form.pack_mul * c + p.form.pack_add);
-            sum += static_cast<uint32_t>(s.mul * c + s.add);
-          }
+        const uint32_t sum = static_cast<uint32_t>(sum_codes(of_group + within * row, row)) *
+                                 static_cast<uint32_t>(s.mul) +
+                             static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
         correction[group * p.vectors * kLanes + within] =
             static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
       }

@@ -3,6 +3,9 @@
 #include "../common/pointwise.h"
 
 namespace bitstrata {
+
+extern const Training kGenericTraining;
+extern const ProductKernels kGenericProducts;
 namespace {
 
 using Stage = Staging<int16_t>;
@@ -80,6 +83,9 @@ const Kernels kGenericKernels = {
     {max_pool<uint8_t>, max_pool<int8_t>, max_pool<int32_t>},
     {sum_pool<uint8_t, int32_t>, sum_pool<int8_t, int32_t>, sum_pool<int32_t, int32_t>},
     {sum_pool<uint8_t, uint8_t>, sum_pool<int8_t, int8_t>, nullptr},
+    false,
+    &kGenericTraining,
+    &kGenericProducts,
 };
 
 }  // namespace bitstrata

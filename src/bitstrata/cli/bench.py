@@ -13,7 +13,6 @@ import tyro
 from bitstrata.cli.common import CommandError, choose, cpu_name, output, parse_bits, write_json
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 GENERIC = "generic"  # the instruction set that every build has
@@ -54,8 +53,10 @@ class Bench:
         if min(self.batch, self.runs, self.repeats) < 1:
             raise CommandError("bench: --batch, --runs and --repeats must be at least 1")
         artifact = Artifact.open(self.artifact)
-        shape = artifact.manifest.program.input_shape
-        image = np.random.default_rng(0).integers(0, 256, (self.batch, *shape), dtype=np.uint8)
+        program, generator = artifact.manifest.program, np.random.default_rng(0)
+        size = (self.batch, *program.input_shape)
+        pixels = program.input_kind == "pixels"
+        image = generator.integers(0, 256, size, dtype=np.uint8) if pixels else generator.standard_normal(size)
         bits = parse_bits(self.bits) if self.bits is not None else artifact.precisions
         rows = self._rows(bits, image)
         shown = Table(title=f"{self.artifact.name}, batch {self.batch}, {cpu_name()}", title_justify="left")
@@ -70,7 +71,7 @@ class Bench:
         if self.json is not None:
             write_json(self.json, rows)
 
-    def _rows(self, bits: tuple[int, ...], image: NDArray[np.uint8]) -> list[dict[str, Any]]:
+    def _rows(self, bits: tuple[int, ...], image: NDArray[Any]) -> list[dict[str, Any]]:
         from bitstrata_runtime.engine import available_isas
 
         known = available_isas()
@@ -95,20 +96,20 @@ class Bench:
                     )
         return rows
 
-    def _measure(self, bits: int, isa: str, threads: int, image: NDArray[np.uint8]) -> float:
+    def _measure(self, bits: int, isa: str, threads: int, image: NDArray[Any]) -> float:
         """Median of the medians of `runs` series, in milliseconds, after a warm-up."""
         import bitstrata_runtime as runtime
 
         session = runtime.load(self.artifact, bits=bits, isa=isa, threads=threads)
         for _ in range(3):
-            session.run(image)
+            session.run(image, floats=image.dtype != "uint8")
         return statistics.median(self._series(session, image) for _ in range(self.runs))
 
-    def _series(self, session: Any, image: NDArray[np.uint8]) -> float:
+    def _series(self, session: Any, image: NDArray[Any]) -> float:
         times = []
         for _ in range(self.repeats):
             begun = time.perf_counter()
-            session.run(image)
+            session.run(image, floats=image.dtype != "uint8")
             times.append(time.perf_counter() - begun)
         return statistics.median(times) * 1e3
 

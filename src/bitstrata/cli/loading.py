@@ -123,20 +123,21 @@ def make_recipe(options: RunOptions) -> recipes.Recipe:
 def _widths(recipe: str, parameters: Mapping[str, inspect.Parameter], text: str) -> dict[str, Any]:
     """--bits as the field of the recipe that holds weight widths."""
     bits = parse_bits(text)
-    if "w" in parameters:
+    if "w" in parameters and not isinstance(parameters["w"].default, int):
         return {"w": bits}
-    if "bits" not in parameters:
+    name = "bits" if "bits" in parameters else "w"
+    if name not in parameters:
         raise CommandError(f"--bits {text}: recipe {recipe!r} fixes its widths by other fields; see bitstrata recipes")
-    if isinstance(parameters["bits"].default, tuple):
-        return {"bits": bits}
+    if isinstance(parameters[name].default, tuple):
+        return {name: bits}
     if len(bits) != 1:
         raise CommandError(f"--bits {text}: recipe {recipe!r} trains one bit-width at a time")
-    return {"bits": bits[0]}
+    return {name: bits[0]}
 
 
 def input_grid(recipe: recipes.Recipe, dataset: Dataset) -> Pixels | None:
     """uint8 pixels as input codes, where the recipe quantizes what the first layer reads."""
-    if recipe.activation is None or recipe.edges == "float":
+    if recipe.activation is None or recipe.edges == "float" or recipe.integers:
         return None
     return Pixels(mean=dataset.mean, std=dataset.std)
 

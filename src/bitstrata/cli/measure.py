@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import bitstrata_runtime as runtime
 from bitstrata.data import Dataset
+from bitstrata.lowering import double_copy
 from bitstrata.prepare import precision
 
 BATCH = 250
@@ -52,7 +52,7 @@ def reference_top1(model: nn.Module, dataset: Dataset, levels: Sequence[int]) ->
 
     Float32 rounding flips codes near a threshold, and flips cascade; float64 is the fake network's own answer.
     """
-    exact = copy.deepcopy(model).double().eval()
+    exact = double_copy(model)
     found: dict[int, list[Tensor]] = {level: [] for level in levels}
     with torch.no_grad():
         for images in images_of(dataset):
@@ -63,9 +63,18 @@ def reference_top1(model: nn.Module, dataset: Dataset, levels: Sequence[int]) ->
     return {level: torch.cat(parts).numpy() for level, parts in found.items()}
 
 
+def inputs_of(program: runtime.Program, images: Tensor, dataset: Dataset) -> NDArray[Any]:
+    """uint8 images as the program takes them: pixels as they are, else normalized float64."""
+    return images.numpy() if program.input_kind == "pixels" else normalized64(images, dataset).numpy()
+
+
 def engine_top1(session: runtime.Session, dataset: Dataset) -> NDArray[np.int64]:
     """Classes that a session predicts, in the data set's order."""
-    return np.concatenate([session.run(images.numpy()).argmax(1) for images in images_of(dataset)])
+    floats = session.program.input_kind != "pixels"
+    found = []
+    for images in images_of(dataset):
+        found.append(session.run(inputs_of(session.program, images, dataset), floats=floats).argmax(1))
+    return np.concatenate(found)
 
 
 def share_equal(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -93,10 +102,12 @@ def values_differing(
     reference = runtime.load(path, bits=bits, executor=against)
     engines = {isa: runtime.load(path, bits=bits, executor="engine", isa=isa) for isa in isas}
     differing: dict[str | None, dict[str, None]] = {isa: {} for isa in isas}
+    floats = reference.program.input_kind != "pixels"
     for images in images_of(dataset):
-        expected = reference.run_all(images.numpy())
+        inputs = inputs_of(reference.program, images, dataset)
+        expected = reference.run_all(inputs, floats=floats)
         for isa, engine in engines.items():
-            found = engine.run_all(images.numpy())
+            found = engine.run_all(inputs, floats=floats)
             if found.keys() != expected.keys():
                 raise RuntimeError(
                     f"engine and reference name different values: {sorted(found.keys() ^ expected.keys())}"

@@ -6,6 +6,7 @@ the command is given again; the training stages resume from their checkpoints.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -31,11 +32,12 @@ from bitstrata.cli.common import (
 )
 from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
+from bitstrata.cli.saved import FROZEN
 from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError
 from bitstrata.recipes import Recipe
-from bitstrata.train import Level, TrainConfig, Trainer, evaluate
+from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate
 from bitstrata.train.checkpoint import seed_all
 
 T = TypeVar("T")
@@ -112,7 +114,7 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
     if options.fresh and out.exists():
-        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt"):
+        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", FROZEN):
             (out / name).unlink(missing_ok=True)
     saved = out / "config.json"
     if saved.exists():
@@ -198,7 +200,23 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     config = joint_config(run.options, loading.make_recipe(run.options))
     trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
     run.timed("joint", trainer.fit)
-    return float32_accuracies(run, model)
+    if not integers(run):
+        return float32_accuracies(run, model)
+    bs.freeze_(model, calibration(run))
+    if run.out is not None:
+        checkpoint.save(run.out / FROZEN, {"model": model.state_dict()})
+    return {run.bits[0]: float32_accuracies(run, model)["float"]}
+
+
+def integers(run: Run) -> bool:
+    """Whether the network trains in integers, with ranges that are frozen after it."""
+    return loading.make_recipe(run.options).integers
+
+
+def calibration(run: Run) -> list[Tensor]:
+    """Training batches without augmentation, for the first step sizes or for frozen ranges."""
+    plain = Loader(run.train, run.options.batch_size, train=True, seed=run.options.seed, prefetch=False)
+    return [plain.batch(0, step)[0] for step in range(min(run.options.calibration_batches, len(plain)))]
 
 
 def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
@@ -210,19 +228,18 @@ def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
 
 
 def quantized(run: Run, model: nn.Module) -> nn.Module:
-    """Quantize in place and set the first step sizes from training batches without augmentation."""
+    """Quantize in place and set the first step sizes, if it has any."""
     recipe = loading.make_recipe(run.options)
     bs.quantize_(model, recipe, run.example, input=loading.input_grid(recipe, run.train))
-    plain = Loader(run.train, run.options.batch_size, train=True, seed=run.options.seed, prefetch=False)
-    steps = range(min(run.options.calibration_batches, len(plain)))
-    bs.calibrate_(model, [plain.batch(0, step)[0] for step in steps])
+    if not recipe.integers:
+        bs.calibrate_(model, calibration(run))
     return model
 
 
 def refusal(run: Run, model: nn.Module) -> str | None:
     """Why the quantized network has no integer program, asked before it is trained; None if it has one."""
     try:
-        bs.lower(model, run.example)
+        bs.lower(bs.freeze_(copy.deepcopy(model), calibration(run)) if integers(run) else model, run.example)
     except LowerError as error:
         return str(error)
     return None
@@ -296,7 +313,7 @@ def measured_rows(
 def verified(run: Run, model: nn.Module, program: Any) -> Any:
     """Verify every layer on a sample of the test set, as uint8 pixels."""
     count = min(run.options.verify_images, len(run.test))
-    return bs.verify(model, program, run.test.batch(range(count))[0])
+    return bs.verify(model, program, measure.inputs_of(program, run.test.batch(range(count))[0], run.test))
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, normalize
 from bitstrata.train import checkpoint
 
+FROZEN = "frozen.ckpt"
 Stage = Literal["float", "joint"]
 
 
@@ -57,6 +58,9 @@ class SavedRun:
             bs.quantize_(model, recipe, example_of(dataset), input=loading.input_grid(recipe, dataset))
         else:
             bs.float_form_(model, recipe, example_of(dataset))
+        frozen = self.path / FROZEN
+        if stage == "joint" and frozen.is_file():  # ranges of a network that trained in integers
+            file = frozen
         model.load_state_dict(checkpoint.load(file)["model"])
         return model.eval()
 

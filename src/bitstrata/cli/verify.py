@@ -34,6 +34,7 @@ class Verify:
         """Print the report; a difference that rounding does not explain is an error."""
         need_training("verify")
         import bitstrata as bs
+        from bitstrata.cli import measure
         from bitstrata.cli.saved import SavedRun
         from bitstrata_runtime.artifact import Artifact
 
@@ -46,7 +47,7 @@ class Verify:
             bits = max(bits, artifact.needs(precision)[1])
         program = artifact.load(keys, bits)
         sample = dataset.batch(range(min(self.images, len(dataset))))[0]
-        report = bs.verify(run.model(dataset), program, sample)
+        report = bs.verify(run.model(dataset), program, measure.inputs_of(program, sample, dataset))
         output().print(str(report), markup=False, highlight=False)
         if not report.ok:
             raise CommandError(f"verify: {path} differs from the network of {self.run_dir}")

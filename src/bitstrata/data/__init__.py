@@ -4,13 +4,21 @@
     loader = Loader(train, 128, train=True, transform=Compose((RandomCrop(32, 4), RandomHorizontalFlip())), seed=0)
     for images, labels in loader.epoch(0): ...
 
-Reading order: dataset, then the sources (digits, cifar, idx, folder), registry, transforms, loader.
+Sequences and graphs have readers of their own, by function: `read_characters`, `read_ett`, `read_jodie`,
+`read_parallel`.
+
+Reading order: dataset, then the sources (digits, cifar, idx, folder), registry, transforms, loader; lines, then text,
+timeseries, interactions, parallel.
 """
 
 from .dataset import ArrayDataset, DataError, Dataset
 from .folder import FolderDataset
+from .interactions import Interactions, ranking, read_jodie, synthetic_interactions, write_jodie
 from .loader import Loader
+from .parallel import ParallelCorpus, WordVocabulary, bleu, read_parallel
 from .registry import Source, get, load, names
+from .text import CharacterText, read_characters
+from .timeseries import TimeSeries, normalized_deviation, normalized_rmse, read_ett
 from .transforms import (
     CenterCrop,
     Compose,
@@ -25,19 +33,34 @@ from .transforms import (
 __all__ = [
     "ArrayDataset",
     "CenterCrop",
+    "CharacterText",
     "Compose",
     "DataError",
     "Dataset",
     "FolderDataset",
+    "Interactions",
     "Loader",
+    "ParallelCorpus",
     "RandomCrop",
     "RandomHorizontalFlip",
     "RandomResizedCrop",
     "Resize",
     "Source",
+    "TimeSeries",
     "Transform",
+    "WordVocabulary",
+    "bleu",
     "get",
     "load",
     "names",
     "normalize",
+    "normalized_deviation",
+    "normalized_rmse",
+    "ranking",
+    "read_characters",
+    "read_ett",
+    "read_jodie",
+    "read_parallel",
+    "synthetic_interactions",
+    "write_jodie",
 ]

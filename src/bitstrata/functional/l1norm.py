@@ -20,6 +20,7 @@ from .reduce import sum_to
 L1_SCALES = {"1": 1.0, "sqrt(pi/2)": math.sqrt(math.pi / 2)}
 Rounding = Callable[[Tensor], Tensor]
 HALF = (torch.float16, torch.bfloat16)
+SMALLEST_STEP = 2.0**-118  # of integer training: reciprocals stay far from the ends of float32
 
 
 def l1_factor(l1_scale: str, owner: str) -> float:
@@ -136,14 +137,14 @@ class Codes:
 
 
 def symmetric_dynamic(x: Tensor, bits: int = 8, rounding: Rounding = nearest) -> Codes:
-    """Codes in -B..B, B = 2^(bits-1) - 1, with the one step max|x| / B of the whole tensor; 1 if that is 0.
+    """Codes in -B..B, B = 2^(bits-1) - 1, with the one step max|x| / B of the whole tensor; 1 if that is below 2^-118.
 
     NaN or infinite elements make every code NaN.
 
     Args:
         x: float32 or float64, any shape with elements.
         bits: 2..8.
-        rounding: of x/step to whole numbers.
+        rounding: of x * (1/step) to whole numbers.
 
     Raises:
         ValueError: `bits` out of range.
@@ -151,9 +152,13 @@ def symmetric_dynamic(x: Tensor, bits: int = 8, rounding: Rounding = nearest) ->
     if not 2 <= bits <= 8:
         raise ValueError(f"symmetric_dynamic: bits must be 2..8, got {bits}")
     bound = 2 ** (bits - 1) - 1
-    step = x.detach().abs().amax().div_(bound)
-    step = step.masked_fill_(step == 0, 1.0)
-    return Codes(rounding(x.detach() / step).clamp_(-bound, bound), step)
+    step = _step(x.detach().abs().amax(), bound)
+    return Codes(rounding(x.detach() * step.reciprocal()).clamp_(-bound, bound), step)
+
+
+def _step(largest: Tensor, bound: int) -> Tensor:
+    step = largest / bound
+    return step.masked_fill_(step < SMALLEST_STEP, 1.0)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,9 @@ class QuantizedNorm:
 
 def _spread(deviation: Tensor, eps: float, l2: bool) -> Tensor:
     """What to divide by, for a deviation without eps."""
-    return deviation.square().add_(eps).sqrt_() if l2 else deviation + eps
+    if not l2:
+        return deviation + eps
+    return deviation.double().square().add_(eps).sqrt_().to(deviation.dtype)  # in float32 torch's root is not exact
 
 
 @torch.no_grad()
@@ -196,8 +203,10 @@ def quantized_norm_codes(
 ) -> QuantizedNorm:
     """The fully quantized normalization, every tensor on a dynamic symmetric grid of its own, rounded to nearest.
 
-    In this order: x; its mean, from the sum of integer codes; the deviation of x from the quantized mean, eps
-    included, its codes at least 1; (x - mean)/deviation of the quantized three; weight; bias.
+    In this order: x; its mean, from the sum of integer codes; the deviation of x from the quantized mean, from integer
+    sums too, eps included, its codes at least 1; (x - mean)/deviation of the quantized three; weight; bias. All sums are
+    of integers, all else is elementwise in x's dtype, so the result does not depend on the order of summation; the
+    engine's kernels compute the same.
 
     Args:
         x: float32 or float64, any shape with elements.
@@ -213,30 +222,50 @@ def quantized_norm_codes(
     factor = l1_factor(l1_scale, "quantized_norm_codes")
     _refuse_empty("quantized_norm_codes", x)
     xq = symmetric_dynamic(x, bits)
-    x_value = xq.value
     if statistics is None:
-        total = xq.codes.sum(dims, keepdim=True, dtype=torch.int64)
+        total = _total(xq.codes, dims)
         count = x.numel() // total.numel()
         batch_mean = total.to(x.dtype) / count * xq.step
     else:
         batch_mean = statistics[0]
     mean = symmetric_dynamic(batch_mean, bits)
-    centered = x_value - mean.value
+    centered = xq.value - mean.value
     if statistics is not None:
         batch_deviation = statistics[1]
     elif l2:
-        batch_deviation = centered.square().mean(dims, keepdim=True).sqrt_()
+        batch_deviation = _root_mean_square(xq, total, mean.value, dims, count)
     else:
-        batch_deviation = centered.abs().mean(dims, keepdim=True).mul_(factor)
+        batch_deviation = _mean_deviation(xq, centered.sign(), mean.value, dims, count, factor)
     grid = symmetric_dynamic(_spread(batch_deviation, eps, l2), bits)
     deviation = Codes(grid.codes.clamp(min=1), grid.step)
-    normalized = symmetric_dynamic(centered / deviation.value, bits)
-    result = normalized.value
+    inverse = deviation.value.reciprocal()
+    bound = 2 ** (bits - 1) - 1
+    step = _step((centered * inverse).abs().amax(), bound)
+    normalized = Codes(nearest(centered * (inverse * step.reciprocal())).clamp_(-bound, bound), step)
     weight_q = None if weight is None else symmetric_dynamic(weight.to(x.dtype), bits)
     bias_q = None if bias is None else symmetric_dynamic(bias.to(x.dtype), bits)
-    result = result if weight_q is None else result.mul_(weight_q.value)
+    result = normalized.codes * (step if weight_q is None else step * weight_q.value)
     result = result if bias_q is None else result.add_(bias_q.value)
     return QuantizedNorm(xq, batch_mean, mean, batch_deviation, deviation, normalized, weight_q, bias_q, result)
+
+
+def _total(codes: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return codes.sum(dims, keepdim=True, dtype=torch.int64)
+
+
+def _mean_deviation(  # noqa: PLR0917
+    x: Codes, sign: Tensor, mean: Tensor, dims: tuple[int, ...], count: int, factor: float
+) -> Tensor:
+    """factor * mean|x - mean|, by sign: step * sum(sign * code) - mean * sum(sign), in float64."""
+    codes = _total(sign * x.codes, dims).double()
+    return ((x.step.double() * codes - mean.double() * _total(sign, dims).double()) / count * factor).to(mean.dtype)
+
+
+def _root_mean_square(x: Codes, total: Tensor, mean: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+    """sqrt(mean (x - mean)^2) = sqrt((step^2 sum code^2 - 2 mean step sum code + count mean^2) / count), in float64."""
+    step, mu = x.step.double(), mean.double()
+    square = step * step * _total(x.codes.square(), dims).double() - 2.0 * mu * step * total.double() + count * mu * mu
+    return (square / count).clamp_(min=0).sqrt_().to(mean.dtype)
 
 
 @dataclass(frozen=True)
@@ -261,8 +290,9 @@ class _QuantizedNorm(torch.autograd.Function):
         sign = None
         if not fixed and not setting.options["l2"]:
             sign = (out.x.value - out.mean.value).sign_().to(torch.int8)  # the codes of h may be 0 where this is not
+        inverse = out.deviation.value.reciprocal()
         gamma = None if out.weight is None else out.weight.value
-        ctx.save_for_backward(out.normalized.value, out.deviation.value, sign, gamma)
+        ctx.save_for_backward(out.normalized.codes.to(torch.int8), out.normalized.step, inverse, sign, gamma)
         ctx.shapes = [None if t is None else t.shape for t in (weight, bias)]
         ctx.setting = (fixed, setting.dims, setting.rounding, setting.options)
         mean, deviation = out.batch_mean.clone(), out.batch_deviation.clone()
@@ -272,18 +302,59 @@ class _QuantizedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        h, spread, sign, gamma = ctx.saved_tensors
+        h, step, inverse, sign, gamma = ctx.saved_tensors
         fixed, dims, rounding, options = ctx.setting
-        grad = symmetric_dynamic(grad, options["bits"], rounding).value
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            g = grad if gamma is None else grad * gamma
-            slope = h if sign is None else sign.to(h.dtype).mul_(L1_SCALES[options["l1_scale"]])
-            grad_x = g / spread if fixed else _through_statistics(g, h, slope, spread, dims)
+        gq = symmetric_dynamic(grad, options["bits"], rounding)
         of_weight, of_bias = ctx.shapes
-        grad_weight = sum_to(grad * h, of_weight) if ctx.needs_input_grad[1] else None
-        grad_bias = sum_to(grad, of_bias) if ctx.needs_input_grad[2] else None
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            unit = gq.step * inverse
+            slope = _coefficient(unit if gamma is None else unit * gamma, gq.codes, h, dims)
+            grad_x = slope.factor * gq.codes
+            if not fixed:
+                factor = 1.0 if options["l2"] else L1_SCALES[options["l1_scale"]]
+                grad_x = _less_statistics(grad_x, h, step, sign, slope, dims, factor)
+        if ctx.needs_input_grad[1]:
+            together = sum_to((gq.codes * h).double(), of_weight)
+            grad_weight = (together * gq.step.double() * step.double()).to(grad.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = (sum_to(gq.codes.double(), of_bias) * gq.step.double()).to(grad.dtype)
         return grad_x, grad_weight, grad_bias, None
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """factor: of the gradient's codes, towards x; mean, together: of factor * codes, and of its product with the codes
+    h of the normalized x, both over `dims` in float64."""
+
+    factor: Tensor
+    mean: Tensor
+    together: Tensor
+
+
+def _coefficient(factor: Tensor, g: Tensor, h: Tensor, dims: tuple[int, ...]) -> _Slope:
+    wide = factor.double()
+    if all(factor.dim() == 0 or factor.shape[d] == 1 for d in dims):  # sums of integers, then one product
+        total = g.double().sum(dims, keepdim=True)
+        count = g.numel() // total.numel()
+        return _Slope(factor, wide * total / count, wide * (g * h).double().sum(dims, keepdim=True) / count)
+    each = wide * g
+    return _Slope(factor, each.mean(dims, keepdim=True), (each * h).mean(dims, keepdim=True))
+
+
+def _less_statistics(  # noqa: PLR0917
+    grad: Tensor, h: Tensor, step: Tensor, sign: Tensor | None, slope: _Slope, dims: tuple[int, ...], factor: float
+) -> Tensor:
+    """What the mean and the deviation, which depend on x too, take off: with the sign s of x - mean,
+    mean + (s - mean(s)) * factor * together; with l2, where s is None, h in the place of s."""
+    wide = step.double()
+    together = slope.together * wide
+    if sign is None:
+        constant = slope.mean - h.double().mean(dims, keepdim=True) * wide * together
+        return (grad - constant.to(grad.dtype)) - h.to(grad.dtype) * (wide * together).to(grad.dtype)
+    signs = sign.double().mean(dims, keepdim=True)
+    below, at, above = ((slope.mean + (s - signs) * factor * together).to(grad.dtype) for s in (-1.0, 0.0, 1.0))
+    return grad - torch.where(sign < 0, below, torch.where(sign > 0, above, at))
 
 
 def quantized_norm(

@@ -55,7 +55,7 @@ from .products import (
     shift_matmul,
     split_shifts,
 )
-from .rounding import CounterGenerator, philox4x32, random_words, stochastic_round, uniform
+from .rounding import CounterGenerator, philox4x32, random_bits, stochastic_round, uniform
 from .shiftquant import PackedShift, ShiftQuantized, largest_code, pack_codes, shift_quantize, unpack_codes
 
 __all__ = [
@@ -107,7 +107,7 @@ __all__ = [
     "plain_product",
     "product",
     "quantization_variance",
-    "random_words",
+    "random_bits",
     "right_shift_matmul",
     "shift_matmul",
     "shift_quantize",

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
+from .frozen import FrozenRange, frozen_quantize
 from .groups import check_groups
 from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, linear_weight_grad, weight_codes
 from .peers import tensor_quantize
@@ -37,7 +37,8 @@ class IntegerRule:
         unsigned_nonneg: activations without negative elements get codes 0..2^a - 1, which buys a bit after a ReLU.
         method: "shift": ShiftQuant for activations and gradients, weights with a scale a channel. "tensor": one scale a
             tensor for all three.
-        form: of `product`, how the integers are multiplied; all give the same result. "float64" is the fastest here.
+        form: of `product`, how the integers are multiplied; all give the same result. "engine", the compiled kernels,
+            is the fastest; it takes "float64" for what is not on the CPU or int32 is not proved to hold.
         on_nonfinite: NaN or infinity in an activation or a gradient is an "error", or its step is a "skip": all
             gradients of the layer are 0 and `LayerState.skipped` counts it; the result of an activation that is not
             finite is NaN.
@@ -54,7 +55,7 @@ class IntegerRule:
     grad_rounding: str = "stochastic"
     unsigned_nonneg: bool = False
     method: str = "shift"
-    form: str = "float64"
+    form: str = "engine"
     on_nonfinite: str = "error"
 
     def __post_init__(self) -> None:
@@ -132,6 +133,13 @@ class _Call:
     geometry: Geometry | None
     training: bool
     differentiated: bool  # gradients are recorded: there will be a backward pass
+    frozen: FrozenRange | None = None
+
+    def activation(self, x: Tensor) -> ShiftQuantized:
+        if self.frozen is not None:
+            return frozen_quantize(x, self.frozen, self.rule.a, self.rule.shift_groups, self.axis(x))
+        noise = _forward_noise(self)
+        return self.rule.quantize_activation(x, self.axis(x), training=self.training, generator=noise)
 
     def axis(self, x: Tensor) -> int:
         return x.dim() - 1 if self.geometry is None else 1
@@ -191,7 +199,7 @@ class _IntegerProduct(torch.autograd.Function):
         if not ctx.usable:
             return torch.full(call.result_shape(x, weight), torch.nan, dtype=dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            xq = call.rule.quantize_activation(x, call.axis(x), training=call.training, generator=_forward_noise(call))
+            xq = call.activation(x)
             y = call.forward(xq, call.weight(weight, "out"), dtype)
         kept: list[Tensor | None] = [None, None, None]
         if call.differentiated and ctx.needs_input_grad[1]:
@@ -202,8 +210,16 @@ class _IntegerProduct(torch.autograd.Function):
         return y if bias is None else y + bias.to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _IntegerProduct.gradients(ctx, grad)
+        if not torch.is_grad_enabled():  # that is, without create_graph
+            return grads
+        name = ctx.call.state.name
+        return *(None if g is None else _NoSecondDerivative.apply(g.requires_grad_(), name) for g in grads[:3]), None
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         needs = ctx.needs_input_grad
         if not (ctx.usable and call.usable(grad, "the gradient")):
@@ -224,6 +240,22 @@ class _IntegerProduct(torch.autograd.Function):
         return gx, gw, gb, None
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient that refuses to be differentiated, rather than being taken for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: gradients of integer products are differentiable once, and a second derivative was asked for "
+            "(create_graph=True)"
+        )
+
+
 def _zeros(like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
     return torch.zeros(like[0], dtype=like[1], device=like[2])
 
@@ -235,8 +267,14 @@ def _forward_noise(call: _Call) -> CounterGenerator | None:
     return CounterGenerator(call.state.noise.seed, FORWARD_STREAMS + int(torch.randint(FORWARD_STREAMS - 1, ())))
 
 
-def _call(rule: IntegerRule | None, state: LayerState | None, geometry: Geometry | None, training: bool) -> _Call:
-    return _Call(rule or IntegerRule(), state or LayerState(), geometry, training, torch.is_grad_enabled())
+def _call(
+    rule: IntegerRule | None,
+    state: LayerState | None,
+    geometry: Geometry | None,
+    training: bool,
+    frozen: FrozenRange | None,
+) -> _Call:
+    return _Call(rule or IntegerRule(), state or LayerState(), geometry, training, torch.is_grad_enabled(), frozen)
 
 
 def integer_linear(
@@ -247,6 +285,7 @@ def integer_linear(
     rule: IntegerRule | None = None,
     state: LayerState | None = None,
     training: bool = True,
+    frozen: FrozenRange | None = None,
 ) -> Tensor:
     """Y = X W^T + b with the forward product and both gradients on integer codes.
 
@@ -256,13 +295,13 @@ def integer_linear(
     only the packed codes, the exponents and the scale are kept for the backward pass, and only if the weight needs a
     gradient; products that nobody needs are not computed.
 
-    Integers are exact whatever the form: the default multiplies them as float64 matrices, so the arithmetic is that of
-    integer kernels, the speed is not. Autocast has no effect inside.
+    Integers are exact and the same whatever the form. Autocast has no effect inside.
 
     Args:
         x: floating (..., in), not empty. weight: floating (out, in). bias: (out,), added in floating point.
         rule: None for `IntegerRule()`. state: the layer's name and noise; None for a new one, so for the same draws at
-            every call. training: False rounds everything to nearest.
+            every call. training: False rounds everything to nearest. frozen: range and exponents of x to use in the
+            place of its own, rounded to nearest.
 
     Returns:
         (..., out) in the wider dtype of x and weight. Differentiable once.
@@ -271,7 +310,7 @@ def integer_linear(
         ValueError: shapes that do not fit; x empty; weights that are not finite; activations or, in the backward pass,
             gradients that are not finite under on_nonfinite "error".
     """
-    call = _call(rule, state, None, training)
+    call = _call(rule, state, None, training, frozen)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{call.state.name}: input {tuple(x.shape)} must be (..., in) and weight {tuple(weight.shape)} (out, in)"
@@ -288,12 +327,13 @@ def integer_conv(
     rule: IntegerRule | None = None,
     state: LayerState | None = None,
     training: bool = True,
+    frozen: FrozenRange | None = None,
 ) -> Tensor:
     """Convolution with all three products on integer codes; as integer_linear, groups along axis 1.
 
     Args:
         x: floating (samples, in, [height,] width), not empty. weight: (out, in / groups, ...). bias: (out,).
-        geometry: None for stride 1 without padding. rule, state, training: as integer_linear.
+        geometry: None for stride 1 without padding. rule, state, training, frozen: as integer_linear.
 
     Returns:
         (samples, out, ...) in the wider dtype of x and weight. Differentiable once.
@@ -301,7 +341,7 @@ def integer_conv(
     Raises:
         ValueError: as integer_linear.
     """
-    call = _call(rule, state, geometry or Geometry(), training)
+    call = _call(rule, state, geometry or Geometry(), training, frozen)
     if x.dim() != weight.dim() or x.dim() not in (3, 4) or x.shape[1] != weight.shape[1] * call.conv_groups():
         raise ValueError(
             f"{call.state.name}: input {tuple(x.shape)} must be (samples, in, [height,] width) and weight "

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import engine_codes
+from . import engine_products as engine
 from .peers import Scaled, channel_quantize
-from .products import plain_product, product, unit
+from .products import check_form, plain_product, product, scaled, unit
 from .rounding import CounterGenerator
-from .shiftquant import ShiftQuantized, along
+from .shiftquant import ShiftQuantized, along, check_bits, largest_code
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,13 @@ def weight_codes(
         raise ValueError(f"weight_codes: weight must be (out, in, ...), got shape {tuple(weight.shape)}")
     if side not in ("out", "in"):
         raise ValueError(f"weight_codes: side must be 'out' or 'in', got {side!r}")
+    check_bits(bits, "weight_codes")
     if conv_groups < 1 or weight.shape[0] % conv_groups:
         raise ValueError(f"weight_codes: conv_groups must divide the {weight.shape[0]} outputs, got {conv_groups}")
+    if rounding == "nearest" and weight.dtype == torch.float32 and engine_codes.takes(weight):
+        made = engine_codes.weight_codes(weight, bits, side == "out", conv_groups)
+        if made is not None:
+            return WeightCodes(*made, bits, side, conv_groups)
     if side == "out":
         coded = channel_quantize(weight, bits, 0, rounding=rounding, generator=generator)
         return WeightCodes(coded.codes, coded.scale.reshape(-1), bits, side, conv_groups)
@@ -93,13 +100,31 @@ def check_side(w: WeightCodes, side: str, where: str) -> None:
         raise ValueError(f"{where}: weight codes must have scales of side {side!r}, got {w.side!r}")
 
 
+def _linear(form: str, x: ShiftQuantized, w: WeightCodes, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (rows, inner) times the transpose of weight (columns, inner), scaled: (rows, columns)."""
+    check_form(form)
+    factor = unit(x) * w.scale.double()
+    inner = x.codes.shape[1]
+    if weight.shape[1] == inner and form == "engine" and engine.fits(x, inner, largest_code(w.bits)):
+        direct = factor.to(torch.float32) if dtype == torch.float32 else None
+        codes = engine.rows_as_maps(x.codes)
+        if w.side == "out":
+            out = engine.forward(x, codes, w.codes[:, :, None, None], (1, 1), factor=direct)
+        else:
+            out = engine.input_grad(x, codes, w.codes[:, :, None, None], (1, 1), factor=direct)
+        out = out.reshape(len(codes), -1)
+        return out if direct is not None else scaled(out, factor, dtype)
+    return scaled(product(form, x, weight.T, w.bits), factor, dtype)
+
+
 def linear_forward(
     x: ShiftQuantized, w: WeightCodes, *, form: str = "shift", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Y = X W^T: accumulator times d_X 2^-(N_G-1) a_o. Factors in float64, rounded once to `dtype`.
+    """Y = X W^T: accumulator times d_X 2^-(N_G-1) a_o, as `scaled`.
 
     Args:
-        x: (..., in), groups along the last axis. w: (out, in), side "out". form: of `product`.
+        x: (..., in), groups along the last axis. w: (out, in), side "out". form: of `product`, all give the same;
+            "engine" is the fastest.
 
     Returns:
         (..., out).
@@ -108,8 +133,7 @@ def linear_forward(
         ValueError: shapes, axis or side that do not fit; as the form.
     """
     check_side(w, "out", "linear_forward")
-    acc = product(form, _rows(x, "linear_forward"), w.codes.T, w.bits)
-    return (acc * (unit(x) * w.scale.double())).to(dtype).reshape(*x.codes.shape[:-1], -1)
+    return _linear(form, _rows(x, "linear_forward"), w, w.codes, dtype).reshape(*x.codes.shape[:-1], -1)
 
 
 def linear_input_grad(
@@ -127,8 +151,7 @@ def linear_input_grad(
         ValueError: as linear_forward.
     """
     check_side(w, "in", "linear_input_grad")
-    acc = product(form, _rows(g, "linear_input_grad"), w.codes, w.bits)
-    return (acc * (unit(g) * w.scale.double())).to(dtype).reshape(*g.codes.shape[:-1], -1)
+    return _linear(form, _rows(g, "linear_input_grad"), w, w.codes.T, dtype).reshape(*g.codes.shape[:-1], -1)
 
 
 def linear_weight_grad(
@@ -151,13 +174,26 @@ def linear_weight_grad(
             f"linear_weight_grad: g {tuple(g.codes.shape)} and x {tuple(x.codes.shape)} must agree "
             "but for the last axis"
         )
-    acc = plain_product(form, g, x, rows.codes.T, columns.codes)
+    check_form(form)
+    if form == "engine" and engine.weight_grad_fits(g, x, 1):
+        left, right = engine.rows_as_maps(rows.codes), engine.rows_as_maps(columns.codes)
+        if dtype == torch.float32:
+            return engine.scaled_weight_grad(left, right, (1, 1), weight_grad_sides(g, x))[:, :, 0, 0]
+        acc = engine.weight_grad(left, right, (1, 1))[:, :, 0, 0]
+    else:
+        acc = plain_product(form, g, x, rows.codes.T, columns.codes)
     return (acc * weight_grad_factors(g, x)).to(dtype)
+
+
+def weight_grad_sides(g: ShiftQuantized, x: ShiftQuantized) -> tuple[Tensor, Tensor]:
+    """d_G d_X 2^-e_o and 2^-e_c, whose product is exact: float64 (channels of g,) and (channels of x,)."""
+    return g.scale.double() * x.scale.double() * g.factors(torch.float64), x.factors(torch.float64)
 
 
 def weight_grad_factors(g: ShiftQuantized, x: ShiftQuantized) -> Tensor:
     """d_G d_X 2^-(e_o + e_c): float64 (channels of g, channels of x)."""
-    return g.scale.double() * x.scale.double() * g.factors(torch.float64)[:, None] * x.factors(torch.float64)
+    outs, ins = weight_grad_sides(g, x)
+    return outs[:, None] * ins
 
 
 def bias_grad(g: ShiftQuantized, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import engine_products
 from .groups import check_groups
 from .shiftquant import ShiftQuantized, check_bits, largest_code
 
 INT32_MAX = 2**31 - 1
+LARGEST_INT8 = 127
 EXACT_FLOAT64 = 2**53
 
 
@@ -219,11 +221,25 @@ def right_shift_matmul(x: ShiftQuantized, other: Tensor) -> Tensor:
     return (products >> x.exponents.to(torch.int64)[None, :, None]).sum(dim=1)
 
 
+def engine_matmul(x: ShiftQuantized, other: Tensor) -> Tensor:
+    """shift_matmul by the engine's kernels where int32 is proved to hold the sums and the tensors are on the CPU; else
+    by float64_matmul.
+
+    Arguments, result, errors: as float64_matmul.
+    """
+    _check(x, other, "engine_matmul")
+    largest = int(other.abs().max()) if other.numel() else LARGEST_INT8 + 1
+    if not engine_products.fits(x, other.shape[0], largest):
+        return float64_matmul(x, other)
+    return engine_products.matmul(x, other)
+
+
 FORMS: dict[str, Callable[[ShiftQuantized, Tensor, int], Tensor]] = {
     "shift": lambda x, other, _: shift_matmul(x, other),
     "float64": lambda x, other, _: float64_matmul(x, other),
     "grouped": lambda x, other, _: grouped_matmul(x, other),
     "absorbed": lambda x, other, bits: absorbed_matmul(x, other, bits).to(torch.int64),
+    "engine": lambda x, other, _: engine_matmul(x, other),
 }
 
 
@@ -234,7 +250,8 @@ def check_form(form: str) -> None:
 
 
 def product(form: str, x: ShiftQuantized, other: Tensor, other_bits: int) -> Tensor:
-    """The left-shift accumulator in one of the forms "shift", "float64", "grouped", "absorbed": int64 (rows, columns).
+    """The left-shift accumulator in one of the forms "shift", "float64", "grouped", "absorbed", "engine": int64 (rows,
+    columns).
 
     Raises:
         ValueError: unknown form; as the form.
@@ -247,7 +264,8 @@ def plain_product(form: str, g: ShiftQuantized, x: ShiftQuantized, left: Tensor,
     """left @ right without shifts, for the weight gradient, whose channels are all outer: int64.
 
     Args:
-        form: "shift" and "grouped" compute in int64, "float64" by a float64 GEMM, "absorbed" in int32.
+        form: "shift" and "grouped" compute in int64, "float64" by a float64 GEMM, "absorbed" in int32; "engine" as
+            "float64", for what the engine does not compute.
         g, x: the operands that `left` and `right` hold codes of; their widths bound the sums.
         left: (..., rows, inner). right: (..., inner, columns).
 
@@ -255,7 +273,7 @@ def plain_product(form: str, g: ShiftQuantized, x: ShiftQuantized, left: Tensor,
         ValueError: unknown form; for "absorbed" an inner dimension that int32 does not hold.
     """
     check_form(form)
-    if form == "float64":  # sums of 16-bit products reach 2^53 only beyond an inner dimension of 10^11
+    if form in ("float64", "engine"):  # sums of 16-bit products reach 2^53 only beyond an inner dimension of 10^11
         return (left.double() @ right.double()).to(torch.int64)
     if form == "absorbed":
         limit = INT32_MAX // (g.largest * x.largest)
@@ -268,3 +286,13 @@ def plain_product(form: str, g: ShiftQuantized, x: ShiftQuantized, left: Tensor,
 def unit(x: ShiftQuantized) -> Tensor:
     """scale * 2^-(N_G - 1), what one unit of a left-shift accumulator stands for: float64 ()."""
     return x.scale.double() * 2.0 ** (1 - x.groups)
+
+
+def scaled(acc: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32(acc) * float32(factor), or for float64 results in float64; then `dtype`.
+
+    Args:
+        acc: integers. factor: float64, broadcastable.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (acc.to(wide) * factor.to(wide)).to(dtype)

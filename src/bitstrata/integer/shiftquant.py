@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .groups import channel_ranges, check_groups, group_exponents, pack_bits, pack_groups, unpack_bits, unpack_groups
-from .rounding import CounterGenerator, round_codes
+from . import engine_codes
+from .rounding import CounterGenerator, check_rounding, round_codes
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = 2.0**-118  # so that 2^7 / scale, the largest factor that a group has, is finite
 
 
 def largest_code(bits: int, signed: bool = True) -> int:
@@ -44,7 +45,7 @@ def working(x: Tensor, where: str, name: str = "x") -> Tensor:
 
 
 def scale_of(ranges: Tensor, largest: int, where: str, name: str = "x") -> Tensor:
-    """range / largest in float32; 0 where that would be subnormal, so that quotients by it stay accurate.
+    """range / largest in float32; 0 below 2^-118, so that products with its reciprocal stay accurate.
 
     Raises:
         ValueError: a range that is NaN, infinite, or beyond float32.
@@ -58,9 +59,12 @@ def scale_of(ranges: Tensor, largest: int, where: str, name: str = "x") -> Tenso
 
 
 def divide(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, and 0 where the scale is 0: nothing but zeros (or subnormal ranges) has a scale of 0."""
+    """x * (1 / scale), and 0 where the scale is 0: nothing but zeros (or tiny ranges) has a scale of 0.
+
+    The product with the reciprocal, both rounded in x's dtype, is what kernels compute.
+    """
     step = scale.to(x.dtype)
-    return x / torch.where(step > 0, step, torch.inf)
+    return x * torch.where(step > 0, step.reciprocal(), 0.0)
 
 
 def along(values: Tensor, axis: int, dim: int) -> Tensor:
@@ -164,7 +168,7 @@ def shift_quantize(
     """ShiftQuant: scale d = tau_0 / B, exponents e_i of section 4.1, codes clip(R(x / (d 2^-e_i)), -B, B).
 
     The range is that of the tensor at hand. float16 and bfloat16 are computed in float32, float64 in float64 with the
-    scale still float32. A tensor whose scale would be subnormal in float32 (max|x| < B 2^-126) counts as zeros.
+    scale still float32. A tensor whose scale would be below 2^-118 counts as zeros.
 
     Args:
         x: floating, any shape, finite, not empty.
@@ -172,13 +176,40 @@ def shift_quantize(
         groups: N_G, 1..8; 1 is per-tensor quantization.
         axis: the dimension of the channels, the inner one of the product to come.
         rounding: R, "nearest" (ties to even) or "stochastic" (one stream of `generator`; element i is the i-th in
-            row-major order, whatever the memory format).
+            row-major order with `axis` last, whatever the memory format).
         unsigned_nonneg: codes 0..2^b - 1 for tensors without negative elements, which buys a bit after a ReLU. Others
             stay signed.
 
     Raises:
         ValueError: bits, groups, axis or rounding out of range; x not floating, empty, NaN or infinite.
     """
+    where = "shift_quantize"
+    check_bits(bits, where)
+    check_groups(groups, where)
+    axis = check_axis(axis, x.dim(), where)
+    check_rounding(rounding, generator, where)
+    if engine_codes.takes(x):
+        signed = not (unsigned_nonneg and bool(x.detach().amin() >= 0))
+        noise = engine_codes.noise_of(rounding, generator)
+        codes, exponents, scale = engine_codes.shift_codes(x, bits, groups, axis, noise, signed=signed)
+        if not bool(scale.isnan()):
+            return ShiftQuantized(codes, exponents, scale, bits, axis, groups, signed)
+    return shift_quantize_reference(
+        x, bits, groups, axis, rounding=rounding, generator=generator, unsigned_nonneg=unsigned_nonneg
+    )
+
+
+def shift_quantize_reference(
+    x: Tensor,
+    bits: int,
+    groups: int = 4,
+    axis: int = 1,
+    *,
+    rounding: str = "nearest",
+    generator: CounterGenerator | None = None,
+    unsigned_nonneg: bool = False,
+) -> ShiftQuantized:
+    """The definition of `shift_quantize` in torch, which computes it where the engine's kernels do not apply."""
     where = "shift_quantize"
     check_bits(bits, where)
     check_groups(groups, where)
@@ -192,7 +223,8 @@ def shift_quantize(
     # the power of two multiplies the quotient: exact, where scale * 2^-e may be subnormal
     factors = along(torch.exp2(exponents.to(values.dtype)), axis, x.dim())
     z = divide(values, scale) * factors
-    codes = round_codes(z, -largest if signed else 0, largest, rounding=rounding, generator=generator, where=where)
+    lo = -largest if signed else 0
+    codes = round_codes(z, lo, largest, rounding=rounding, generator=generator, where=where, axis=axis)
     return ShiftQuantized(codes, exponents, scale, bits, axis, groups, signed)
 
 

@@ -22,6 +22,7 @@ from ..prepare.precision import precision
 from ..quantizers.pixels import PixelInput
 from .errors import LowerError
 from .factors import input_grid, integer_form, program_factors, weight_codes
+from .frozen import input_factors, shift_name
 from .ops import Context
 
 FRACTION_BITS = 20  # below this many, rounding of the residual stream was seen to change predictions
@@ -55,6 +56,8 @@ def assemble(ctx: Context, model: nn.Module, served: tuple[int, ...], shape: Sha
         weights[name] = _source_codes(name, grids[name])
         layers[name] = _record(name, layer, grids[name], weights[name], shape[0])
     affines = {name: AffineInfo(name, int(layer.weight.shape[0])) for name, layer in ctx.layers.items()}
+    for name, powers in input_factors(ctx.layers).items():
+        affines[shift_name(name)] = AffineInfo(name, powers.numel())
     for name, norm in ctx.standalone.items():
         if norm.owner not in layers:
             raise LowerError(

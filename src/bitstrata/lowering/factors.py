@@ -16,6 +16,7 @@ from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.pixels import PixelInput
 from .errors import LowerError
+from .frozen import input_factors, shift_name
 
 Array = NDArray[np.float64]
 
@@ -134,6 +135,8 @@ def program_factors(
     for name, layer in layers.items():
         factors.affine[name] = layer_affine(layer, name, folded.get(name))
         factors.step[name] = input_grid(layer, name)[0]
+    for name, powers in input_factors(layers).items():
+        factors.affine[shift_name(name)] = np.stack([powers.numpy(), np.zeros(powers.numel())])
     for name, norm in standalone.items():
         factors.affine[name] = np.stack(norm_affine(norm.level, repr(name)))
     return factors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, fx, nn
 
 from bitstrata_runtime.program import Program
 
-from ..nn.integer_layers import IntegerLayer
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import OwnLayer
@@ -20,6 +20,7 @@ from ..quantizers.pixels import PixelInput
 from .assemble import assemble, prove
 from .builder import Builder, Real
 from .errors import LowerError
+from .frozen import ShiftedLayer, deployed, shift_name
 from .ops import FUNCTIONS, METHODS, MODULES, Context, as_map, pool_window
 from .trace import Traced, trace, where
 
@@ -37,7 +38,8 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
     the model's modules: "layer1.0.conv1" is that layer's accumulators, "layer1.0.add" the sum that `layer1.0` forms.
 
     Args:
-        model: prepared by `quantize_`, with activation steps set; unchanged.
+        model: prepared by `quantize_`, with activation steps set, or by `integer_` and frozen by `freeze_`, whose one
+            precision is the width of its inner layers' weights; unchanged.
         example: one input batch as the model takes it (N, C, H, W), (N, C, L) or (N, C); only its shape matters.
         precisions: which to serve; all by default. A model whose precisions have weights of their own (edge layers with
             own_edges, codes that are no upper bits of the widest) has a program for one precision at a time.
@@ -46,9 +48,10 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
         LowerError: an operation outside the integer set, a layer left in float, parameters that are not finite, a step
             that was never set, or an accumulator that may overflow.
     """
-    served = _served(model, precisions)
     if not isinstance(example, Tensor):
         raise LowerError(f"lower: example must be one input tensor, got {type(example).__name__}")
+    model = deployed(model, example)
+    served = _served(model, precisions)
     if not 2 <= example.dim() <= 4:
         raise LowerError(
             f"lower: example must be a batch (N, C, H, W), (N, C, L) or (N, C), got shape {tuple(example.shape)}"
@@ -64,12 +67,6 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
 def _served(model: nn.Module, wanted: Iterable[int] | None) -> tuple[int, ...]:
     known = all_precisions(model)
     if not known:
-        integer = next((name for name, module in model.named_modules() if isinstance(module, IntegerLayer)), None)
-        if integer is not None:
-            raise LowerError(
-                f"lower: {integer!r} trains in integers whose ranges follow each batch (integer_), which have no "
-                "program; quantize_ the float network with the trained weights instead"
-            )
         raise LowerError("lower: the model has no quantized layers; call quantize_ first")
     served = known if wanted is None else tuple(sorted(set(wanted)))
     if not served or not set(served) <= set(known):
@@ -184,12 +181,26 @@ def _lower_layer(ctx: Context, name: str, layer: QuantizedLayer, node: fx.Node, 
     if x.kind == "input":
         ctx.readers.append(name)
     ctx.layers[name] = layer
-    source = ctx.builder.codes(x, name)
+    source = ctx.builder.codes(_shifted(ctx, name, layer, x), name)
     if layer.input_pool is not None:
         window = pool_window(ctx, node, layer.input_pool, x)
         source = ctx.builder.emit(f"{name}.pool", "avgpool", (source,), **window)
     base = ctx.builder.emit(name, "conv", (source,), layer=name, **_geometry(layer))
     return Real(base, "acc", ctx.shape(node), affine=(name,))
+
+
+def _shifted(ctx: Context, name: str, layer: QuantizedLayer, x: Real) -> Real:
+    """The input with its channels multiplied by the layer's powers of two, if it has any."""
+    if not isinstance(layer, ShiftedLayer):
+        return x
+    if x.kind == "input":
+        raise LowerError(
+            f"lower: layer {name!r} reads the network's input with finer steps in some channels, but the input has one "
+            "step for all: let only the layer that runs first read it"
+        )
+    if {x.lo, x.hi} - {None, 0.0}:  # other bounds than 0 would have to be multiplied too
+        x = ctx.builder.fixed(x, f"layer {name!r}")
+    return replace(x, affine=(*x.affine, shift_name(name)))
 
 
 def _geometry(layer: QuantizedLayer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..nn.own import collapse_own_
 from ..prepare.observe import BATCH_NORMS
 from ..prepare.precision import precisions, set_precision
 from .errors import LowerError
+from .frozen import deployed
 from .ready import refuse_unready
 
 
@@ -41,11 +42,13 @@ class Traced:
 def double_copy(model: nn.Module, served: tuple[int, ...] | None = None) -> nn.Module:
     """A float64 copy in evaluation mode on the CPU: what "the fake-quantized model, exactly" means here.
 
+    Of a network trained in integers, the copy is the quantized network that it evaluates as once frozen.
+
     Args:
         served: precisions it is for; with a single one, layers that have weights of their own a precision are replaced
             by those of that precision, and the copy runs at it.
     """
-    twin = copy.deepcopy(model).cpu().double().eval()
+    twin = copy.deepcopy(deployed(model)).cpu().double().eval()
     if served is not None and len(served) == 1:
         collapse_own_(twin, served[0])
         set_precision(twin, served[0])

@@ -7,7 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.l1norm import HALF, Rounding, l1_factor, l1_normalize, nearest, quantized_norm, stochastic
+from ..functional.l1norm import (
+    HALF,
+    Codes,
+    QuantizedNorm,
+    Rounding,
+    l1_factor,
+    l1_normalize,
+    nearest,
+    quantized_norm,
+    quantized_norm_codes,
+    stochastic,
+)
+from ..functional.ste import with_value
+from ..integer.engine_norm import NormRule, batch_norm, norm_applies
+from ..integer.rounding import CounterRounding
 from .running_norm import RunningNorm
 
 ROUNDINGS: dict[str, Rounding] = {"stochastic": stochastic, "nearest": nearest}
@@ -149,8 +163,10 @@ class QuantizedL1BatchNorm(L1BatchNorm):
     a reconstruction.
 
     Evaluation quantizes the running statistics, which follow the batch's mean and deviation before they are quantized,
-    and all else as in training. The normalized input's grid follows the batch, so evaluation is no affine map: it
-    depends on the other samples, and lowering refuses it. `L1BatchNorm` is the form to lower.
+    and all else as in training. The normalized input's grid follows the batch, so evaluation is no affine map and
+    depends on the other samples, until `freeze_` makes it one: frozen, evaluation is the affine map of quantized
+    statistics, weight and bias, and input and normalized input are not rounded. A frozen normalization has the buffer
+    `frozen` in its state_dict; loading a state freezes it or thaws it.
 
     Args:
         num_features, eps, momentum, affine, l1_scale: as for `L1BatchNorm`.
@@ -180,7 +196,63 @@ class QuantizedL1BatchNorm(L1BatchNorm):
         self.bits = bits
         self.l2 = l2
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether evaluation is the affine map of `affine_codes`."""
+        return "frozen" in self._buffers
+
+    def freeze_(self, frozen: bool = True) -> None:
+        """Make evaluation an affine map, or let it follow the batch again; training always does."""
+        self._buffers.pop("frozen", None)
+        if frozen:
+            self.register_buffer("frozen", torch.tensor(True, device=self.running_mean.device))
+
+    def affine_codes(self) -> QuantizedNorm:
+        """Mean, deviation, weight and bias on their grids in evaluation, each of shape (1, C)."""
+        rows = [self.running_mean, self.running_deviation, self.weight, self.bias]
+        mean, deviation, weight, bias = (None if t is None else wide(t.detach())[None] for t in rows)
+        assert mean is not None
+        assert deviation is not None
+        options: dict[str, Any] = {"bits": self.bits, "eps": self.eps, "l1_scale": self.l1_scale, "l2": self.l2}
+        nothing = torch.zeros_like(mean)
+        return quantized_norm_codes(nothing, weight, bias, (0,), statistics=(mean, deviation), **options)
+
+    def _frozen(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        codes = self.affine_codes()
+        mean, spread = (self._broadcast(part.value[0], x) for part in (codes.mean, codes.deviation))
+
+        def quantized(real: Tensor, part: Codes | None) -> Tensor:
+            assert part is not None
+            return with_value(real, self._broadcast(part.value[0], x))
+
+        y = (x - mean) / spread
+        y = y if weight is None else y * quantized(weight, codes.weight)
+        return y if bias is None else y + quantized(bias, codes.bias)
+
+    def engine_rule(self) -> NormRule | None:
+        """What the engine's kernels compute in training, or None if they do not know how the gradient is rounded."""
+        counted = isinstance(self.rounding, CounterRounding)
+        if not counted and self.rounding is not nearest:
+            return None
+        generator = self.rounding.generator if isinstance(self.rounding, CounterRounding) else None
+        return NormRule(self.bits, self.l2, self.eps, l1_factor(self.l1_scale, type(self).__name__), generator)
+
+    def track(self, mean: Tensor, deviation: Tensor) -> None:
+        """Move the running statistics towards a batch's, (C,)."""
+        self._track(mean, deviation)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.freeze_(f"{prefix}frozen" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.is_frozen and not self.training:
+            return self._frozen(x, weight, bias)
+        rule = self.engine_rule()
+        if self.training and rule is not None and norm_applies(x, self.weight):
+            y, mean, deviation = batch_norm(x, self.weight, self.bias, rule)
+            self._track(mean, deviation)
+            return y
         y, mean, deviation = quantized_norm(
             x,
             weight,
@@ -198,7 +270,8 @@ class QuantizedL1BatchNorm(L1BatchNorm):
         return y
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}{', l2=True' if self.l2 else ''}"
+        marks = (", l2=True" if self.l2 else "") + (", frozen" if self.is_frozen else "")
+        return f"{super().extra_repr()}, bits={self.bits}{marks}"
 
 
 class QuantizedL1BatchNorm1d(QuantizedL1BatchNorm):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..functional.l1norm import QuantizedNorm
 from .l1_norm import L1BatchNorm, QuantizedL1BatchNorm
 from .running_norm import RunningNorm
 
@@ -163,17 +164,19 @@ def fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(gain, shift), float64 (C,), with which evaluation computes gain_c x + shift_c.
 
     Args:
-        norm: BatchNorm1d/2d, LayerBatchNorm1d/2d or L1BatchNorm1d/2d.
+        norm: BatchNorm1d/2d, LayerBatchNorm1d/2d or L1BatchNorm1d/2d, or a fully quantized one that is frozen.
 
     Raises:
-        TypeError: another module; a fully quantized normalization, whose grids follow the batch.
+        TypeError: another module; a fully quantized normalization whose grids follow the batch, not frozen.
         ValueError: no running statistics.
     """
     if isinstance(norm, QuantizedL1BatchNorm):
-        raise TypeError(
-            f"fold: {type(norm).__name__} quantizes its input and result by the largest magnitude in each batch, so it "
-            "is no affine map; use L1BatchNorm for a network that is to run in integers"
-        )
+        if not norm.is_frozen:
+            raise TypeError(
+                f"fold: {type(norm).__name__} quantizes its input and result by the largest magnitude in each batch, "
+                "so it is no affine map; freeze_ the model first, or use L1BatchNorm"
+            )
+        return _fold_codes(norm.affine_codes())
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | LayerBatchNorm | L1BatchNorm):
         raise TypeError(f"fold: norm must be a BatchNorm, LayerBatchNorm or L1BatchNorm, got {type(norm).__name__}")
     mean, var = _running(norm, "fold")
@@ -185,6 +188,15 @@ def fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
         spread = spread.masked_fill(spread == 0, 1.0)  # as evaluation does
     else:
         spread = torch.sqrt(var + norm.eps)
+    gain = gamma / spread
+    return gain, beta - mean * gain
+
+
+def _fold_codes(codes: QuantizedNorm) -> tuple[Tensor, Tensor]:
+    """Gain and shift of a frozen normalization, from its quantized statistics, weight and bias."""
+    mean, spread = codes.mean.value[0].double(), codes.deviation.value[0].double()
+    gamma = torch.ones_like(mean) if codes.weight is None else codes.weight.value[0].double()
+    beta = torch.zeros_like(mean) if codes.bias is None else codes.bias.value[0].double()
     gain = gamma / spread
     return gain, beta - mean * gain
 

@@ -6,6 +6,7 @@ references stay as they are; the quantizers are added as the submodules `weight_
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers.base import ActivationQuantizer, Grid, Quantizer, WeightQuantizer
+from ..quantizers.gradient import GradientQuantizer
 from ..quantizers.pixels import PixelInput
+from .gradient_product import Coded, Window, coded_product
 
 
 class QuantizedLayer(nn.Module):
@@ -28,6 +31,7 @@ class QuantizedLayer(nn.Module):
     act_quant: Quantizer | None
     weight_transform: nn.Module | None  # what the quantizer sees of the weight, e.g. standardized
     input_pool: nn.Module | None  # average pooling between the quantized input and the convolution
+    grad_quant: GradientQuantizer | None  # quantizes the output gradient, whose codes make the others; None: in float
     edge: bool  # first or last layer, on the recipe's edge grid
 
     @property
@@ -79,6 +83,41 @@ class QuantizedLayer(nn.Module):
         q = x if self.act_quant is None else self.act_quant(x)
         return q if self.input_pool is None else self.input_pool(q)
 
+    def counts_gradients(self, x: Tensor) -> bool:
+        """Whether this forward pass will have gradients from integer codes."""
+        return self.grad_quant is not None and torch.is_grad_enabled() and x.numel() > 0
+
+    def coded_input(self, x: Tensor) -> Coded:
+        """The codes of `quantized_input(x)`, for which the quantizer's step must be set (or all of x be zero).
+
+        Raises:
+            ValueError: a pooling of codes whose grid has an offset.
+        """
+        quantizer = self.act_quant
+        if quantizer is None:
+            raise ValueError("gradients from integer codes need a quantized input; this layer reads floats")
+        detached = x.detach()
+        if isinstance(quantizer, ActivationQuantizer) and not quantizer.is_initialized():
+            return Coded(torch.zeros_like(detached, dtype=torch.int32), x.new_ones(1), x.new_zeros(1))
+        grid, codes = quantizer.grid(detached), quantizer.codes(detached)
+        scale, offset = grid.scale.detach(), torch.as_tensor(grid.offset, device=x.device).detach()
+        if self.input_pool is None:
+            return Coded(codes, scale, offset)
+        if bool((offset != 0).any()):
+            raise ValueError(
+                "gradients from integer codes: the layer pools its input codes, whose grid has an offset; sums of "
+                "codes need offset 0"
+            )
+        window = _window_size(self.input_pool)
+        return Coded((self.input_pool(codes.double()) * window).round().to(torch.int32), scale / window, offset)
+
+    def coded_weight(self) -> tuple[Tensor, Coded]:
+        """The fake-quantized weight, with gradient, and its codes."""
+        effective = self.effective_weight()
+        weight = self.weight_quant(effective)
+        grid, codes = self.weight_quant.grid(effective.detach()), self.weight_quant.codes(effective.detach())
+        return weight, Coded(codes, grid.scale.detach(), torch.as_tensor(grid.offset, device=codes.device).detach())
+
     def init_weight_steps_(self) -> None:
         """Set the weight quantizer's steps from the present weight."""
         self.weight_quant.init_(self.effective_weight().detach())
@@ -95,7 +134,14 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """`torch.nn.Linear` on quantized input and weight: (..., in) -> (..., out)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        if not self.counts_gradients(input):
+            return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        assert self.grad_quant is not None
+        x = self.quantized_input(input)  # which may set the step first
+        weight, codes = self.coded_weight()
+        return coded_product(
+            x, weight, self.bias, self.coded_input(input), codes, None, self.grad_quant, training=self.training
+        )
 
 
 class _QuantConv(QuantizedLayer):
@@ -114,11 +160,35 @@ class _QuantConv(QuantizedLayer):
         border = self._border(q) if any(self._reversed_padding_repeated_twice) else None
         if border is None:
             return q, self.padding
-        frame = F.pad(torch.zeros_like(q[:1]), self._reversed_padding_repeated_twice, value=1.0)
-        return F.pad(q, self._reversed_padding_repeated_twice) + frame * border, 0
+        grid, codes = border
+        return self._framed(q, grid.dequantize(codes).to(q.dtype)), 0
 
-    def _border(self, like: Tensor) -> Tensor | None:
-        """The value that stands for zero outside the map, by the arithmetic of a value inside; None if it is zero."""
+    def _framed(self, q: Tensor, border: Tensor) -> Tensor:
+        """q with the padding around it, filled with `border`."""
+        frame = F.pad(torch.zeros_like(q[:1]), self._reversed_padding_repeated_twice, value=1.0)
+        return F.pad(q, self._reversed_padding_repeated_twice) + frame * border
+
+    def _coded_convolution(self, x: Tensor) -> Tensor:
+        """The convolution with gradients from integer codes."""
+        if x.dim() == self.weight.dim() - 1:  # one sample without the dimension of the batch, as torch allows
+            return self._coded_convolution(x.unsqueeze(0)).squeeze(0)
+        assert self.grad_quant is not None
+        q, padding = self._padded(x)
+        weight, codes = self.coded_weight()
+        xc = self.coded_input(x)
+        dims = len(self.stride)
+        if padding == 0 and any(self._reversed_padding_repeated_twice):
+            border = self._border(q)
+            assert border is not None
+            xc = Coded(self._framed(xc.codes, border[1].to(xc.codes.dtype)), xc.scale, xc.offset)
+        elif isinstance(padding, str):  # zeros, perhaps not the same on both sides
+            q, padding = F.pad(q, self._reversed_padding_repeated_twice), 0
+            xc = Coded(F.pad(xc.codes, self._reversed_padding_repeated_twice), xc.scale, xc.offset)
+        window = Window(self.stride, (0,) * dims if padding == 0 else padding, self.dilation, self.groups)
+        return coded_product(q, weight, self.bias, xc, codes, window, self.grad_quant, training=self.training)
+
+    def _border(self, like: Tensor) -> tuple[Grid, Tensor] | None:
+        """Grid and codes of what stands for zero outside the map; None if that is zero itself."""
         quantizer = self.act_quant
         if quantizer is None or not quantizer.shifted:
             return None
@@ -130,13 +200,15 @@ class _QuantConv(QuantizedLayer):
         else:
             grid = quantizer.grid()
             codes = (-torch.as_tensor(grid.offset)).round().clamp(grid.lo, grid.hi)
-        return grid.dequantize(codes).to(like.dtype)
+        return grid, codes
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """`torch.nn.Conv1d` on quantized input and weight: (N, C, L)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.counts_gradients(input):
+            return self._coded_convolution(input)
         q, padding = self._padded(input)
         return F.conv1d(q, self.quantized_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
 
@@ -145,8 +217,18 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
     """`torch.nn.Conv2d` on quantized input and weight: (N, C, H, W)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.counts_gradients(input):
+            return self._coded_convolution(input)
         q, padding = self._padded(input)
         return F.conv2d(q, self.quantized_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+def _window_size(pool: nn.Module) -> int:
+    """Positions that an average pooling adds up."""
+    size: Any = getattr(pool, "kernel_size", None)
+    if not isinstance(pool, nn.AvgPool1d | nn.AvgPool2d) or size is None:
+        raise ValueError(f"gradients from integer codes: no number of positions of pooling {pool}")
+    return math.prod(size) if isinstance(size, tuple) else int(size) ** (1 if isinstance(pool, nn.AvgPool1d) else 2)
 
 
 FORMS: dict[type[nn.Module], type[QuantizedLayer]] = {
@@ -163,6 +245,7 @@ def convert(
     *,
     edge: bool,
     weight_transform: nn.Module | None = None,
+    grad_quant: GradientQuantizer | None = None,
 ) -> QuantizedLayer:
     """Turn a float layer into its quantized form, in place, and set the weight steps from its weight.
 
@@ -185,6 +268,7 @@ def convert(
     layer.act_quant = None if act_quant is None else act_quant.to(device=device, dtype=dtype)
     layer.edge = edge
     layer.weight_transform = weight_transform
+    layer.grad_quant = grad_quant
     if "input_pool" not in layer._modules:  # set before, where a pooling moved into the layer
         layer.input_pool = None
     if isinstance(act_quant, PixelInput):

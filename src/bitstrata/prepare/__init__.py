@@ -2,6 +2,7 @@
 
 from .calibrate import calibrate_, reestimate_batchnorm_
 from .float_form import float_form_
+from .freeze import freezable_layers, freeze_
 from .integer_training import (
     LayerMemory,
     SavedMemory,
@@ -25,6 +26,8 @@ __all__ = [
     "SummaryRow",
     "calibrate_",
     "float_form_",
+    "freezable_layers",
+    "freeze_",
     "integer_",
     "integer_layers",
     "load_noise_state_",

@@ -34,7 +34,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
     Warns:
         UserWarning: a layer's inputs were zero in every batch, so that its step is not set.
     """
-    data = _inputs("calibrate_", batches)
+    data = inputs_of("calibrate_", batches)
     chosen = _checked(model, "calibrate_", data, precisions)
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
@@ -66,7 +66,7 @@ def reestimate_batchnorm_(
     Raises:
         TypeError, ValueError: as for `calibrate_`.
     """
-    data = _inputs("reestimate_batchnorm_", batches)
+    data = inputs_of("reestimate_batchnorm_", batches)
     chosen = _checked(model, "reestimate_batchnorm_", data, precisions)
     for p in chosen:
         with precision(model, p):
@@ -106,7 +106,7 @@ def _checked(model: nn.Module, what: str, data: list[Tensor], chosen: Iterable[i
     return picked
 
 
-def _inputs(what: str, batches: Iterable[Any]) -> list[Tensor]:
+def inputs_of(what: str, batches: Iterable[Any]) -> list[Tensor]:
     if isinstance(batches, Tensor):
         raise TypeError(
             f"{what}: batches must be an iterable of batches, got one tensor of shape {tuple(batches.shape)}; give [x]"

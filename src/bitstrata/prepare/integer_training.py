@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..integer.autograd import IntegerRule
-from ..integer.rounding import CounterGenerator, stochastic_round
+from ..integer.rounding import CounterGenerator, CounterRounding
 from ..nn.integer_layers import INTEGER_FORMS, IntegerLayer, layer_noise, to_integer
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, l1_batch_norm_from
 from .finite import not_finite, watched
-from .observe import Trace, observe
+from .observe import Trace, observe, tensors_in
 from .precision import quantized_layers
 from .swap import SKIPPED
 
@@ -43,17 +43,6 @@ METHODS: dict[str, _Method] = {
 }
 
 
-class CounterRounding:
-    """Stochastic rounding of a normalization's gradient by a counter: the next stream of `generator` at each call."""
-
-    def __init__(self, generator: CounterGenerator) -> None:
-        self.generator = generator
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """z, floating, rounded to whole numbers; its mean over draws is z."""
-        return stochastic_round(z, self.generator.uniform(z.shape, z.device))
-
-
 def integer_(
     model: nn.Module,
     example_inputs: Any,
@@ -67,18 +56,24 @@ def integer_(
     l1_scale: str = "sqrt(pi/2)",
     method: str = "shift",
     act_rounding: str = "nearest",
+    grad_rounding: str | None = None,
     unsigned_nonneg: bool = False,
-    form: str = "float64",
+    form: str = "engine",
     on_nonfinite: str = "error",
     seed: int = 0,
     filter: Filter | None = None,
 ) -> nn.Module:
-    """Make Linear, Conv1d and Conv2d train in integers and replace batch normalizations, in place.
+    """Make every layer that has an integer form train in integers and replace batch normalizations, in place.
 
-    Layers change class (`IntegerLayer`), so parameters, hooks, tied weights and the state_dict keys of layers stay; the
-    optimizer, loss, activation functions, pooling and sums stay in float. The example is run once, in evaluation mode,
-    to see which layers run and which is first and last. Attention that reads the weights of its parts itself
-    (`nn.MultiheadAttention`) stays in float, as do other normalizations and layers of derived or reparametrized types.
+    Linear, Conv1d, Conv2d, MultiheadAttention, LSTM, GRU, RNN and their cells have one; an Embedding has no product and
+    keeps its exact gradient. Layers change class (`IntegerLayer`), so parameters, hooks, tied weights and the
+    state_dict keys of layers stay; the optimizer, loss, activation functions, gates, attention scores, softmax, pooling
+    and sums stay in float, as do other normalizations and layers of derived or reparametrized types. The example is run
+    once, in evaluation mode, to see which layers run and which is first and last. Torch's transformer layers lose their
+    fused path of evaluation, which reads float weights.
+
+    Processes of DistributedDataParallel draw independently if each is given a seed of its own; gradients are averaged,
+    so their parameters stay equal all the same.
 
     Args:
         model: a float model.
@@ -86,7 +81,7 @@ def integer_(
         w, a, g: widths of weights, activations, gradients, 2..8; None for the method's: 4 for "shift", 8 for the
             others, which take no other.
         groups: N_G of method "shift", 1..8.
-        edge_bits: the three widths in the first and the last layer.
+        edge_bits: the three widths in the first and the last layer with a product, in order of execution.
         norm: what batch normalization becomes: "l1_quantized", every tensor of it in 8 bits (the paper's);
             "l2_quantized", its twin by standard deviation; "l1", in float; "batch", as it is. None for "l1_quantized"
             with "shift" and "l2_quantized" with the others.
@@ -94,6 +89,7 @@ def integer_(
         method: "shift", ShiftQuant; "int8_naive", one 8-bit scale a tensor with gradients rounded to nearest;
             "int8_sr", the same with stochastic rounding.
         act_rounding, unsigned_nonneg, form, on_nonfinite: of `IntegerRule`.
+        grad_rounding: "stochastic" or "nearest", in layers and quantized normalizations; None for the method's.
         seed: of all stochastic rounding of gradients, 0..2^64 - 1. Every layer has streams of its own.
         filter: called with (qualified name, layer); False leaves the layer in float.
 
@@ -115,7 +111,7 @@ def integer_(
         g=g or preset.bits,
         groups=groups,
         act_rounding=act_rounding,
-        grad_rounding=preset.grad_rounding,
+        grad_rounding=grad_rounding or preset.grad_rounding,
         unsigned_nonneg=unsigned_nonneg,
         method=preset.quantizer,
         form=form,
@@ -129,7 +125,8 @@ def integer_(
     trace = observe(model, example_inputs, candidates)
     skipped = _skips(candidates, trace, filter)
     chosen = [name for name in candidates if name not in skipped]
-    if not chosen:
+    with_product = {name for name in candidates if INTEGER_FORMS[type(candidates[name])].multiplies}
+    if not with_product.intersection(chosen):
         raise ValueError(f"integer_: no layer to convert among {len(candidates)} candidates: {skipped or 'none'}")
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
     _refuse_not_finite({**{name: candidates[name] for name in chosen}, **norms}, trace)
@@ -141,12 +138,15 @@ def integer_(
             id(module): _norm(name, module, norm, l1_scale, rule.grad_rounding, layer_noise(seed, indices[name]))
             for name, module in norms.items()
         }
-    ran = sorted((seen.order, name) for name, seen in trace.layers.items() if seen.calls)
+    ran = sorted((seen.order, name) for name, seen in trace.layers.items() if seen.calls and name in with_product)
     edges = {ran[0][1], ran[-1][1]}
     for name, reason in skipped.items():
         candidates[name].__dict__[SKIPPED] = reason
     for name in chosen:
-        to_integer(candidates[name], edge_rule if name in edges else rule, seed=seed, index=indices[name], name=name)
+        layer = to_integer(
+            candidates[name], edge_rule if name in edges else rule, seed=seed, index=indices[name], name=name
+        )
+        layer.inner_width = rule.w
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():  # every name of a module that has several
             if id(child) in made:
@@ -171,7 +171,9 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     if integer_layers(model) or quantized_layers(model):
         raise ValueError("integer_: the model is quantized or in integers already; start from a float model")
     if type(model) in INTEGER_FORMS:
-        raise ValueError(f"integer_: the model is a bare {type(model).__name__}; wrap it in nn.Sequential")
+        raise ValueError(
+            f"integer_: the model is a bare {type(model).__name__}; wrap it in nn.Sequential or use to_integer"
+        )
     return {name: module for name, module in model.named_modules() if type(module) in INTEGER_FORMS}
 
 
@@ -187,7 +189,7 @@ def _skips(candidates: Mapping[str, nn.Module], trace: Trace, keep: Filter | Non
 
 def _refuse_not_finite(modules: Mapping[str, nn.Module], trace: Trace) -> None:
     for name, module in modules.items():
-        problem = not_finite(watched(module))
+        problem = not_finite({**watched(module), **dict(module.named_parameters())})
         if problem:
             raise ValueError(f"integer_: {type(module).__name__} {name!r}: {problem}")
     for name, seen in sorted(trace.layers.items(), key=lambda item: item[1].order):  # the first one is the cause
@@ -223,7 +225,14 @@ def integer_layers(model: nn.Module) -> dict[str, IntegerLayer]:
 
 
 def _generators(model: nn.Module) -> dict[str, CounterGenerator]:
-    found: dict[str, CounterGenerator] = {name: layer.state.noise for name, layer in integer_layers(model).items()}
+    found: dict[str, CounterGenerator] = {
+        f"{name}.{product}" if product else name: state.noise
+        for name, layer in integer_layers(model).items()
+        for product, state in layer.states.items()
+    }
+    for name, layer in quantized_layers(model).items():
+        if layer.grad_quant is not None:
+            found[name] = layer.grad_quant.state.noise
     for name, module in model.named_modules():
         if isinstance(module, QuantizedL1BatchNorm) and isinstance(module.rounding, CounterRounding):
             found[name] = module.rounding.generator
@@ -233,6 +242,7 @@ def _generators(model: nn.Module) -> dict[str, CounterGenerator]:
 def noise_state(model: nn.Module) -> dict[str, dict[str, int]]:
     """Seed and next stream of every layer and normalization: with the state_dict, what an exact resume needs.
 
+    Layers with several products have an entry for each, as "lstm.weight_hh_l0".
     Not part of the state_dict, whose keys stay those of the float model.
     """
     return {name: generator.state_dict() for name, generator in _generators(model).items()}
@@ -258,8 +268,10 @@ class LayerMemory:
     """Bytes that one layer keeps for its backward pass.
 
     Attributes:
-        kept: of all tensors it saves but parameters (packed codes, exponents and scales in an integer layer).
-        float32: of its inputs in float32, what a float layer saves.
+        kept: of all tensors it saves but parameters (packed codes, exponents and scales of an integer product; of
+            attention and recurrent layers also scores, gates and states, in float). Each piece of memory once.
+        float32: of its floating inputs in float32, or of indices as they are: what a float Linear, convolution or
+            Embedding saves.
     """
 
     kept: int
@@ -271,7 +283,7 @@ class SavedMemory:
     """Bytes kept for the backward pass.
 
     Attributes:
-        layers: qualified name -> bytes of each Linear, Conv1d or Conv2d, float or integer, that ran.
+        layers: qualified name -> bytes of each layer that `integer_` knows, float or integer, that ran.
         total: of all that the whole model saves but parameters and buffers, each piece of memory once.
             Activation functions save their results too, so that this shrinks less than the layers do.
     """
@@ -293,21 +305,26 @@ def saved_memory(model: nn.Module, example_inputs: Any) -> SavedMemory:
     layers: dict[str, LayerMemory] = {}
     storages: dict[int, Tensor] = {}  # a tensor of each, alive so that no address is used twice
     running: list[str] = []
+    pieces: set[tuple[str, int, int]] = set()  # of a layer: name, address, bytes
 
     def pack(saved: Tensor) -> Tensor:
         address = saved.untyped_storage().data_ptr()
         if saved.numel() and address not in owned:
             storages[address] = saved
             if running:
-                seen = layers[running[-1]]
-                layers[running[-1]] = replace(seen, kept=seen.kept + saved.numel() * saved.element_size())
+                seen, size = layers[running[-1]], saved.numel() * saved.element_size()
+                piece = (running[-1], saved.data_ptr(), size)
+                layers[running[-1]] = replace(seen, kept=seen.kept + (0 if piece in pieces else size))
+                pieces.add(piece)
         return saved
 
     def enter(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
+            inputs = list({id(x): x for x in tensors_in((args, kwargs))}.values())
+            floats = sum(4 * x.numel() for x in inputs if x.is_floating_point())
+            size = floats or sum(x.numel() * x.element_size() for x in inputs)
             seen = layers.get(name, LayerMemory(0, 0))
-            layers[name] = replace(seen, float32=seen.float32 + 4 * x.numel())
+            layers[name] = replace(seen, float32=seen.float32 + size)
             running.append(name)
 
         return hook

@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.integer_layers import layer_noise
 from ..nn.layers import FORMS, QuantizedLayer, convert
 from ..quantizers.base import LayerFacts, Quantizer, WeightQuantizer
-from ..quantizers.registry import build, build_rescale, build_transform
+from ..quantizers.gradient import GradientQuantizer
+from ..quantizers.registry import build, build_gradient, build_rescale, build_transform
 from ..recipes.base import Part, Recipe
 from .finite import not_finite, watched
 from .float_form import float_type, strip_float_form_
+from .integer_training import integer_
 from .observe import LayerTrace, Trace, observe
 from .placement import absorb_activations_
 from .precision import quantized_layers
@@ -62,7 +65,8 @@ def quantize_(
     """Swap Linear, Conv1d and Conv2d for their quantized forms and BatchNorm1d/2d for one a precision, in place.
 
     The example is run once to see which layers run, in which order and on inputs of which sign; parameters, hooks and
-    float state_dict keys keep working. Activation steps are set by `calibrate_` or by the first training batch.
+    float state_dict keys keep working. Activation steps are set by `calibrate_` or by the first training batch. With a
+    recipe that trains in integers this is `integer_`, whose layers have nothing to calibrate.
 
     Args:
         model: any module; layers that never run, or of other types, stay as they are (`summary` says why).
@@ -83,6 +87,8 @@ def quantize_(
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"quantize_: recipe must be a Recipe such as recipes.strata(), got {type(recipe).__name__}")
+    if recipe.integers:
+        return _in_integers(model, recipe, example_inputs, filter, input)
     if quantized_layers(model):
         raise ValueError("quantize_: the model is quantized already; start from a float model")
     if type(model) in FORMS:
@@ -131,13 +137,53 @@ def quantize_(
             form.act_quant,
             edge=roles[name].edge,
             weight_transform=form.weight_transform,
+            grad_quant=form.grad_quant,
         )
     replace_norms(model, recipe.norm)
     convert_norms(model, recipe, trace)
     if recipe.own_edges:
         give_own_edges(model, recipe.precisions, first, last)
+    _start_gradients(model)
     _disable_fused_paths(model)
     return model
+
+
+def _in_integers(
+    model: nn.Module, recipe: Recipe, example_inputs: Any, keep: Filter | None, input: Pixels | None
+) -> nn.Module:
+    """`integer_` by the parts of a recipe, which has made sure that they fit."""
+    if input is not None:
+        raise ValueError(
+            f"quantize_: recipe {recipe.name!r} trains in integers, whose first layer quantizes the normalized image; "
+            "leave input=Pixels out"
+        )
+    (w,) = recipe.precisions
+    activation, gradient = recipe.activation, recipe.gradient
+    assert activation is not None
+    assert gradient is not None
+    backward = {"rounding": "stochastic", "on_nonfinite": "error", "seed": 0, "g": 4, **gradient.options}
+    return integer_(
+        model,
+        example_inputs,
+        w=w,
+        a=recipe.activation_bits[w],
+        g=backward["g"],
+        edge_bits=recipe.edge_bits,
+        norm=recipe.norm,
+        grad_rounding=backward["rounding"],
+        on_nonfinite=backward["on_nonfinite"],
+        seed=backward["seed"],
+        filter=keep,
+        **activation.options,
+    )
+
+
+def _start_gradients(model: nn.Module) -> None:
+    """Every gradient quantizer gets its layer's name and random streams of its own."""
+    for index, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, QuantizedLayer) and module.grad_quant is not None:
+            quantizer = module.grad_quant
+            quantizer.start_(f"{type(module).__name__} {name!r}", layer_noise(quantizer.seed, index))
 
 
 @dataclass(frozen=True)
@@ -200,6 +246,7 @@ class _Form:
     weight_quant: WeightQuantizer
     act_quant: Quantizer | None
     weight_transform: nn.Module | None
+    grad_quant: GradientQuantizer | None = None
 
 
 def _form(  # noqa: PLR0917
@@ -236,7 +283,12 @@ def _form(  # noqa: PLR0917
     act_bits = edge_bits if edge_input else recipe.activation_bits
     act_quant = build(part.name, part.role, part.options, bits=act_bits, signed=seen.negative, shared=edge_input)
     act_quant.adapt_(facts)
-    return _Form(weight_quant, act_quant, transform)
+    grad_quant = None
+    if recipe.gradient is not None:
+        made = build_gradient(recipe.gradient.name, recipe.gradient.options, edge=role.edge)
+        assert isinstance(made, GradientQuantizer)
+        grad_quant = made
+    return _Form(weight_quant, act_quant, transform, grad_quant)
 
 
 def _disable_fused_paths(model: nn.Module) -> None:

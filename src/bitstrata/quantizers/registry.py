@@ -13,15 +13,16 @@ from torch import nn
 from .base import Quantizer, WeightQuantizer
 
 Q = TypeVar("Q", bound=type[nn.Module])
-ROLES = ("weight", "activation", "input", "transform", "rescale")
+ROLES = ("weight", "activation", "input", "transform", "rescale", "gradient", "integer")
 
 
 @dataclass(frozen=True)
 class QuantizerRecord:
     """A registered quantizer or weight transform; options are its own keyword arguments.
 
-    role: "weight", "activation", "input", "transform" (of a weight, before its quantizer) or "rescale" (of a weight
-    quantizer's grid).
+    role: "weight", "activation", "input", "transform" (of a weight, before its quantizer), "rescale" (of a weight
+    quantizer's grid), "gradient" (of a layer's output gradient) or "integer" (weight or activation of layers that train
+    in integers, which quantize both themselves).
     """
 
     name: str
@@ -32,7 +33,7 @@ class QuantizerRecord:
 
 
 _RECORDS: dict[tuple[str, str], QuantizerRecord] = {}
-_COMMON = {"self", "bits", "channels", "signed", "shared", "inner"}  # set by quantize_, not by a recipe
+_COMMON = {"self", "bits", "channels", "signed", "shared", "inner", "edge"}  # set by quantize_, not by a recipe
 
 
 def register(name: str, role: str, description: str) -> Callable[[Q], Q]:
@@ -95,3 +96,8 @@ def build_rescale(name: str, options: Mapping[str, Any], inner: WeightQuantizer)
     made = check_options(name, "rescale", options).cls(inner=inner, **options)
     assert isinstance(made, WeightQuantizer)
     return made
+
+
+def build_gradient(name: str, options: Mapping[str, Any], *, edge: bool) -> nn.Module:
+    """Make a gradient quantizer. ValueError on an option that it does not have or that is out of range."""
+    return check_options(name, "gradient", options).cls(edge=edge, **options)

@@ -5,6 +5,7 @@
 
 from .base import Objective, Part, Recipe, Schedule, get, names, register
 from .baselines import cg_pact, dorefa, int8, lsq, lsq_plus, pact
+from .integers import shiftquant
 from .papers import adabits, ascending, maqd, sat, uniq, vertical
 from .strata import strata
 
@@ -26,6 +27,7 @@ __all__ = [
     "pact",
     "register",
     "sat",
+    "shiftquant",
     "strata",
     "uniq",
     "vertical",

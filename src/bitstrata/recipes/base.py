@@ -15,7 +15,10 @@ from .sense import one_of as _one_of
 
 @dataclass(frozen=True)
 class Part:
-    """A registered quantizer, weight transform or rescaling and its options, checked when the part is made."""
+    """A registered quantizer (of a weight, activation or gradient), weight transform or rescaling, and its options.
+
+    Their names are checked when the part is made.
+    """
 
     name: str
     role: str
@@ -94,6 +97,9 @@ class Recipe:
         rescale: constant rescaling of the quantized weight, or None. per_channel: one weight step an output channel.
     activation: quantizer of inner layers' inputs; None keeps activations in float (weight-only).
     activation_bits: precision -> width of inner layers' inputs.
+    gradient: quantizer of the layers' output gradients, from whose codes and those of weight and input the gradients of
+        both are computed in integers; None leaves the backward pass in float. With weight and activation for layers
+        that train in integers (role "integer"), `quantize_` is `integer_`.
     placement: "input" quantizes what a layer reads. "activation" lets the quantizer take the ReLU's place, before an
         average pooling that follows it.
     edges: first and last layer. "int8": `edge_weight` (a step an output channel if `edge_per_channel`) and
@@ -103,7 +109,7 @@ class Recipe:
     own_edges: edge layers have weights of their own at every precision.
     downsample: "inner", or "float" to leave the 1x1 convolutions of shortcuts in float.
     norm: "batch", or "layer_batch" or "l1" to put layer-batch normalization or L1 batch normalization in the place of
-        batch normalization.
+        batch normalization; in integers also "l1_quantized" or "l2_quantized", with every tensor of it in 8 bits.
     norm_levels: "individual" statistics and affine a precision, individual "statistics" only, or all "shared".
     """
 
@@ -115,6 +121,7 @@ class Recipe:
     activation_bits: Mapping[int, int]
     transform: Part | None = None
     rescale: Part | None = None
+    gradient: Part | None = None
     per_channel: bool = False
     placement: str = "input"
     edges: str = "int8"
@@ -132,6 +139,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def integers(self) -> bool:
+        """Whether layers train in integers, forward and backward (`integer_`)."""
+        return self.weight.role == "integer"
 
     @property
     def training(self) -> dict[str, Any]:
@@ -159,6 +171,7 @@ class Recipe:
                 f"  precisions   {widths}",
                 f"  weights      {weights}",
                 f"  activations  {self.activation or 'float'}{in_place}",
+                *([] if self.gradient is None else [f"  gradients    {self.gradient}"]),
                 f"  edges        {self._edges()}",
                 f"  {self.norm.replace('_', '-') + ' norm':12} {norms[self.norm_levels]}",
                 f"  objective    {self.objective}",

@@ -24,6 +24,7 @@ from .preact_resnet import (
 )
 from .resnet import resnet18, resnet34, resnet50
 from .vgg import vgg16_bn
+from .vit import vit_cifar
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ _NETWORKS = {
         Network("maqd_vgg", "VGG of 17 convolutions for 32x32 images, as in MaQD", _CIFAR, maqd_vgg),
         Network("maqd_preact_resnet", "pre-activation ResNet for 32x32 images, as in MaQD", _CIFAR, maqd_preact_resnet),
         Network("maqd_cnn9", "plain 9-layer network for 32x32 images, as in MaQD", _CIFAR, maqd_cnn9),
+        Network("vit_cifar", "vision transformer for 32x32 images, patches of 4x4", _CIFAR, vit_cifar),
     )
 }
 

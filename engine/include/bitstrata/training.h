@@ -1,0 +1,117 @@
+// Kernels of a training step beside its products: quantization, and the quantized L1 normalization.
+//
+// A tensor is rows of `channels` neighbours, one row for each position of each sample. Whatever belongs to a channel
+// comes as an array of `period` elements, in which the channels repeat: period is a multiple of channels. A kernel is
+// given `count` elements, a multiple of channels, of which the first is channel 0, and adds to the sums and ranges that
+// it finds. Arithmetic on floats is float32, operation by operation as written here, without fused multiply-adds;
+// round(x) is to nearest, ties to even. So results depend neither on the instruction set nor on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace bitstrata {
+
+// Stochastic rounding of a float z in [-127, 127], or [0, 255]: ((int32)((z + 128) * 2^16) + k >> 16) - 128, with k 16 random bits.
+// Those of element i are half h of word w of Philox4x32-7 at counter (j low, j high, stream low, stream high) under the
+// key (seed low, seed high), where j = i / 128 * 16 + i % 16, w = i / 16 % 4, h = i / 64 % 2, half 0 being the low one.
+struct Noise {
+  uint64_t seed = 0, stream = 0;
+  int64_t start = 0;  // number of the first element
+};
+
+// code = clamp(R(x * factor[c]), lo, hi) << shift[c]
+struct CodeArgs {
+  const float* factor;   // (period,)
+  const int32_t* shift;  // (period,)
+  float lo, hi;
+  const Noise* noise;  // null: to nearest
+};
+
+// What a normalization does to its input's codes: h = round((x * step - mean[c]) * gain[c]), y = h * scale[c] +
+// offset[c], at least `floor`.
+struct AffineArgs {
+  float step;
+  const float *mean, *gain, *scale, *offset;  // (period,) each
+  float floor;                                // 0 with a rectifier, else -infinity
+};
+
+// Codes up to below[c] are under the channel's mean, those from above[c] over it.
+struct SideArgs {
+  const int32_t *below, *above;  // (period,) each
+};
+
+// Gradients count where first[c] <= x <= last[c]: where a rectifier lets them pass.
+struct PassArgs {
+  const int32_t *first, *last;  // (period,) each
+};
+
+// Sums over the positions of a channel and what else backward needs of the gradient's codes g. (period,) each.
+struct GradientSums {
+  int64_t *g, *gh;                              // of g; of g * h
+  int32_t *least_below, *most_below;            // of g where x is below the mean,
+  int32_t *least_at, *most_at;                  // at it,
+  int32_t *least_above, *most_above;            // above it
+};
+
+// dx = coefficient[c] * g - (below, at or above)[c], by where x lies
+struct L1GradientArgs {
+  const float *coefficient, *below, *at, *above;  // (period,) each
+};
+
+// dx = (coefficient[c] * g - constant[c]) - h * slope[c]
+struct L2GradientArgs {
+  const float *coefficient, *constant, *slope;  // (period,) each
+};
+
+struct Training {
+  // most[c] = max |x|
+  void (*range_f32)(const float* x, int64_t count, int64_t period, float* most);
+  void (*range_bf16)(const uint16_t* x, int64_t count, int64_t period, float* most);
+  void (*codes_f32)(const float* x, int64_t count, int64_t period, const CodeArgs&, uint8_t* out);
+  void (*codes_bf16)(const uint16_t* x, int64_t count, int64_t period, const CodeArgs&, uint8_t* out);
+
+  // code = clamp(round((x * scale[c]) * inverse), -bound, bound), scale null for 1; sums and ranges of the codes.
+  void (*norm_codes_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
+                         int8_t* out, int64_t* sum, int32_t* least, int32_t* most);
+  void (*norm_codes_f32)(const float* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
+                         int8_t* out, int64_t* sum, int32_t* least, int32_t* most);
+  // Numbers of codes below and above the mean, and the sum of those above.
+  void (*norm_sides)(const int8_t* x, int64_t count, int64_t period, const SideArgs&, int64_t* below, int64_t* above,
+                     int64_t* sum_above);
+  void (*norm_squares)(const int8_t* x, int64_t count, int64_t period, int64_t* sum);
+  void (*norm_h)(const int8_t* x, int64_t count, int64_t period, const AffineArgs&, int64_t* sum);  // of h
+  // The normalized tensor in the next product's codes.
+  void (*norm_to_codes)(const int8_t* x, int64_t count, int64_t period, const AffineArgs&, const CodeArgs&,
+                        uint8_t* out);
+  // y (+ add, null for none), at least affine.floor after the sum; most[c] = max |out|; bits, null for none: 1 where
+  // out > 0, element i in bit i % 8 of byte i / 8.
+  void (*norm_to_f32)(const int8_t* x, int64_t count, int64_t period, const AffineArgs&, const float* add, float* out,
+                      float* most, uint8_t* bits);
+
+  // g = x * scale[c] (+ add) where `bits` is 1, else 0; scale, add, bits null for none; most = max |g|.
+  void (*join_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, const float* add,
+                   const uint8_t* bits, float* out, float* most);
+  void (*join_f32)(const float* x, int64_t count, int64_t period, const float* scale, const float* add,
+                   const uint8_t* bits, float* out, float* most);
+  // most[c] = max |g * scale[c]| where g passes.
+  void (*gradient_range_i32)(const int32_t* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
+                             const PassArgs&, float* most);
+  void (*gradient_range_f32)(const float* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
+                             const PassArgs&, float* most);
+  // code = clamp(R((g * scale[c]) * inverse), -bound, bound) where g passes, else 0.
+  void (*gradient_codes_i32)(const int32_t* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
+                             float inverse, float bound, const Noise*, const AffineArgs&, const PassArgs&,
+                             const SideArgs&, int8_t* out, const GradientSums&);
+  void (*gradient_codes_f32)(const float* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
+                             float inverse, float bound, const Noise*, const AffineArgs&, const PassArgs&,
+                             const SideArgs&, int8_t* out, const GradientSums&);
+  // The gradient of the input, as floats, or in the codes of the products before it.
+  void (*l1_gradient)(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs&,
+                      const SideArgs&, float* out);
+  void (*l2_gradient)(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L2GradientArgs&,
+                      const AffineArgs&, float* out);
+  void (*l1_gradient_codes)(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs&,
+                            const SideArgs&, const CodeArgs&, uint8_t* out);
+};
+
+}  // namespace bitstrata

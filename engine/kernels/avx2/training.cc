@@ -1,0 +1,8 @@
+// The kernels of a training step, compiled for this instruction set.
+#include "../common/training.h"
+
+namespace bitstrata {
+
+extern const Training kAvx2Training = kTraining;
+
+}  // namespace bitstrata

@@ -1,0 +1,72 @@
+// The integer products of the AVX-512 VNNI row: weight gradients by products of u8 and s8 in fours (vpdpbusd, which does
+// not saturate). Signed codes get an offset of 128 that makes them unsigned.
+#include <immintrin.h>
+
+#include "../common/product_loops.h"
+#include "../common/weight_grad_lanes.h"
+#include "../common/weight_grad_plain.h"
+
+namespace bitstrata {
+namespace {
+
+struct Vnni {
+  using Vector = __m512i;
+  static constexpr int kLanes = 16, kStep = 4, kOuts = 8, kVectors = 3, kOffset = 128;
+
+  static Vector zero() { return _mm512_setzero_si512(); }
+  static Vector load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int32_t* p, Vector v) { _mm512_storeu_si512(p, v); }
+  static Vector load_packed(const void* p) { return _mm512_load_si512(p); }
+  static Vector broadcast(const void* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static Vector multiply(Vector sum, Vector codes, Vector gradient) {
+    return _mm512_dpbusd_epi32(sum, codes, gradient);
+  }
+
+  static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+
+  static void pack_codes(const uint8_t* from, int64_t pitch, bool is_signed, uint8_t* to) {
+    const __m128i a = load16(from), b = load16(from + pitch), c = load16(from + 2 * pitch),
+                  d = load16(from + 3 * pitch);
+    const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d), ab_high = _mm_unpackhi_epi8(a, b),
+                  cd_high = _mm_unpackhi_epi8(c, d);
+    const __m128i sign = _mm_set1_epi8(is_signed ? -128 : 0);
+    __m128i* out = reinterpret_cast<__m128i*>(to);
+    _mm_store_si128(out, _mm_xor_si128(_mm_unpacklo_epi16(ab, cd), sign));
+    _mm_store_si128(out + 1, _mm_xor_si128(_mm_unpackhi_epi16(ab, cd), sign));
+    _mm_store_si128(out + 2, _mm_xor_si128(_mm_unpacklo_epi16(ab_high, cd_high), sign));
+    _mm_store_si128(out + 3, _mm_xor_si128(_mm_unpackhi_epi16(ab_high, cd_high), sign));
+  }
+  static void pack_gradient(const uint8_t* from, int64_t pitch, uint8_t* to) {
+    const __m128i ab = _mm_unpacklo_epi8(load8(from), load8(from + pitch)),
+                  cd = _mm_unpacklo_epi8(load8(from + 2 * pitch), load8(from + 3 * pitch));
+    __m128i* out = reinterpret_cast<__m128i*>(to);
+    _mm_store_si128(out, _mm_unpacklo_epi16(ab, cd));
+    _mm_store_si128(out + 1, _mm_unpackhi_epi16(ab, cd));
+  }
+  static void add_outs(const uint8_t* packed, int64_t count, int32_t* sums) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < count; ++i)
+      sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1),
+                                _mm256_load_si256(reinterpret_cast<const __m256i*>(packed + i * 32)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
+  }
+};
+
+constexpr WeightGradKernel kWeightGrad = LanesWeightGrad<Vnni>::kernel("avx512vnni");
+constexpr WeightGradKernel kDepthwise = PlainWeightGrad::kernel("avx512vnni-depthwise");
+
+const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
+  return PlainWeightGrad::depthwise(s) && s.groups > 1 ? &kDepthwise : &kWeightGrad;
+}
+
+}  // namespace
+
+extern const ProductKernels kAvx512VnniProducts;
+const ProductKernels kAvx512VnniProducts = product_kernels(pick_weight_grad);
+
+}  // namespace bitstrata

@@ -1,0 +1,278 @@
+// The weight gradient with vectors whose lanes are elements of a window's row; see pointwise.h for the unnamed namespace.
+//
+// A window's row is the kernel_w * in_c / groups codes that one row of a kernel sees at one output position. Of every
+// input row, kStep neighbouring positions go into one vector: each lane holds the codes of one element of the window's
+// row, at kStep positions. Of the gradient, kStep positions of each output channel are a group of four bytes that is
+// broadcast. One step multiplies the two lane by lane and adds the kStep products to an int32; kOuts output channels
+// and up to kVectors vectors are a block, whose sums stay in registers over all rows of all images of a call. As the
+// gradient moves along the columns not at all and along the rows whole rows at a time, one packed copy of the input
+// serves all taps.
+//
+// `Isa` has: Vector; kLanes, kStep, kOuts, kVectors; kOffset: what is added to signed codes;
+//   zero(), load(int32_t*), store(int32_t*, Vector), load_packed(void*), broadcast(const void* four_bytes);
+//   multiply(sum, codes, broadcast gradient); pack_codes(from, pitch, is_signed, to): a vector from kStep positions
+//   `pitch` bytes apart; pack_gradient(from, pitch, to): kOuts groups of four bytes;
+//   add_outs(packed, count, int32_t[kOuts]): the sums of `count` packed gradients (only if kOffset).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "bitstrata/kernels.h"
+#include "unroll.h"
+
+namespace bitstrata {
+namespace {
+
+template <typename Isa>
+struct LanesWeightGrad {
+  static constexpr int kLanes = Isa::kLanes, kStep = Isa::kStep, kOuts = Isa::kOuts, kVectors = Isa::kVectors;
+  static constexpr int64_t kVectorBytes = kLanes * 4, kGradientBytes = kOuts * 4;
+  using Vector = typename Isa::Vector;
+
+  static int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+  static int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
+  static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+  // Sums are, in each group, [vector][panel of outputs][kernel row][output][lane]; then what takes off the offset:
+  // [group][kernel row][output]. Vectors are multiplied in sets of nearly equal size.
+  struct Layout {
+    explicit Layout(const ConvShape& s)
+        : elements(s.kernel_w * s.group_in()),
+          vectors((elements + kLanes - 1) / kLanes),
+          sets((vectors + kVectors - 1) / kVectors),
+          panels((s.group_out() + kOuts - 1) / kOuts),
+          vector_sums(panels * s.kernel_h * kOuts * kLanes),
+          group_sums(vectors * vector_sums),
+          corrections_at(s.groups * group_sums),
+          corrections(s.kernel_h * panels * kOuts),
+          sums(corrections_at + s.groups * corrections) {}
+    int64_t first_vector(int64_t set) const { return set * vectors / sets; }
+    int64_t elements, vectors, sets, panels;
+    int64_t vector_sums, group_sums, corrections_at, corrections, sums;
+  };
+
+  // What `add` packs, for so many images and output rows: a row of the gradient, or of the input at the positions of
+  // one kernel row, takes `steps` vectors. Input rows are ordered by their remainder modulo the stride, so that
+  // successive output rows find theirs one after the other.
+  struct Packed {
+    Packed(const ConvShape& s, const Layout& l, int64_t images, int64_t rows)
+        : steps((s.out_w + kStep - 1) / kStep),
+          positions(steps * kStep),
+          in_rows((rows - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1),
+          per_remainder((in_rows + s.stride_h - 1) / s.stride_h),
+          x_image(s.stride_h * per_remainder * steps),
+          x_vector(images * x_image),
+          g_image(rows * steps),
+          g_panel(images * g_image),
+          whole(s.groups == 1 && (s.dilation_w == 1 || s.kernel_w == 1)),
+          pitch(whole ? s.stride_w * s.in_c : l.elements),
+          g_at(up(l.vectors * x_vector * kVectorBytes, 64)),
+          row_at(up(g_at + l.panels * g_panel * kGradientBytes, 64)),
+          row_bytes(most(most(positions * pitch + l.vectors * kLanes, s.padded_w() * s.in_c),
+                         positions * s.group_out() + l.panels * kOuts)),
+          bytes(row_at + row_bytes + 64) {}
+    int64_t steps, positions, in_rows, per_remainder;
+    int64_t x_image, x_vector, g_image, g_panel;  // distances, in vectors or gradients
+    bool whole;                                   // windows are read from a padded row, else they are copied apart
+    int64_t pitch;                                // from window to window, in bytes
+    int64_t g_at, row_at, row_bytes, bytes;
+  };
+
+  static int64_t sums(const ConvShape& s) { return Layout(s).sums; }
+  static int64_t scratch_bytes(const ConvShape& s, int64_t images, int64_t rows) {
+    return Packed(s, Layout(s), images, rows).bytes;
+  }
+
+  // One call of `add`.
+  struct Call {
+    Call(const ConvShape& s, int64_t images, int64_t row_begin, int64_t row_end, uint8_t* scratch)
+        : s(s),
+          layout(s),
+          packed(s, layout, images, row_end - row_begin),
+          images(images),
+          begin(row_begin),
+          end(row_end),
+          xs(scratch),
+          gs(scratch + packed.g_at),
+          row(scratch + packed.row_at) {}
+
+    // The input row that output row y meets with kernel row ky; may lie outside of the map.
+    int64_t in_row(int64_t y, int64_t ky) const { return y * s.stride_h - s.pad_top + ky * s.dilation_h; }
+
+    const ConvShape& s;
+    Layout layout;
+    Packed packed;
+    int64_t images, begin, end;
+    uint8_t *xs, *gs, *row;
+  };
+
+  // Windows of one row of the map, `pitch` bytes apart, that can be read beyond their ends.
+  static const uint8_t* windows(const Call& c, const uint8_t* from, int64_t group) {
+    const ConvShape& s = c.s;
+    const int64_t columns = s.padded_w(), copied = least(s.in_w, columns - s.pad_left);
+    if (c.packed.whole) {
+      if (s.pad_left == 0 && s.in_w == columns && c.layout.elements % kLanes == 0 && s.out_w % kStep == 0) return from;
+      std::memset(c.row, 0, static_cast<size_t>(c.packed.row_bytes));
+      if (copied > 0) std::memcpy(c.row + s.pad_left * s.in_c, from, static_cast<size_t>(copied * s.in_c));
+      return c.row;
+    }
+    const int64_t ins = s.group_in();
+    uint8_t* to = c.row;
+    for (int64_t x = 0; x < s.out_w; ++x)
+      for (int64_t kx = 0; kx < s.kernel_w; ++kx, to += ins) {
+        const int64_t column = x * s.stride_w - s.pad_left + kx * s.dilation_w;
+        if (column < 0 || column >= s.in_w)
+          std::memset(to, 0, static_cast<size_t>(ins));
+        else
+          std::memcpy(to, from + column * s.in_c + group * ins, static_cast<size_t>(ins));
+      }
+    return c.row;
+  }
+
+  static void pack_codes(const Call& c, const uint8_t* x, int64_t group) {
+    const ConvShape& s = c.s;
+    const bool is_signed = s.input_dtype == DType::s8;
+    const int64_t row_size = s.in_w * s.in_c;
+    for (int64_t image = 0; image < c.images; ++image)
+      for (int64_t r = 0; r < c.packed.in_rows; ++r) {
+        const int64_t y = c.begin * s.stride_h + r - s.pad_top;
+        if (y < 0 || y >= s.in_h || !met(s, r)) continue;
+        const uint8_t* from = windows(c, x + (image * s.in_h + y) * row_size, group);
+        const int64_t place = image * c.packed.x_image +
+                              (r % s.stride_h * c.packed.per_remainder + r / s.stride_h) * c.packed.steps;
+        constexpr int64_t kTogether = 64 / kLanes;  // vectors that are made from the same cache lines
+        for (int64_t v = 0; v < c.layout.vectors; v += kTogether)
+          for (int64_t step = 0; step < c.packed.steps; ++step)
+            for (int64_t u = v; u < least(v + kTogether, c.layout.vectors); ++u)
+              Isa::pack_codes(from + step * kStep * c.packed.pitch + u * kLanes, c.packed.pitch, is_signed,
+                              c.xs + (u * c.packed.x_vector + place + step) * kVectorBytes);
+      }
+  }
+
+  // Whether any kernel row meets the r-th of the packed input rows, or one a multiple of the stride away.
+  static bool met(const ConvShape& s, int64_t r) {
+    for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+      if (ky * s.dilation_h % s.stride_h == r % s.stride_h) return true;
+    return false;
+  }
+
+  static void pack_gradient(const Call& c, const int8_t* g, int64_t group, int32_t* corrections) {
+    const ConvShape& s = c.s;
+    const int64_t outs = s.group_out(), padded_outs = c.layout.panels * kOuts;
+    for (int64_t image = 0; image < c.images; ++image)
+      for (int64_t y = c.begin; y < c.end; ++y) {
+        const int8_t* from = g + (image * s.out_h + y) * s.out_w * s.out_c + group * outs;
+        const uint8_t* row = reinterpret_cast<const uint8_t*>(from);
+        if (s.groups > 1 || outs % kOuts != 0 || s.out_w % kStep != 0) {
+          for (int64_t x = 0; x < (s.groups > 1 ? s.out_w : 0); ++x)
+            std::memcpy(c.row + x * outs, from + x * s.out_c, static_cast<size_t>(outs));
+          if (s.groups == 1) std::memcpy(c.row, from, static_cast<size_t>(s.out_w * outs));
+          std::memset(c.row + s.out_w * outs, 0,
+                      static_cast<size_t>((c.packed.positions - s.out_w) * outs + padded_outs - outs));
+          row = c.row;
+        }
+        uint8_t* to = c.gs + (image * c.packed.g_image + (y - c.begin) * c.packed.steps) * kGradientBytes;
+        for (int64_t panel = 0; panel < c.layout.panels; ++panel, to += c.packed.g_panel * kGradientBytes) {
+          for (int64_t step = 0; step < c.packed.steps; ++step)
+            Isa::pack_gradient(row + step * kStep * outs + panel * kOuts, outs, to + step * kGradientBytes);
+          if (Isa::kOffset != 0 && s.input_dtype == DType::s8) correct(c, to, y, corrections + panel * kOuts);
+        }
+      }
+  }
+
+  // Takes off what the offset of the input adds with one row of a panel's gradient.
+  static void correct(const Call& c, const uint8_t* packed, int64_t y, int32_t* corrections) {
+    int32_t outs[kOuts] = {};
+    Isa::add_outs(packed, c.packed.steps, outs);
+    for (int64_t ky = 0; ky < c.s.kernel_h; ++ky, corrections += c.layout.panels * kOuts) {
+      const int64_t row = c.in_row(y, ky);
+      if (row < 0 || row >= c.s.in_h) continue;
+      for (int i = 0; i < kOuts; ++i)
+        corrections[i] = static_cast<int32_t>(static_cast<uint32_t>(corrections[i]) -
+                                              static_cast<uint32_t>(outs[i]) * static_cast<uint32_t>(Isa::kOffset));
+    }
+  }
+
+  // The block of kV vectors from `first` with a panel and a kernel row.
+  template <int kV>
+  static void block(const Call& c, int64_t first, int64_t panel, int64_t ky, int32_t* sums, bool fresh) {
+    const ConvShape& s = c.s;
+    int64_t from = c.begin, to = c.end;  // output rows that meet a row of the map
+    while (from < to && c.in_row(from, ky) < 0) ++from;
+    while (from < to && c.in_row(to - 1, ky) >= s.in_h) --to;
+    if (from >= to) from = to = c.begin;
+    const int64_t offset = ky * s.dilation_h, steps = (to - from) * c.packed.steps;
+    const int64_t row = offset % s.stride_h * c.packed.per_remainder + offset / s.stride_h + from - c.begin;
+    const uint8_t* x = c.xs + (first * c.packed.x_vector + row * c.packed.steps) * kVectorBytes;
+    const uint8_t* g = c.gs + (panel * c.packed.g_panel + (from - c.begin) * c.packed.steps) * kGradientBytes;
+    const int64_t pitch = c.packed.x_vector * kVectorBytes;
+    const int64_t next = c.layout.vector_sums;
+    Vector sum[kOuts][kV];
+    each<kOuts>([&](auto i) {
+      each<kV>([&](auto v) { sum[i][v] = fresh ? Isa::zero() : Isa::load(sums + v * next + i * kLanes); });
+    });
+    for (int64_t image = 0; image < c.images; ++image) {
+      const uint8_t *codes = x + image * c.packed.x_image * kVectorBytes,
+                    *gradient = g + image * c.packed.g_image * kGradientBytes;
+      for (int64_t step = 0; step < steps; ++step, codes += kVectorBytes, gradient += kGradientBytes) {
+        Vector a[kV];
+        each<kV>([&](auto v) { a[v] = Isa::load_packed(codes + v * pitch); });
+        each<kOuts>([&](auto i) {
+          const Vector b = Isa::broadcast(gradient + i * 4);
+          each<kV>([&](auto v) { sum[i][v] = Isa::multiply(sum[i][v], a[v], b); });
+        });
+      }
+    }
+    each<kOuts>([&](auto i) { each<kV>([&](auto v) { Isa::store(sums + v * next + i * kLanes, sum[i][v]); }); });
+  }
+
+  using BlockFn = void (*)(const Call&, int64_t, int64_t, int64_t, int32_t*, bool);
+
+  static void add(const ConvShape& s, const void* x, const int8_t* g, int64_t images, int64_t row_begin,
+                  int64_t row_end, void* scratch, int32_t* sums, bool fresh) {
+    constexpr BlockFn kBlocks[3] = {block<1>, block<2>, block<kVectors == 3 ? 3 : 1>};
+    const Call c(s, images, row_begin, row_end, static_cast<uint8_t*>(scratch));
+    const Layout& l = c.layout;
+    if (fresh) std::memset(sums + l.corrections_at, 0, static_cast<size_t>(l.sums - l.corrections_at) * 4);
+    for (int64_t group = 0; group < s.groups; ++group) {
+      pack_codes(c, static_cast<const uint8_t*>(x), group);
+      pack_gradient(c, g, group, sums + l.corrections_at + group * l.corrections);
+      for (int64_t set = 0; set < l.sets; ++set) {
+        const int64_t first = l.first_vector(set), count = l.first_vector(set + 1) - first;
+        int32_t* to = sums + group * l.group_sums + first * l.vector_sums;
+        for (int64_t panel = 0; panel < l.panels; ++panel)
+          for (int64_t ky = 0; ky < s.kernel_h; ++ky, to += kOuts * kLanes)
+            kBlocks[count - 1](c, first, panel, ky, to, fresh);
+      }
+    }
+  }
+
+  static void read(const ConvShape& s, const int32_t* sums, int64_t out_channel, int64_t* row) {
+    const Layout l(s);
+    const int64_t group = out_channel / s.group_out(), within = out_channel % s.group_out();
+    const int64_t panel = within / kOuts, i = within % kOuts, ins = s.group_in(), taps = s.kernel_h * s.kernel_w;
+    const int32_t* corrections = sums + l.corrections_at + group * l.corrections + within;
+    const int32_t* of_panel = sums + group * l.group_sums + (panel * s.kernel_h * kOuts + i) * kLanes;
+    // A few channels with all their taps at a time, which lie together in the row.
+    for (int64_t channel = 0; channel < ins; channel += kLanes)
+      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+        const int64_t end = kx * ins + least(channel + kLanes, ins);
+        for (int64_t e = kx * ins + channel, run; e < end; e += run) {
+          run = least(end, up(e + 1, kLanes)) - e;  // within one vector
+          const int32_t* from = of_panel + e / kLanes * l.vector_sums + e % kLanes;
+          for (int64_t ky = 0; ky < s.kernel_h; ++ky, from += kOuts * kLanes) {
+            const uint32_t correction = static_cast<uint32_t>(corrections[ky * l.panels * kOuts]);
+            int64_t* to = row + ((e - kx * ins) * s.kernel_h + ky) * s.kernel_w + kx;
+            for (int64_t n = 0; n < run; ++n)
+              to[n * taps] += static_cast<int32_t>(static_cast<uint32_t>(from[n]) + correction);
+          }
+        }
+      }
+  }
+
+  static constexpr WeightGradKernel kernel(const char* name) { return {name, sums, scratch_bytes, add, read}; }
+};
+
+}  // namespace
+}  // namespace bitstrata

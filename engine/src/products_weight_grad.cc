@@ -1,0 +1,189 @@
+// Weight gradients: images, or rows of large ones, are divided among threads, each with sums of its own.
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "bitstrata/products.h"
+#include "parallel.h"
+#include "products.h"
+#include "workspace.h"
+
+namespace bitstrata {
+namespace {
+
+enum Own { kScratch, kSums, kRow };
+
+constexpr int64_t kBlockPixels = 512;  // summed at a time, so that what the kernel makes of them stays in the cache
+constexpr int64_t kMergedWidth = 64;   // pixels of a row, where pixels are not neighbours of each other
+
+ConvShape conv_shape(const ProductShape& s, DType x_dtype) {
+  ConvShape c{};
+  c.in_h = s.in_h, c.in_w = s.in_w, c.in_c = s.in_c;
+  c.out_h = s.out_h, c.out_w = s.out_w, c.out_c = s.out_c;
+  c.kernel_h = s.kernel_h, c.kernel_w = s.kernel_w;
+  c.stride_h = s.stride_h, c.stride_w = s.stride_w;
+  c.dilation_h = s.dilation_h, c.dilation_w = s.dilation_w;
+  c.pad_top = s.pad_top, c.pad_left = s.pad_left;
+  c.groups = s.groups;
+  c.mul = 1;
+  c.input_dtype = x_dtype;
+  return c;
+}
+
+// Equal images, and how they are cut into blocks.
+struct Stretch {
+  ConvShape shape;
+  int64_t images;
+  const uint8_t* x;
+  const int8_t* g;
+  int64_t rows, together;  // of an image, and images, in a block
+
+  Stretch(const ConvShape& s, int64_t images, const uint8_t* x, const int8_t* g) : shape(s), images(images), x(x), g(g) {
+    rows = std::clamp<int64_t>(kBlockPixels / s.out_w, 1, s.out_h);
+    together = rows < s.out_h ? 1 : std::clamp<int64_t>(kBlockPixels / (s.out_h * s.out_w), 1, images);
+  }
+  int64_t blocks_of_image() const { return (shape.out_h + rows - 1) / rows; }
+  int64_t blocks() const { return (images + together - 1) / together * blocks_of_image(); }
+  int64_t block_pixels() const { return together * rows * shape.out_w; }
+};
+
+// The sums of one thread.
+struct Sums {
+  int32_t* data = nullptr;  // null: none yet
+  int64_t pixels = 0;       // summed since they were 0
+};
+
+class WeightGrad {
+ public:
+  WeightGrad(const Kernels& kernels, int threads, const ProductShape& s, const int8_t* g, const void* x, DType x_dtype,
+             const WeightGradResult& result)
+      : kernels_(kernels), threads_(std::max(threads, 1)), result_(result), own_(threads_) {
+    const uint8_t* from = static_cast<const uint8_t*>(x);
+    ConvShape c = conv_shape(s, x_dtype);
+    if (s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.in_h == s.out_h &&
+        s.in_w == s.out_w && s.pad_top == 0 && s.pad_left == 0) {
+      const int64_t pixels = s.batch * s.in_h * s.in_w, width = std::min(pixels, kMergedWidth), done = pixels / width;
+      c.in_h = c.out_h = done;
+      c.in_w = c.out_w = width;
+      stretches_.emplace_back(c, 1, from, g);
+      if (pixels % width != 0) {
+        c.in_h = c.out_h = 1;
+        c.in_w = c.out_w = pixels % width;
+        stretches_.emplace_back(c, 1, from + done * width * s.in_c, g + done * width * s.out_c);
+      }
+    } else {
+      stretches_.emplace_back(c, s.batch, from, g);
+    }
+    shape_ = stretches_[0].shape;
+    kernel_ = kernels.products->weight_grad(shape_);
+    row_ = s.group_in() * s.kernel_h * s.kernel_w;
+    most_pixels_ = INT32_MAX / (128 * (x_dtype == DType::u8 ? 255 : 128));
+    for (const Stretch& part : stretches_)
+      if (part.block_pixels() > most_pixels_)
+        fail("conv_weight_grad", "output width is " + str(part.shape.out_w) + ", sums of rows longer than " +
+                                     str(most_pixels_) + " may leave int32");
+    if (s.batch * s.out_h * s.out_w > most_pixels_) {
+      if (result.gw == nullptr) wide_.assign(static_cast<size_t>(s.out_c * row_), 0);
+      total_ = result.gw == nullptr ? wide_.data() : result.gw;
+      if (result.gw != nullptr) std::fill(total_, total_ + s.out_c * row_, 0);
+    }
+    sums_.resize(static_cast<size_t>(threads_));
+    for (int i = 0; i < threads_; ++i) {
+      int64_t scratch = 0;
+      for (const Stretch& part : stretches_)
+        scratch = std::max(scratch, kernel_->scratch_bytes(part.shape, part.together, part.rows));
+      own_[i].get(kScratch, scratch);
+      own_[i].get(kSums, kernel_->sums(shape_) * 4);
+      own_[i].get(kRow, row_ * 8);
+    }
+    if (result.values != nullptr) {
+      factors_.resize(static_cast<size_t>(s.groups * row_));
+      const int64_t taps = s.kernel_h * s.kernel_w;
+      for (int64_t c = 0; c < s.in_c; ++c)
+        std::fill_n(factors_.begin() + c * taps, taps, result.in_factor[c]);
+    }
+  }
+
+  void run() {
+    for (const Stretch& part : stretches_)
+      parallel_for(threads_, part.blocks(), 1, [&](int64_t begin, int64_t end) {
+        const int i = own_.take();
+        for (int64_t block = begin; block < end; ++block) add(part, block, i);
+        own_.give(i);
+      });
+    const int64_t grain = std::max<int64_t>(1, 16384 / row_);
+    parallel_for(threads_, shape_.out_c, grain, [&](int64_t begin, int64_t end) {
+      const int i = own_.take();
+      for (int64_t o = begin; o < end; ++o) finish(o, reinterpret_cast<int64_t*>(own_[i].get(kRow, 0)));
+      own_.give(i);
+    });
+  }
+
+ private:
+  void add(const Stretch& part, int64_t block, int i) {
+    Sums& mine = sums_[static_cast<size_t>(i)];
+    if (mine.pixels + part.block_pixels() > most_pixels_) flush(&mine);
+    const bool fresh = mine.data == nullptr;
+    if (fresh) mine.data = reinterpret_cast<int32_t*>(own_[i].get(kSums, 0));
+    const ConvShape& s = part.shape;
+    const int64_t image = block / part.blocks_of_image() * part.together;
+    const int64_t begin = block % part.blocks_of_image() * part.rows, end = std::min(begin + part.rows, s.out_h);
+    const int64_t images = std::min(part.together, part.images - image);
+    kernel_->add(s, part.x + image * s.in_h * s.in_w * s.in_c, part.g + image * s.out_h * s.out_w * s.out_c, images,
+                 begin, end, own_[i].get(kScratch, 0), mine.data, fresh);
+    mine.pixels += part.block_pixels();
+  }
+
+  // Moves sums of a thread that might leave int32 to where they cannot.
+  void flush(Sums* sums) {
+    if (sums->data == nullptr) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int64_t o = 0; o < shape_.out_c; ++o) kernel_->read(shape_, sums->data, o, total_ + o * row_);
+    *sums = Sums();
+  }
+
+  // All sums of one output channel.
+  void finish(int64_t o, int64_t* row) {
+    if (total_ != nullptr) {
+      row = total_ + o * row_;
+    } else {
+      if (result_.gw != nullptr) row = result_.gw + o * row_;
+      std::fill(row, row + row_, 0);
+    }
+    for (const Sums& sums : sums_)
+      if (sums.data != nullptr) kernel_->read(shape_, sums.data, o, row);
+    if (result_.values != nullptr)
+      kernels_.products->scale_sums(row, result_.out_factor[o], factors_.data() + o / shape_.group_out() * row_,
+                                   result_.values + o * row_, row_);
+  }
+
+  const Kernels& kernels_;
+  int threads_;
+  WeightGradResult result_;
+  Workspaces own_;
+  std::vector<Stretch> stretches_;
+  ConvShape shape_{};
+  const WeightGradKernel* kernel_ = nullptr;
+  int64_t row_ = 0, most_pixels_ = 0;
+  std::vector<int64_t> wide_;
+  int64_t* total_ = nullptr;  // sums of all threads that were flushed; null if none will be
+  std::vector<Sums> sums_;
+  std::vector<double> factors_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+void conv_weight_grad(const Kernels& kernels, int threads, const ProductShape& s, const int8_t* g, const void* x,
+                      DType x_dtype, const WeightGradResult& result) {
+  check_product("conv_weight_grad", s);
+  if (x_dtype == DType::i32) fail("conv_weight_grad", "codes are i32, must be u8 or s8");
+  WeightGrad(kernels, threads, s, g, x, x_dtype, result).run();
+}
+
+const char* weight_grad_kernel(const Kernels& kernels, const ProductShape& s, DType x_dtype) {
+  return kernels.products->weight_grad(conv_shape(s, x_dtype))->name;
+}
+
+}  // namespace bitstrata

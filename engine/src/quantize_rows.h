@@ -1,0 +1,65 @@
+// Rows of channels in blocks shared by threads, and what belongs to channels repeated to a period.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "bitstrata/quantize.h"
+#include "parallel.h"
+
+namespace bitstrata {
+
+// Whole pixels; at least kPeriod elements where a pixel has fewer, so that loops over a period are worth their start.
+inline int64_t period_of(int64_t channels) {
+  constexpr int64_t kPeriod = 64;
+  return channels >= kPeriod ? channels : channels * (kPeriod / channels);
+}
+
+template <typename T>
+std::vector<T> repeated(const std::vector<T>& channels, int64_t period) {
+  std::vector<T> out(static_cast<size_t>(period));
+  for (size_t i = 0; i < out.size(); ++i) out[i] = channels[i % channels.size()];
+  return out;
+}
+
+// Back from a period to channels: combine(a, b) of all repetitions.
+template <typename T, typename Combine>
+std::vector<T> folded(const std::vector<T>& wide, int64_t channels, const Combine& combine) {
+  std::vector<T> out(wide.begin(), wide.begin() + channels);
+  for (size_t i = out.size(); i < wide.size(); ++i) {
+    T& to = out[i % out.size()];
+    to = combine(to, wide[i]);
+  }
+  return out;
+}
+
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN is the largest
+template <typename T>
+std::vector<T> folded_sum(const std::vector<T>& wide, int64_t channels) {
+  return folded(wide, channels, [](T a, T b) { return a + b; });
+}
+template <typename T>
+std::vector<T> folded_least(const std::vector<T>& wide, int64_t channels) {
+  return folded(wide, channels, [](T a, T b) { return std::min(a, b); });
+}
+template <typename T>
+std::vector<T> folded_most(const std::vector<T>& wide, int64_t channels) {
+  return folded(wide, channels, [](T a, T b) { return std::max(a, b); });
+}
+inline std::vector<float> folded_range(const std::vector<float>& wide, int64_t channels) {
+  return folded(wide, channels, larger);
+}
+
+// Calls body(first element, number of elements) for blocks of rows that begin at whole bytes of bits.
+inline void for_blocks(const Rows& r, const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t kElements = 1 << 15;
+  const int64_t block = std::max<int64_t>(kElements / r.channels / 8, 1) * 8;
+  const int64_t blocks = (r.rows + block - 1) / block;
+  parallel_for(r.threads, blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * block, last = std::min(r.rows, end * block);
+    body(first * r.channels, (last - first) * r.channels);
+  });
+}
+
+}  // namespace bitstrata

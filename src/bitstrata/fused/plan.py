@@ -1,0 +1,182 @@
+"""From a traced network to units: which nodes run as one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..integer.autograd import IntegerRule
+from ..integer.products import headroom
+from ..nn.integer_layers import IntegerConv2d, IntegerLayer
+from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
+from .units import ConvNorm, Join, TorchOp, Unit
+
+RECTIFIERS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
+
+
+class FuseError(ValueError):
+    """A network that cannot run as a fused step; the text says why."""
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, IntegerLayer | L1BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The model's graph, of one tensor to one tensor.
+
+    Raises:
+        FuseError: the forward pass depends on values, or has several inputs or results.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        raise FuseError(
+            f"fuse: the forward pass of {type(model).__name__} cannot be traced ({type(error).__name__}: {error})"
+        ) from error
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    results = [n for n in graph.nodes if n.op == "output"]
+    if len(inputs) != 1 or not isinstance(results[0].args[0], fx.Node):
+        raise FuseError(
+            f"fuse: {type(model).__name__} must take one tensor and return one, its forward takes {len(inputs)} "
+            "arguments" + ("" if len(inputs) != 1 else " and returns a structure")
+        )
+    return graph
+
+
+def _plain(module: nn.Module) -> bool:
+    """Nobody watches the module: no hooks that a fused step would pass over."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _products_fit(layer: IntegerConv2d, rule: IntegerRule) -> bool:
+    taps = layer.weight.shape[2] * layer.weight.shape[3]
+    inner_in, inner_out = layer.weight.shape[1] * taps, layer.weight.shape[0] // layer.groups * taps
+    groups = rule.shift_groups
+    return (
+        headroom(rule.a, groups, inner_in, other_bits=rule.w).fits
+        and headroom(rule.g, groups, inner_out, other_bits=rule.w).fits
+    )
+
+
+def _fusable_conv(module: nn.Module) -> bool:
+    if type(module) is not IntegerConv2d or not _plain(module):
+        return False
+    rule = module.rule
+    return (
+        module.bias is None
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and module.weight.dtype == torch.float32
+        and module.weight.device.type == "cpu"
+        and rule.act_rounding == "nearest"
+        and not rule.unsigned_nonneg
+        and _products_fit(module, rule)
+    )
+
+
+def _fusable_norm(module: nn.Module) -> bool:
+    return (
+        type(module) is QuantizedL1BatchNorm2d
+        and _plain(module)
+        and module.engine_rule() is not None
+        and module.running_mean.dtype == torch.float32
+    )
+
+
+class Planner:
+    """Goes through a graph once and collects units."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model, self.graph = model, graph
+        self.modules = dict(model.named_modules())
+        self.units: list[Unit] = []
+        self.fused = 0
+        self._done: set[fx.Node] = set()
+
+    def _module(self, node: fx.Node | Any) -> nn.Module | None:
+        if isinstance(node, fx.Node) and node.op == "call_module":
+            return self.modules[str(node.target)]
+        return None
+
+    def _is(self, node: fx.Node, functions: tuple[Any, ...]) -> bool:
+        return node.op in ("call_function", "call_method") and node.target in functions
+
+    def _rectifies(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        return (type(module) is nn.ReLU and _plain(module)) if module is not None else self._is(node, RECTIFIERS)
+
+    def _only(self, node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:
+        """The only node that reads it, if it passes the test."""
+        users = list(node.users)
+        return users[0] if len(users) == 1 and test(users[0]) else None
+
+    def _conv_norm(self, node: fx.Node) -> fx.Node | None:
+        """The normalization that alone reads a convolution, if both can be fused."""
+        conv = self._module(node)
+        if conv is None or not _fusable_conv(conv) or len(node.args) != 1 or node.kwargs:
+            return None
+        return self._only(node, lambda user: _fusable_norm(self._module(user) or nn.Identity()))
+
+    def _sum(self, node: fx.Node) -> bool:
+        return (
+            self._is(node, SUMS)
+            and len(node.args) == 2
+            and not node.kwargs
+            and all(isinstance(a, fx.Node) for a in node.args)
+            and node.args[0] is not node.args[1]
+        )
+
+    def plan(self) -> list[Unit]:
+        """Units in the order in which they run.
+
+        Raises:
+            FuseError: nothing to fuse.
+        """
+        normed: set[fx.Node] = set()  # results of a fused normalization that only one node reads, not rectified
+        for node in self.graph.nodes:
+            if node in self._done or node.op in ("placeholder", "output"):
+                continue
+            norm = self._conv_norm(node)
+            if norm is not None:
+                last = self._only(norm, self._rectifies)
+                self._add_conv_norm(node, norm, last)
+                if last is None and len(norm.users) == 1:
+                    normed.add(norm)
+            elif self._sum(node) and normed.intersection(node.args):
+                own = next(a for a in node.args if a in normed)
+                other = next(a for a in node.args if a is not own)
+                last = self._only(node, self._rectifies)
+                self._done.update(n for n in (node, last) if n is not None)
+                self.units.append(Join((own.name, other.name), (last or node).name, last is not None))  # type: ignore[union-attr]
+            else:
+                module = self._module(node)
+                owner = module.parameters() if module is not None else ()
+                reads = tuple(n.name for n in node.all_input_nodes)
+                self.units.append(TorchOp(reads, node.name, node, module, tuple(owner)))
+        if not self.fused:
+            raise FuseError(
+                f"fuse: {type(self.model).__name__} has no convolution (IntegerConv2d without bias) that only a "
+                "QuantizedL1BatchNorm2d reads; make it one with integer_(model, example), on the CPU"
+            )
+        return self.units
+
+    def _add_conv_norm(self, conv: fx.Node, norm: fx.Node, last: fx.Node | None) -> None:
+        layer, normalization = self._module(conv), self._module(norm)
+        assert isinstance(layer, IntegerConv2d) and isinstance(normalization, QuantizedL1BatchNorm)
+        source = conv.args[0]
+        assert isinstance(source, fx.Node)
+        self._done.update(n for n in (conv, norm, last) if n is not None)
+        self.fused += 1
+        self.units.append(
+            ConvNorm((source.name,), (last or norm).name, layer, normalization, str(norm.target), last is not None)
+        )

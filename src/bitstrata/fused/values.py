@@ -1,0 +1,258 @@
+"""What flows between the units of a fused step: activations that turn into codes or floats where somebody asks, and
+gradients that add up.
+
+A tensor is rows of channels: (samples * height * width, channels), contiguous.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitstrata_runtime import _engine
+
+from ..integer.engine_codes import best_isa
+from .pool import Pool
+
+Shape = tuple[int, int, int, int]
+
+
+class NotFinite(ValueError):
+    """An activation or a gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """What codes a product takes: ShiftQuant of `bits` in `groups`."""
+
+    bits: int
+    groups: int
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether codes are stored as code << (groups - 1 - exponent), which fits into their bytes."""
+        return self.bits + self.groups - 1 <= 8
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of a code as it is stored."""
+        return ((1 << (self.bits - 1)) - 1) << (self.groups - 1 if self.absorbed else 0)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A tensor in a format.
+
+    data: int8, or uint8 where no code is negative, (samples, height, width, channels). scale: of ShiftQuant.
+    exponents: (channels,).
+    """
+
+    data: Tensor
+    scale: float
+    exponents: NDArray[np.uint8]
+    format: Format
+
+    @property
+    def unit(self) -> float:
+        """What 1 of a product's accumulator stands for on this side."""
+        return self.scale * 2.0 ** (1 - self.format.groups)
+
+    @property
+    def shift(self) -> Tensor | None:
+        """Shifts that the product has to apply: uint8 (channels,); None if the codes have absorbed them."""
+        if self.format.absorbed:
+            return None
+        return torch.from_numpy((self.format.groups - 1 - self.exponents).astype(np.uint8))
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Bounds of the codes as they are stored."""
+        top = self.format.largest
+        return (0 if self.data.dtype == torch.uint8 else -top, top)
+
+    def channel_scales(self) -> Tensor:
+        """What 1 of each channel's stored code stands for: float64 (channels,)."""
+        if self.format.absorbed:
+            return torch.full((len(self.exponents),), self.unit, dtype=torch.float64)
+        return torch.from_numpy(self.scale * np.exp2(-self.exponents.astype(np.float64)))
+
+
+@dataclass
+class Gradient:
+    """A sum of floats and of products' accumulators times scales, whose memory is the pool's.
+
+    sums: float32 (rows, channels), not to be written. products: int32 (rows, channels) with float32 (channels,).
+    """
+
+    sums: list[Tensor] = field(default_factory=list)
+    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.sums or self.products)
+
+    def single(self) -> tuple[Tensor, Tensor | None] | None:
+        """The only summand and its scale, if there is but one."""
+        if len(self.sums) + len(self.products) != 1:
+            return None
+        return self.products[0] if self.products else (self.sums[0], None)
+
+    def total(self, pool: Pool, bits: Tensor | None = None) -> Tensor:
+        """Its value, 0 where bits are 0: float32 (rows, channels) taken from the pool."""
+        summands: list[tuple[Tensor, Tensor | None]] = [*self.products, *((s, None) for s in self.sums)]
+        (first, scale), rest = summands[0], summands[1:]
+        out = pool.take(tuple(first.shape), torch.float32)
+        add = self.sums[-1] if rest and self.sums else None
+        if add is not None:
+            rest = rest[:-1]
+        isa, threads = best_isa(), torch.get_num_threads()
+        _engine.join(first, scale, add, None if rest else bits, out, isa, threads)
+        for i, (other, factor) in enumerate(rest):
+            _engine.join(other, factor, out, bits if i + 1 == len(rest) else None, out, isa, threads)
+        return out
+
+    def release(self, pool: Pool) -> None:
+        """Give all summands back."""
+        for tensor in (*self.sums, *(product for product, _ in self.products)):
+            pool.give(tensor)
+        self.sums.clear()
+        self.products.clear()
+
+
+class Value(ABC):
+    """An activation, (samples, height, width, channels).
+
+    Attributes:
+        gradient: what has arrived in the backward pass. wanted: whether anybody asks for it.
+        escaped: memory of `real` is also in torch's hands and does not return to the pool.
+    """
+
+    def __init__(self, shape: Shape, pool: Pool) -> None:
+        self.shape, self.pool = shape, pool
+        self.gradient = Gradient()
+        self.wanted, self.escaped = True, False
+        self._codes: dict[Format, Codes] = {}
+        self._real: Tensor | None = None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Shape as rows of channels."""
+        n, h, w, c = self.shape
+        return n * h * w, c
+
+    def codes(self, form: Format) -> Codes:
+        """Codes to nearest, made once a format."""
+        if form not in self._codes:
+            self._codes[form] = self._make_codes(form)
+        return self._codes[form]
+
+    def real(self) -> Tensor:
+        """float32 (rows, channels)."""
+        if self._real is None:
+            self._real = self._make_real()
+        return self._real
+
+    def forget(self) -> None:
+        """All that reads it in the forward pass has run."""
+        if self._real is not None and not self.escaped:
+            self.pool.give(self._real)
+        self._real = None
+
+    def release(self) -> None:
+        """All that reads it has run, backward pass included."""
+        for codes in self._codes.values():
+            self.pool.give(codes.data)
+        self._codes.clear()
+        self.gradient.release(self.pool)
+
+    @abstractmethod
+    def _make_codes(self, form: Format) -> Codes: ...
+
+    @abstractmethod
+    def _make_real(self) -> Tensor: ...
+
+
+class Real(Value):
+    """An activation that is given as floats: float32 (rows, channels)."""
+
+    def __init__(self, real: Tensor, shape: Shape, pool: Pool, *, escaped: bool) -> None:
+        super().__init__(shape, pool)
+        self._real, self.escaped = real, escaped
+
+    def _make_codes(self, form: Format) -> Codes:
+        out = self.pool.take(self.shape, torch.uint8)
+        scale, exponents = _engine.shift_codes(
+            self.real(),
+            form.bits,
+            form.groups,
+            True,
+            form.absorbed,
+            None,
+            out.view(self.rows),
+            best_isa(),
+            torch.get_num_threads(),
+        )
+        if scale != scale:
+            raise NotFinite("its activation contains NaN or infinity")
+        return Codes(out.view(torch.int8), scale, exponents, form)
+
+    def _make_real(self) -> Tensor:
+        raise AssertionError("its floats were dropped")
+
+
+class Normed(Value):
+    """The result of a normalization, made of its input's codes whenever somebody asks for it.
+
+    norm: the engine's. inputs: int8 (rows, channels), taken from the pool. rectified: max(0, .) of it.
+    """
+
+    def __init__(self, norm: Any, inputs: Tensor, rectified: bool, shape: Shape, pool: Pool) -> None:
+        super().__init__(shape, pool)
+        self.norm, self.inputs, self.rectified = norm, inputs, rectified
+
+    def _make_codes(self, form: Format) -> Codes:
+        out = self.pool.take(self.shape, torch.uint8)
+        scale, exponents = self.norm.to_codes(
+            self.inputs, self.rectified, form.bits, form.groups, True, form.absorbed, None, out.view(self.rows)
+        )
+        return Codes(out if self.rectified else out.view(torch.int8), scale, exponents, form)
+
+    def _make_real(self) -> Tensor:
+        out = self.pool.take(self.rows, torch.float32)
+        self.norm.to_f32(self.inputs, self.rectified, None, out, None)
+        return out
+
+    def forget(self) -> None:
+        super().forget()
+        for codes in self._codes.values():  # sooner made again than kept
+            self.pool.give(codes.data)
+        self._codes.clear()
+
+    def release(self) -> None:
+        super().release()
+        self.pool.give(self.inputs)
+
+
+class Plain(Value):
+    """A tensor of any shape that only torch's own operations read."""
+
+    def __init__(self, tensor: Tensor, pool: Pool) -> None:
+        super().__init__((0, 0, 0, 0), pool)
+        self.tensor = tensor
+        self.arrived: Tensor | None = None  # the gradient
+        self.wanted = tensor.requires_grad
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add to what has arrived."""
+        self.arrived = gradient if self.arrived is None else self.arrived + gradient
+
+    def _make_codes(self, form: Format) -> Codes:
+        raise AssertionError("a tensor of another shape than (N, C, H, W) has no codes")
+
+    def _make_real(self) -> Tensor:
+        raise AssertionError("a tensor of another shape than (N, C, H, W) has no rows")

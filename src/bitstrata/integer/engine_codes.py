@@ -1,0 +1,65 @@
+"""Quantization by the engine's kernels: the same codes as the definitions in this package, faster.
+
+What the kernels take: tensors on the CPU, float32 or bfloat16, as rows of channels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from bitstrata_runtime import _engine
+
+from .rounding import CounterGenerator
+
+Noise = tuple[int, int] | None  # seed and stream
+MEMORY = {torch.float32: torch.float32, torch.bfloat16: torch.int16}  # how the kernels are handed a dtype
+
+
+def best_isa() -> str:
+    """The instruction set in use: what the environment variable BITSTRATA_ISA names, else the fastest."""
+    return os.environ.get("BITSTRATA_ISA", "") or str(_engine.available_isas()[-1])
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take x, not empty."""
+    return x.device.type == "cpu" and x.dtype in MEMORY and x.numel() > 0 and not torch.jit.is_tracing()
+
+
+def rows_of(x: Tensor, axis: int) -> Tensor:
+    """x with `axis` last, contiguous: without a copy for the channels of a channels-last tensor."""
+    return x.detach().movedim(axis, -1).contiguous()
+
+
+def noise_of(rounding: str, generator: CounterGenerator | None) -> Noise:
+    """The next stream, or None for rounding to nearest."""
+    return generator.take() if rounding == "stochastic" and generator is not None else None
+
+
+def shift_codes(
+    x: Tensor, bits: int, groups: int, axis: int, noise: Noise, *, signed: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, exponents and scale of `shift_quantize`; the scale is NaN if x is not finite, the codes undefined then."""
+    rows = rows_of(x, axis)
+    flat = rows.reshape(-1, rows.shape[-1]).view(MEMORY[x.dtype])
+    out = torch.empty(flat.shape, dtype=torch.uint8)
+    scale, exponents = _engine.shift_codes(
+        flat, bits, groups, signed, False, noise, out, best_isa(), torch.get_num_threads()
+    )
+    codes = out.view(rows.shape).movedim(-1, axis)
+    kept = codes if not signed and bits == 8 else codes.view(torch.int8)
+    return kept, torch.from_numpy(exponents), torch.tensor(scale, dtype=torch.float32)
+
+
+def weight_codes(weight: Tensor, bits: int, by_output: bool, conv_groups: int) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales of `weight_codes` to nearest, or None if the weight is not finite."""
+    w = weight.detach().contiguous()
+    codes = torch.empty(w.shape, dtype=torch.int8)
+    scale = torch.empty(w.shape[0] if by_output else w.shape[1] * conv_groups)
+    shape = (w.shape[0], w.shape[1], -1)
+    finite = _engine.weight_codes(
+        w.reshape(shape), conv_groups, bits, by_output, codes.view(shape), scale, best_isa(), torch.get_num_threads()
+    )
+    return (codes, scale) if finite else None

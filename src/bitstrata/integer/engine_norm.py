@@ -1,0 +1,100 @@
+"""The fully quantized normalization of a batch by the engine's kernels, with a gradient.
+
+The same as `functional.l1norm.quantized_norm` of float32, bit for bit; of the input only its codes are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bitstrata_runtime import _engine
+
+from .engine_codes import best_isa, noise_of, rows_of, takes
+from .rounding import CounterGenerator
+
+
+@dataclass(frozen=True)
+class NormRule:
+    """What a normalization computes: bits, l2, eps as of `quantized_norm`; factor: of the mean absolute deviation.
+
+    generator: of the gradient's stochastic rounding; None for rounding to nearest.
+    """
+
+    bits: int
+    l2: bool
+    eps: float
+    factor: float
+    generator: CounterGenerator | None
+
+    def start(self, rows: int, channels: int, weight: Tensor | None, bias: Tensor | None) -> Any:
+        """The engine's normalization of one batch of `rows` positions."""
+        affine = (None if t is None else t.detach().float() for t in (weight, bias))
+        threads = torch.get_num_threads()
+        return _engine.Norm(rows, channels, self.bits, self.l2, self.eps, self.factor, *affine, best_isa(), threads)
+
+    def noise(self) -> tuple[int, int] | None:
+        """Seed and stream for the next gradient."""
+        return noise_of("nearest" if self.generator is None else "stochastic", self.generator)
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: NormRule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rows_of(x, 1)
+        flat = rows.view(-1, rows.shape[-1])
+        norm = rule.start(*flat.shape, weight, bias)
+        codes = torch.empty(flat.shape, dtype=torch.int8)
+        out = torch.empty_like(rows)
+        ctx.finite = norm.forward(flat, None, None, None, codes)
+        if ctx.finite:
+            norm.to_f32(codes, False, None, out.view(flat.shape), None)
+            mean, deviation = torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation)
+        else:
+            out.fill_(torch.nan)
+            mean, deviation = torch.full((2, rows.shape[-1]), torch.nan).unbind()
+        ctx.save_for_backward(codes)
+        ctx.norm, ctx.rule = norm, rule
+        ctx.mark_non_differentiable(mean, deviation)
+        return out.movedim(-1, 1), mean, deviation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (codes,) = ctx.saved_tensors
+        rows = rows_of(grad.float(), 1)
+        flat = rows.view(codes.shape)
+        gradient = torch.empty(codes.shape, dtype=torch.int8)
+        out = torch.empty_like(rows)
+        if ctx.finite and ctx.norm.backward(flat, None, codes, False, ctx.rule.noise(), gradient):
+            ctx.norm.gradient_f32(gradient, codes, out.view(codes.shape))
+            affine = [torch.from_numpy(g) for g in (ctx.norm.weight_gradient, ctx.norm.bias_gradient)]
+        else:
+            out.fill_(torch.nan)
+            affine = [torch.full((codes.shape[1],), torch.nan) for _ in range(2)]
+        found = (out.movedim(-1, 1), *affine)
+        return *(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)), None
+
+
+def norm_applies(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether `batch_norm` computes this: float32 on the CPU, not empty."""
+    return x.dtype == torch.float32 and takes(x) and (weight is None or weight.dtype == torch.float32)
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: NormRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, channels last in memory, and the batch's mean and deviation (channels,), not differentiable.
+
+    All NaN if x is not finite.
+
+    Args:
+        x: (N, C, ...), float32 on the CPU, not empty. weight, bias: (C,) or None.
+    """
+    return _Normalized.apply(x, weight, bias, rule)
