@@ -92,8 +92,8 @@ Call make_call(const char* op, const std::string& isa, int threads, const X& x, 
     fail(op, "the weight takes " + std::to_string(size(w, 1)) + " channels in each of " + std::to_string(groups) +
                  " groups, the input has " + std::to_string(s.in_c));
   if (size(w, 0) != s.out_c)
-    fail(op, "the weight has " + std::to_string(size(w, 0)) + " output channels, the output " +
-                 std::to_string(s.out_c));
+    fail(op,
+         "the weight has " + std::to_string(size(w, 0)) + " output channels, the output " + std::to_string(s.out_c));
   return {op, bitstrata::select_kernels(isa), threads, s};
 }
 

@@ -223,7 +223,7 @@ class BoundNorm {
     return array(ranges);
   }
 
-  bool backward(Matrix gradient, Vector scale, In<int8_t, 2> codes, bool rectify, NoiseKey key, Out<int8_t, 2> out) {
+  bool backward(Matrix gradient, Vector scale, std::optional<float> range, In<int8_t, 2> codes, bool rectify, NoiseKey key, Out<int8_t, 2> out) {
     check(codes);
     check_size("gradient", gradient, norm_.rows());
     check_size("out", out, norm_.rows());
@@ -231,7 +231,7 @@ class BoundNorm {
     if (t.bf16 != nullptr) fail("the gradient must be float32 or int32");
     const auto noise = noise_of(key);
     nb::gil_scoped_release unlocked;
-    differentiated_ = norm_.backward(t, codes.data(), rectify, pointer(noise), out.data());
+    differentiated_ = norm_.backward(t, range.has_value() ? &*range : nullptr, codes.data(), rectify, pointer(noise), out.data());
     return differentiated_;
   }
 
@@ -291,6 +291,7 @@ class BoundNorm {
 }  // namespace
 
 void bind_training(nb::module_& m) {
+  nb::set_leak_warnings(false);  // a graph of gradients that outlives the interpreter holds a Norm
   m.def("channel_ranges", &channel_ranges, "x"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
@@ -309,7 +310,7 @@ void bind_training(nb::module_& m) {
       .def("to_f32", &BoundNorm::to_f32, "codes"_a.noconvert(), "rectify"_a, "add"_a.noconvert().none(),
            "out"_a.noconvert(), "bits"_a.noconvert().none())
       .def("backward", &BoundNorm::backward, "gradient"_a.noconvert(), "scale"_a.noconvert().none(),
-           "codes"_a.noconvert(), "rectify"_a, "noise"_a.none(), "out"_a.noconvert())
+           "range"_a.none(), "codes"_a.noconvert(), "rectify"_a, "noise"_a.none(), "out"_a.noconvert())
       .def("gradient_f32", &BoundNorm::gradient_f32, "gradient"_a.noconvert(), "codes"_a.noconvert(),
            "out"_a.noconvert())
       .def("gradient_codes", &BoundNorm::gradient_codes, "gradient"_a.noconvert(), "codes"_a.noconvert(), "bits"_a,

@@ -31,10 +31,10 @@ T* moved(T* p, int64_t elements) {  // p may be outside of the memory it will be
 // Weights as a convolution by one part takes them: (outs, ins, taps_h, taps_w) of (in_c, out_c) or (out_c, in_c).
 struct Weights {
   const int8_t* data;
-  int64_t out_step, in_step;    // from output (input) channel to the next, in each group
-  int64_t group_step;           // from group to group
-  int64_t tap_y, tap_x;         // offset of the first tap
-  int64_t step_y, step_x;       // from tap to tap
+  int64_t out_step, in_step;  // from output (input) channel to the next, in each group
+  int64_t group_step;         // from group to group
+  int64_t tap_y, tap_x;       // offset of the first tap
+  int64_t step_y, step_x;     // from tap to tap
 };
 
 // One convolution of (a part of the channels of) each image.
@@ -65,8 +65,8 @@ struct Phase {
 
 // Taps of one axis that reach the positions first, first + stride, ...: a convolution with stride 1 of the gradient.
 struct AxisPhase {
-  int64_t count = 0;     // positions
-  int64_t taps = 0;      // tap m of the convolution is tap first_tap + (taps - 1 - m) * tap_step of the weight
+  int64_t count = 0;  // positions
+  int64_t taps = 0;   // tap m of the convolution is tap first_tap + (taps - 1 - m) * tap_step of the weight
   int64_t first_tap = 0, tap_step = 1;
   int64_t dilation = 1, pad = 0;  // pad < 0: so many elements of the gradient are left out
 };
@@ -156,33 +156,33 @@ const int8_t* gather(const Plan& plan, const Part& part, int threads, int8_t* to
   if (part.channels.empty() && !shifts && w.in_step == taps && w.out_step == ins * taps &&
       w.group_step == outs * ins * taps && w.step_x == 1 && w.step_y == s.kernel_w && w.tap_x == 0 && w.tap_y == 0)
     return w.data;
-  const auto channel = [&](int64_t group, int64_t i) {  // of the image
-    return part.channels.empty() ? group * ins + i : part.channels[static_cast<size_t>(i)];
-  };
+  const bool all = part.channels.empty();
   parallel_for(threads, s.out_c, std::max<int64_t>(kTile, 65536 / (ins * taps)), [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; first += kTile)
+    int8_t factors[kTile];
+    for (int64_t first = begin, last; first < end; first = last) {
+      const int64_t group = first / outs;
+      last = std::min({first + kTile, (group + 1) * outs, end});
       for (int64_t i = 0; i < ins; i += kTile) {
-        const int64_t last = std::min(first + kTile, end), count = std::min(kTile, ins - i);
-        for (int64_t y = 0; y < s.kernel_h; ++y)
-          for (int64_t x = 0; x < s.kernel_w; ++x)
-            for (int64_t o = first; o < last; ++o) {
-              const int64_t group = o / outs;
-              const int8_t* from = w.data + group * w.group_step + o % outs * w.out_step + w.tap_y + w.tap_x +
-                                   y * w.step_y + x * w.step_x;
-              int8_t* at = to + (o * ins + i) * taps + y * s.kernel_w + x;
-              if (part.channels.empty() && !shifts) {
-                from += i * w.in_step;
-                for (int64_t j = 0; j < count; ++j) at[j * taps] = from[j * w.in_step];
-                continue;
-              }
-              for (int64_t j = 0; j < count; ++j) {
-                const int64_t c = channel(group, i + j);
-                const int shift = shifts ? plan.shifts.weights[static_cast<size_t>(c)] : 0;
-                at[j * taps] = static_cast<int8_t>(from[(c - group * (part.channels.empty() ? ins : 0)) * w.in_step] *
-                                                   (1 << shift));
-              }
-            }
+        const int64_t count = std::min(kTile, ins - i);
+        const int64_t* channels = all ? nullptr : part.channels.data() + i;
+        for (int64_t j = 0; shifts && j < count; ++j)
+          factors[j] = static_cast<int8_t>(
+              1 << plan.shifts.weights[static_cast<size_t>(all ? group * ins + i + j : channels[j])]);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int8_t* of_tap = w.data + group * w.group_step + w.tap_y + w.tap_x + tap / s.kernel_w * w.step_y +
+                                 tap % s.kernel_w * w.step_x;
+          for (int64_t o = first; o < last; ++o) {
+            const int8_t* from = of_tap + (o - group * outs) * w.out_step;
+            int8_t* at = to + (o * ins + i) * taps + tap;
+            if (!all)
+              for (int64_t j = 0; j < count; ++j) at[j * taps] = from[channels[j] * w.in_step];
+            else
+              for (int64_t j = 0; j < count; ++j) at[j * taps] = from[(i + j) * w.in_step];
+            for (int64_t j = 0; shifts && j < count; ++j) at[j * taps] = static_cast<int8_t>(at[j * taps] * factors[j]);
+          }
+        }
       }
+    }
   });
   return to;
 }
@@ -245,7 +245,7 @@ void prepare(const Kernels& kernels, const Part& part, const uint8_t* image, int
   if (part.channels.empty() && part.crop_x == 0 && part.map_w == s.in_w) {
     const uint8_t* from = image + (begin + part.crop_y) * row;
     kernels.products->multiply_codes(from, part.factors.data(), moved(to, begin * row), (end - begin) * row,
-                                    static_cast<int64_t>(part.factors.size()));
+                                     static_cast<int64_t>(part.factors.size()));
     return;
   }
   for (int64_t y = begin; y < end; ++y)
@@ -332,8 +332,7 @@ class Execution {
     const int64_t pixels = (end - begin) * out_w_;
     const ProductKernels& loops = *plan_.kernels.products;
     if (lo != nullptr) loops.bounds(rows, pixels, plan_.out_c, lo, hi);
-    if (result_.values != nullptr)
-      loops.scale(rows, result_.factor, result_.values + here, pixels, plan_.out_c);
+    if (result_.values != nullptr) loops.scale(rows, result_.factor, result_.values + here, pixels, plan_.out_c);
   }
 
  private:
@@ -425,8 +424,8 @@ Range range_of(const int8_t* w, int64_t count) {
 
 // A 1x1 convolution that treats each pixel alike.
 bool merges(const ProductShape& s) {
-  return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.groups == 1 && s.in_h == s.out_h &&
-         s.in_w == s.out_w && s.pad_top == 0 && s.pad_left == 0;
+  return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.groups == 1 &&
+         s.in_h == s.out_h && s.in_w == s.out_w && s.pad_top == 0 && s.pad_left == 0;
 }
 
 ConvShape extents(int64_t in_h, int64_t in_w, int64_t out_h, int64_t out_w, int64_t kernel_h, int64_t kernel_w) {

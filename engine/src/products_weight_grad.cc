@@ -15,6 +15,7 @@ namespace {
 enum Own { kScratch, kSums, kRow };
 
 constexpr int64_t kBlockPixels = 512;  // summed at a time, so that what the kernel makes of them stays in the cache
+constexpr int64_t kReadTogether = 8;   // output channels, whose sums kernels keep together
 constexpr int64_t kMergedWidth = 64;   // pixels of a row, where pixels are not neighbours of each other
 
 ConvShape conv_shape(const ProductShape& s, DType x_dtype) {
@@ -39,7 +40,8 @@ struct Stretch {
   const int8_t* g;
   int64_t rows, together;  // of an image, and images, in a block
 
-  Stretch(const ConvShape& s, int64_t images, const uint8_t* x, const int8_t* g) : shape(s), images(images), x(x), g(g) {
+  Stretch(const ConvShape& s, int64_t images, const uint8_t* x, const int8_t* g)
+      : shape(s), images(images), x(x), g(g) {
     rows = std::clamp<int64_t>(kBlockPixels / s.out_w, 1, s.out_h);
     together = rows < s.out_h ? 1 : std::clamp<int64_t>(kBlockPixels / (s.out_h * s.out_w), 1, images);
   }
@@ -95,13 +97,12 @@ class WeightGrad {
         scratch = std::max(scratch, kernel_->scratch_bytes(part.shape, part.together, part.rows));
       own_[i].get(kScratch, scratch);
       own_[i].get(kSums, kernel_->sums(shape_) * 4);
-      own_[i].get(kRow, row_ * 8);
+      own_[i].get(kRow, kReadTogether * row_ * 8);
     }
     if (result.values != nullptr) {
       factors_.resize(static_cast<size_t>(s.groups * row_));
       const int64_t taps = s.kernel_h * s.kernel_w;
-      for (int64_t c = 0; c < s.in_c; ++c)
-        std::fill_n(factors_.begin() + c * taps, taps, result.in_factor[c]);
+      for (int64_t c = 0; c < s.in_c; ++c) std::fill_n(factors_.begin() + c * taps, taps, result.in_factor[c]);
     }
   }
 
@@ -112,12 +113,15 @@ class WeightGrad {
         for (int64_t block = begin; block < end; ++block) add(part, block, i);
         own_.give(i);
       });
-    const int64_t grain = std::max<int64_t>(1, 16384 / row_);
-    parallel_for(threads_, shape_.out_c, grain, [&](int64_t begin, int64_t end) {
-      const int i = own_.take();
-      for (int64_t o = begin; o < end; ++o) finish(o, reinterpret_cast<int64_t*>(own_[i].get(kRow, 0)));
-      own_.give(i);
-    });
+    const int64_t blocks = (shape_.out_c + kReadTogether - 1) / kReadTogether;
+    parallel_for(threads_, blocks, std::max<int64_t>(1, 16384 / (kReadTogether * row_)),
+                 [&](int64_t begin, int64_t end) {
+                   const int i = own_.take();
+                   for (int64_t block = begin; block < end; ++block)
+                     finish(block * kReadTogether, std::min((block + 1) * kReadTogether, shape_.out_c),
+                            reinterpret_cast<int64_t*>(own_[i].get(kRow, 0)));
+                   own_.give(i);
+                 });
   }
 
  private:
@@ -139,23 +143,23 @@ class WeightGrad {
   void flush(Sums* sums) {
     if (sums->data == nullptr) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (int64_t o = 0; o < shape_.out_c; ++o) kernel_->read(shape_, sums->data, o, total_ + o * row_);
+    kernel_->read(shape_, sums->data, 0, shape_.out_c, total_, false);
     *sums = Sums();
   }
 
-  // All sums of one output channel.
-  void finish(int64_t o, int64_t* row) {
-    if (total_ != nullptr) {
-      row = total_ + o * row_;
-    } else {
-      if (result_.gw != nullptr) row = result_.gw + o * row_;
-      std::fill(row, row + row_, 0);
+  // All sums of output channels [begin, end); rows: where they can be computed.
+  void finish(int64_t begin, int64_t end, int64_t* rows) {
+    if (result_.gw != nullptr) rows = result_.gw + begin * row_;
+    if (total_ != nullptr) rows = total_ + begin * row_;
+    bool fresh = total_ == nullptr;
+    for (const Sums& sums : sums_) {
+      if (sums.data == nullptr) continue;
+      kernel_->read(shape_, sums.data, begin, end, rows, fresh);
+      fresh = false;
     }
-    for (const Sums& sums : sums_)
-      if (sums.data != nullptr) kernel_->read(shape_, sums.data, o, row);
-    if (result_.values != nullptr)
-      kernels_.products->scale_sums(row, result_.out_factor[o], factors_.data() + o / shape_.group_out() * row_,
-                                   result_.values + o * row_, row_);
+    for (int64_t o = begin; result_.values != nullptr && o < end; ++o)
+      kernels_.products->scale_sums(rows + (o - begin) * row_, result_.out_factor[o],
+                                    factors_.data() + o / shape_.group_out() * row_, result_.values + o * row_, row_);
   }
 
   const Kernels& kernels_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <vector>
 
@@ -50,6 +51,35 @@ std::vector<T> folded_most(const std::vector<T>& wide, int64_t channels) {
 inline std::vector<float> folded_range(const std::vector<float>& wide, int64_t channels) {
   return folded(wide, channels, larger);
 }
+
+constexpr float kSmallestScale = 0x1p-118f;  // so that 2^7 / scale is finite
+
+inline Noise moved(const Noise* noise, int64_t start) {
+  return noise ? Noise{noise->seed, noise->stream, start} : Noise{};
+}
+
+// What codes of a grid are made with.
+struct CodeTables {
+  CodeTables(const ShiftGrid& grid, const ShiftFormat& f, int64_t period) {
+    const int32_t largest = f.is_signed ? (1 << (f.bits - 1)) - 1 : (1 << f.bits) - 1;
+    const float inverse = grid.scale > 0 ? 1.0f / grid.scale : 0.0f;
+    std::vector<float> factors;
+    std::vector<int32_t> shifts;
+    for (uint8_t e : grid.exponents) {
+      factors.push_back(std::ldexp(inverse, e));
+      shifts.push_back(f.absorb ? f.groups - 1 - e : 0);
+    }
+    factor = repeated(factors, period);
+    shift = repeated(shifts, period);
+    lo = f.is_signed ? static_cast<float>(-largest) : 0.0f;
+    hi = static_cast<float>(largest);
+  }
+  CodeArgs args(const Noise* noise) const { return {factor.data(), shift.data(), lo, hi, noise}; }
+
+  std::vector<float> factor;
+  std::vector<int32_t> shift;
+  float lo, hi;
+};
 
 // Calls body(first element, number of elements) for blocks of rows that begin at whole bytes of bits.
 inline void for_blocks(const Rows& r, const std::function<void(int64_t, int64_t)>& body) {

@@ -14,7 +14,7 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
     """ND and RMSE on the test part, all series together in the file's units."""
     series = data.read_ett(args.data, ends=(8_640, 11_520, 14_400))  # 12, 4 and 4 months of 30 days
     torch.manual_seed(seed)
-    model = zoo.LSTMForecaster(len(series.names), args.horizon, hidden=args.hidden)
+    model = zoo.LSTMForecaster(len(series.names), args.horizon, hidden=args.hidden, base=args.base)
     starts = series.starts("train", args.length, args.horizon)
     converted(model, series.windows(starts[: args.batch], args.length, args.horizon)[0], options, seed, args)
     optimizer, schedule = optimizer_for(model, args.lr, 0.0, args.steps)
@@ -40,6 +40,10 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
 
 if __name__ == "__main__":
     arguments = {
-        "data": str, "length": 24, "horizon": 24, "hidden": 64, "steps": 200, "batch": 64, "lr": 5e-3, "stride": 6,
+        "data": str, "length": 24, "horizon": 24, "hidden": 64, "base": "last", "steps": 200, "batch": 64, "lr": 5e-3,
+        "stride": 6,
     }  # fmt: skip
-    main(Study(__doc__.splitlines()[0], settings(8, 4), run, arguments))
+    compared = settings(8, 4)
+    # The LSTM is the first layer and the head the last: without edge_bits both would stay at 8 bits.
+    compared["shift 4/4/4"] = {"w": 4, "a": 4, "g": 4, "groups": 4, "edge_bits": 4}
+    main(Study(__doc__.splitlines()[0], compared, run, arguments))

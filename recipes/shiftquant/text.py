@@ -45,7 +45,7 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
 
 if __name__ == "__main__":
     arguments = {
-        "data": str, "context": 64, "width": 64, "depth": 2, "heads": 4, "steps": 400, "batch": 16, "lr": 1e-2,
+        "data": str, "context": 64, "width": 64, "depth": 2, "heads": 4, "steps": 1_000, "batch": 16, "lr": 1e-2,
         "windows": 480,
     }  # fmt: skip
     main(Study(__doc__.splitlines()[0], settings(6, 4), run, arguments))

@@ -42,7 +42,7 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
 
 if __name__ == "__main__":
     arguments = {
-        "data": str, "width": 192, "depth": 6, "heads": 3, "patch": 8, "steps": 150, "batch": 32, "lr": 1e-3,
+        "data": str, "width": 192, "depth": 6, "heads": 3, "patch": 8, "steps": 200, "batch": 32, "lr": 4e-4,
         "images": 2_000,
     }  # fmt: skip
     main(Study(__doc__.splitlines()[0], settings(6, 4), run, arguments))

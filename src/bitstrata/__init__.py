@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import data, functional, nn, objectives, quantizers, recipes, train, zoo
+    from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
     from .objectives import joint_backward
@@ -56,6 +57,9 @@ _HOMES = {
     "calibrate_": "prepare",
     "float_form_": "prepare",
     "freeze_": "prepare",
+    "FuseError": "fused",
+    "FusedNetwork": "fused",
+    "fuse": "fused",
     "integer_": "prepare",
     "mixed_precision_map": "prepare",
     "parameter_groups": "prepare",
@@ -74,6 +78,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "FuseError",
+    "FusedNetwork",
     "Pixels",
     "PrecisionBatchNorm",
     "QuantConv1d",
@@ -88,6 +94,7 @@ __all__ = [
     "float_form_",
     "freeze_",
     "functional",
+    "fuse",
     "integer_",
     "joint_backward",
     "lower",

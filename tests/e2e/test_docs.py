@@ -49,3 +49,14 @@ def test_mix_two_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     printed = capsys.readouterr().out
     assert "needs transform='standardize'" in printed
     assert "mixed: UniQ" in printed
+
+
+def test_integer_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for source in blocks("integer-training.md"):
+        run(source, "integer-training.md", names)
+    printed = capsys.readouterr().out
+    assert "gradients    shiftquant(g=4, groups=4" in printed
+    assert "engine values unequal to the reference's: 0" in printed
+    assert (tmp_path / "integers.strata" / "manifest.json").is_file()

@@ -333,6 +333,7 @@ def test_vocabulary() -> None:
     assert words.decode(tokens) == [["a", "<unk>", "c"], ["b"]]
     assert words.decode(torch.tensor([[4, END, 5], [4, 5, 6]])) == [["a"], ["a", "b", "c"]]
     assert words.encode([]).shape == (0, 0)
+    assert words.encode([["</s>", "<pad>"]]).tolist() == [[UNKNOWN, UNKNOWN, END]]
     with pytest.raises(ValueError, match="limit and least must be at least 1, got 0 and 1"):
         data.WordVocabulary.build([], limit=0)
 

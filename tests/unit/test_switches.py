@@ -124,7 +124,27 @@ SWITCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("maqd", {}, {"edges": "int8"}),
 ]
 
-NOT_COMPUTATION = {("uniq", "warmup")}  # changes the schedule, tested with schedules
+NOT_COMPUTATION = {
+    ("uniq", "warmup"),  # changes the schedule, tested with schedules
+    ("shiftquant", "on_nonfinite"),  # where numbers are not finite, tested with the recipe
+}
+SWITCHES += [
+    ("shiftquant", {}, {name: value})
+    for name, value in (
+        ("w", 3),
+        ("a", 5),
+        ("g", 6),
+        ("groups", 2),
+        ("norm", "l2"),
+        ("norm", "l1_float"),
+        ("norm", "batch"),
+        ("edge_bits", 4),
+        ("act_rounding", "stochastic"),
+        ("grad_rounding", "nearest"),
+        ("unsigned_nonneg", True),
+        ("seed", 1),
+    )
+]
 
 
 class Net(nn.Module):
@@ -156,6 +176,8 @@ def fingerprint(recipe: bs.Recipe) -> list[Tensor]:
     model = Net()
     x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 5
     bs.quantize_(model, recipe, x[:4])
+    if recipe.integers:
+        return integer_fingerprint(model, x, y)
     bs.calibrate_(model, [x[:8], x[8:]])
     names = ("distill", "teacher", "combine", "reduction")
     options = {"gamma": recipe.objective.gamma} if recipe.objective.loss == "maqd" else {}
@@ -168,6 +190,15 @@ def fingerprint(recipe: bs.Recipe) -> list[Tensor]:
         with bs.precision(model, p), torch.no_grad():
             found.append(model(x))
     return found
+
+
+def integer_fingerprint(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The same of a network that trains in integers."""
+    logits = model(x)
+    nn.functional.cross_entropy(logits, y).backward()
+    found = [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    with torch.no_grad():
+        return [*found, model.eval()(x)]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

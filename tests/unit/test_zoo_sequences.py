@@ -173,9 +173,10 @@ def test_forecaster() -> None:
     assert forecast.shape == (5, 4, 3)
     forecast.square().mean().backward()
     assert_all_reached(model)
-    plain = zoo.LSTMForecaster(3, 4, hidden=8, layers=2, residual=False)
-    plain.load_state_dict(model.state_dict())
-    torch.testing.assert_close(plain(window) + window[:, -1:], forecast)
+    for base, added in (("zero", 0 * window[:, :1]), ("last", window[:, 5:]), ("repeat", window[:, 2:])):
+        other = zoo.LSTMForecaster(3, 4, hidden=8, layers=2, base=base)
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other(window) - added, forecast - window[:, 5:])
     early = window.clone()
     early[:, 0] += 1  # the first row of the window counts too
     assert (model(early) - forecast).abs().max() > 1e-7
@@ -281,6 +282,8 @@ def test_reset_forgets() -> None:
         (lambda: translator().greedy(torch.ones(1, 1), 1, 2, 0), "limit must be at least 1, got 0"),
         (lambda: zoo.LSTMForecaster(3, 0), "LSTMForecaster: horizon must be positive, got 0"),
         (lambda: zoo.LSTMForecaster(3, 2)(torch.zeros(1, 4, 2)), r"must be \(B, T, 3\) with T >= 1, got \(1, 4, 2\)"),
+        (lambda: zoo.LSTMForecaster(3, 2, base="mean"), "base must be 'last' or 'repeat' or 'zero', got 'mean'"),
+        (lambda: zoo.LSTMForecaster(3, 2, base="repeat")(torch.zeros(1, 1, 3)), r"T >= 2, got \(1, 1, 3\)"),
         (lambda: graph_network(heads=3), "width 8 is no multiple of 3 heads"),
         (lambda: graph_network().observe(*events(4)[:3], torch.zeros(4, 2)), r"must be \(4, 3\), got \(4, 2\)"),
         (lambda: graph_network()(*events(4)[:2], events(3)[0], events(4)[2]), r"all be \(B,\), got .*\(3,\)"),
@@ -288,6 +291,10 @@ def test_reset_forgets() -> None:
         (
             lambda: graph_network().observe(*events(4)[:2], events(4)[2].flip(0), events(4)[3]),
             "times must ascend from the last one observed, -inf",
+        ),
+        (
+            lambda: graph_network().observe(*events(4)[:2], events(4)[2] * torch.nan, events(4)[3]),
+            "observe: times must be finite, got nan",
         ),
     ],
 )

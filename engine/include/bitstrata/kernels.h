@@ -91,8 +91,9 @@ struct WeightGradKernel {
   // input_dtype; g: (images, out_h, out_w, out_c). fresh: sums are not set yet, and count as 0.
   void (*add)(const ConvShape&, const void* x, const int8_t* g, int64_t images, int64_t row_begin, int64_t row_end,
               void* scratch, int32_t* sums, bool fresh);
-  // row[i] += the sum of weight i of an output channel, in the order (in_c / groups, kernel_h, kernel_w).
-  void (*read)(const ConvShape&, const int32_t* sums, int64_t out_channel, int64_t* row);
+  // Adds the sums of weights of output channels [out_begin, out_end) to rows, which are these channels' alone, in the
+  // order (in_c / groups, kernel_h, kernel_w); fresh: rows are not set yet, and count as 0.
+  void (*read)(const ConvShape&, const int32_t* sums, int64_t out_begin, int64_t out_end, int64_t* rows, bool fresh);
 };
 
 // Integer products of a training step: weight gradients, and the loops around products. Channels are the innermost

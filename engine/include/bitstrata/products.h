@@ -38,10 +38,10 @@ struct ProductCodes {
 
 // Where the sums of conv_forward and conv_input_grad go; each may be null.
 struct ProductResult {
-  int32_t* acc = nullptr;           // NHWC
+  int32_t* acc = nullptr;                // NHWC
   int32_t *lo = nullptr, *hi = nullptr;  // (channels,) least and largest sum of each channel, over the whole batch
-  float* values = nullptr;          // NHWC, float(sum) * factor of its channel
-  const float* factor = nullptr;    // (channels,), for values
+  float* values = nullptr;               // NHWC, float(sum) * factor of its channel
+  const float* factor = nullptr;         // (channels,), for values
 };
 
 // y = conv(x, w): sums over in_c / groups, kernel_h, kernel_w.
@@ -67,7 +67,8 @@ void conv_weight_grad(const Kernels&, int threads, const ProductShape&, const in
 // Throws std::invalid_argument, naming the operation, on a shape that is none or does not agree with itself.
 void check_product(const std::string& op, const ProductShape&);
 
-// Names of the kernels that conv_forward and conv_weight_grad take for codes within lo..hi and weights within w_lo..w_hi.
+// Names of the kernels that conv_forward and conv_weight_grad take for codes within lo..hi and weights within
+// w_lo..w_hi.
 const char* forward_kernel(const Kernels&, const ProductShape&, DType, int32_t lo, int32_t hi, int32_t w_lo,
                            int32_t w_hi);
 const char* weight_grad_kernel(const Kernels&, const ProductShape&, DType);

@@ -5,6 +5,7 @@
 // shapes are the caller's to check.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -64,19 +65,22 @@ struct NormOptions {
   double factor = 1;  // of the mean absolute deviation
 };
 
-// One normalization of one batch. Codes of the input, once made, are the caller's to keep and to pass again.
+// One normalization of one batch. The normalized input's codes, once made, are the caller's to keep and to pass again.
 class Norm {
  public:
   Norm(const Rows&, const NormOptions&, const float* weight, const float* bias);
 
-  // Codes of x and the batch's statistics. least and most: of i32, for each channel, or null. False if x is not finite.
+  // The normalized codes of x and the batch's statistics. least and most: of i32, for each channel, or null. False if x
+  // is not finite.
   bool forward(const RealTensor& x, const int32_t* least, const int32_t* most, int8_t* codes);
   // The result, rectified or not, as codes or as floats (+ add, null for none); see Training::norm_to_f32.
   ShiftGrid to_codes(const int8_t* codes, bool rectify, const ShiftFormat&, const Noise*, uint8_t* out) const;
   std::vector<float> to_f32(const int8_t* codes, bool rectify, const float* add, float* out, uint8_t* bits) const;
 
-  // Codes of the gradient of the result, or, if `rectify`, of the rectified result. False if it is not finite.
-  bool backward(const RealTensor& gradient, const int8_t* codes, bool rectify, const Noise*, int8_t* out);
+  // Codes of the gradient of the result, or, if `rectify`, of the rectified result. range: of the gradient where it is
+  // known (and not rectified), else null. False if it is not finite.
+  bool backward(const RealTensor& gradient, const float* range, const int8_t* codes, bool rectify, const Noise*,
+                int8_t* out);
   // Then the gradient of x.
   void gradient_f32(const int8_t* gradient, const int8_t* codes, float* out) const;
   ShiftGrid gradient_codes(const int8_t* gradient, const int8_t* codes, const ShiftFormat&, const Noise*,
@@ -89,27 +93,27 @@ class Norm {
   const std::vector<float>& bias_gradient() const { return bias_gradient_; }
 
  private:
-  void statistics(const int8_t* codes, const std::vector<int64_t>& sum, const std::vector<int32_t>& least,
-                  const std::vector<int32_t>& most);
-  float result(int64_t channel, int32_t code) const;
+  float bound() const { return static_cast<float>((1 << (options_.bits - 1)) - 1); }
+  std::vector<float> spread(const int8_t* codes, const std::vector<int64_t>& sum, const std::vector<float>& center);
+  void normalize(const std::vector<float>& center, const std::vector<float>& spread, const std::vector<int32_t>& least,
+                 const std::vector<int32_t>& most, int8_t* codes);
+  float result(std::size_t channel, int32_t h) const;
   AffineArgs affine(bool rectify) const;
-  PassArgs passes(bool rectify) const;
-  SideArgs sides() const { return {below_.data(), above_.data()}; }
+  float gradient_range(const RealTensor&, const float* scale, const int8_t* codes, bool rectify) const;
   void gradient_constants(float step, const std::vector<int64_t>& sum_g, const std::vector<int64_t>& sum_gh);
 
   Rows rows_;
   NormOptions options_;
   int64_t period_;
   std::vector<float> weight_, bias_;  // (channels,), empty for none
-  float step_ = 1, h_step_ = 1;
-  std::vector<float> mean_, deviation_, weight_gradient_, bias_gradient_;
-  std::vector<int32_t> least_, most_;  // codes of each channel
-  // (period,):
-  std::vector<float> center_, inverse_, gain_, scale_, offset_;
-  std::vector<int32_t> below_, above_, first_, last_, all_first_, all_last_;
-  std::vector<int64_t> sign_sum_, h_sum_;  // (channels,): of the signs; of h, with l2
-  std::vector<float> coefficient_, at_below_, at_mean_, at_above_, slope_;
-  std::vector<int32_t> extremes_[6];  // least and most gradient code below, at and above the mean, (channels,)
+  float step_ = 1, h_step_ = 1;       // of the input's and of the normalized input's codes
+  std::vector<float> mean_, deviation_, weight_gradient_, bias_gradient_, inverse_;  // (channels,)
+  std::vector<int32_t> least_, most_;                                                // h of each channel
+  std::vector<int64_t> h_sum_;               // of h, or, without l2, of its signs, (channels,)
+  std::vector<float> scale_, offset_;        // (period,)
+  std::vector<int8_t> pass_[2], whole_[2];   // first and last code that a rectifier lets pass; all codes; (period,)
+  std::vector<float> coefficient_, slope_, constant_[3];  // of the gradient, (period,)
+  std::vector<int8_t> least_g_[3], most_g_[3];            // by the sign of h, (channels,)
 };
 
 }  // namespace bitstrata

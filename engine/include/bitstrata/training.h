@@ -27,35 +27,38 @@ struct CodeArgs {
   const Noise* noise;  // null: to nearest
 };
 
-// What a normalization does to its input's codes: h = round((x * step - mean[c]) * gain[c]), y = h * scale[c] +
-// offset[c], at least `floor`.
-struct AffineArgs {
+// The normalized input's codes: h = round((x * step - mean[c]) * gain[c]).
+struct CenterArgs {
   float step;
-  const float *mean, *gain, *scale, *offset;  // (period,) each
-  float floor;                                // 0 with a rectifier, else -infinity
+  const float *mean, *gain;  // (period,) each
 };
 
-// Codes up to below[c] are under the channel's mean, those from above[c] over it.
+// A normalization's result: y = h * scale[c] + offset[c], at least `floor`.
+struct AffineArgs {
+  const float *scale, *offset;  // (period,) each
+  float floor;                  // 0 with a rectifier, else -infinity
+};
+
+// Codes up to below[c] are under the channel's mean, those beyond up_to[c] over it.
 struct SideArgs {
-  const int32_t *below, *above;  // (period,) each
+  const int8_t *below, *up_to;  // (period,) each
 };
 
-// Gradients count where first[c] <= x <= last[c]: where a rectifier lets them pass.
+// Gradients count where first[c] <= h <= last[c]: where a rectifier lets them pass.
 struct PassArgs {
-  const int32_t *first, *last;  // (period,) each
+  const int8_t *first, *last;  // (period,) each
 };
 
-// Sums over the positions of a channel and what else backward needs of the gradient's codes g. (period,) each.
+// Of the gradient's codes g of a channel: sums of g and of g * h; the least and the most g where h is negative, 0 and
+// positive, 127 and -128 where there is none. (period,) each.
 struct GradientSums {
-  int64_t *g, *gh;                              // of g; of g * h
-  int32_t *least_below, *most_below;            // of g where x is below the mean,
-  int32_t *least_at, *most_at;                  // at it,
-  int32_t *least_above, *most_above;            // above it
+  int64_t *g, *gh;
+  int8_t *least[3], *most[3];
 };
 
-// dx = coefficient[c] * g - (below, at or above)[c], by where x lies
+// dx = coefficient[c] * g - constant[sign(h) + 1][c]
 struct L1GradientArgs {
-  const float *coefficient, *below, *at, *above;  // (period,) each
+  const float *coefficient, *constant[3];  // (period,) each
 };
 
 // dx = (coefficient[c] * g - constant[c]) - h * slope[c]
@@ -79,13 +82,14 @@ struct Training {
   void (*norm_sides)(const int8_t* x, int64_t count, int64_t period, const SideArgs&, int64_t* below, int64_t* above,
                      int64_t* sum_above);
   void (*norm_squares)(const int8_t* x, int64_t count, int64_t period, int64_t* sum);
-  void (*norm_h)(const int8_t* x, int64_t count, int64_t period, const AffineArgs&, int64_t* sum);  // of h
-  // The normalized tensor in the next product's codes.
-  void (*norm_to_codes)(const int8_t* x, int64_t count, int64_t period, const AffineArgs&, const CodeArgs&,
+  // h in the place of x; sums of h, or, if `signs`, of its signs.
+  void (*norm_center)(int8_t* x, int64_t count, int64_t period, const CenterArgs&, bool signs, int64_t* sum);
+  // The result in the next product's codes.
+  void (*norm_to_codes)(const int8_t* h, int64_t count, int64_t period, const AffineArgs&, const CodeArgs&,
                         uint8_t* out);
   // y (+ add, null for none), at least affine.floor after the sum; most[c] = max |out|; bits, null for none: 1 where
   // out > 0, element i in bit i % 8 of byte i / 8.
-  void (*norm_to_f32)(const int8_t* x, int64_t count, int64_t period, const AffineArgs&, const float* add, float* out,
+  void (*norm_to_f32)(const int8_t* h, int64_t count, int64_t period, const AffineArgs&, const float* add, float* out,
                       float* most, uint8_t* bits);
 
   // g = x * scale[c] (+ add) where `bits` is 1, else 0; scale, add, bits null for none; most = max |g|.
@@ -94,24 +98,24 @@ struct Training {
   void (*join_f32)(const float* x, int64_t count, int64_t period, const float* scale, const float* add,
                    const uint8_t* bits, float* out, float* most);
   // most[c] = max |g * scale[c]| where g passes.
-  void (*gradient_range_i32)(const int32_t* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
+  void (*gradient_range_i32)(const int32_t* g, const int8_t* h, int64_t count, int64_t period, const float* scale,
                              const PassArgs&, float* most);
-  void (*gradient_range_f32)(const float* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
+  void (*gradient_range_f32)(const float* g, const int8_t* h, int64_t count, int64_t period, const float* scale,
                              const PassArgs&, float* most);
   // code = clamp(R((g * scale[c]) * inverse), -bound, bound) where g passes, else 0.
-  void (*gradient_codes_i32)(const int32_t* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
-                             float inverse, float bound, const Noise*, const AffineArgs&, const PassArgs&,
-                             const SideArgs&, int8_t* out, const GradientSums&);
-  void (*gradient_codes_f32)(const float* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
-                             float inverse, float bound, const Noise*, const AffineArgs&, const PassArgs&,
-                             const SideArgs&, int8_t* out, const GradientSums&);
+  void (*gradient_codes_i32)(const int32_t* g, const int8_t* h, int64_t count, int64_t period, const float* scale,
+                             float inverse, float bound, const Noise*, const PassArgs&, int8_t* out,
+                             const GradientSums&);
+  void (*gradient_codes_f32)(const float* g, const int8_t* h, int64_t count, int64_t period, const float* scale,
+                             float inverse, float bound, const Noise*, const PassArgs&, int8_t* out,
+                             const GradientSums&);
   // The gradient of the input, as floats, or in the codes of the products before it.
-  void (*l1_gradient)(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs&,
-                      const SideArgs&, float* out);
-  void (*l2_gradient)(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L2GradientArgs&,
-                      const AffineArgs&, float* out);
-  void (*l1_gradient_codes)(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs&,
-                            const SideArgs&, const CodeArgs&, uint8_t* out);
+  void (*l1_gradient)(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs&,
+                      float* out);
+  void (*l2_gradient)(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L2GradientArgs&,
+                      float* out);
+  void (*l1_gradient_codes)(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs&,
+                            const CodeArgs&, uint8_t* out);
 };
 
 }  // namespace bitstrata

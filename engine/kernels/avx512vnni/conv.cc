@@ -56,8 +56,8 @@ int64_t packed_bytes(const ConvShape& s) { return Packed(s, false).bytes; }
 int64_t staged_row_bytes(const ConvShape& s) { return Packed(s, false).stage.row_bytes; }
 int64_t no_staged_row_bytes(const ConvShape&) { return 0; }
 
-// Channels [begin, end) of one output channel's weights (channel, tap), kStep of a tap at a time: step k of tap t goes to
-// weights + (t * tap_steps + k) * pitch.
+// Channels [begin, end) of one output channel's weights (channel, tap), kStep of a tap at a time: step k of tap t goes
+// to weights + (t * tap_steps + k) * pitch.
 template <bool kAsTheyAre>
 void pack_channels(const Packed& p, const int8_t* codes, int64_t taps, int64_t begin, int64_t end, int64_t tap_steps,
                    int64_t pitch, int8_t* weights) {
@@ -112,9 +112,9 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
                     together * kLanes * kStep, to);
         }
       for (int64_t within = first * kLanes; within < end; ++within) {
-        const uint32_t sum = static_cast<uint32_t>(sum_codes(of_group + within * row, row)) *
-                                 static_cast<uint32_t>(s.mul) +
-                             static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
+        const uint32_t sum =
+            static_cast<uint32_t>(sum_codes(of_group + within * row, row)) * static_cast<uint32_t>(s.mul) +
+            static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
         correction[group * p.vectors * kLanes + within] =
             static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
       }

@@ -1,5 +1,5 @@
-// The integer products of the AVX-512 VNNI row: weight gradients by products of u8 and s8 in fours (vpdpbusd, which does
-// not saturate). Signed codes get an offset of 128 that makes them unsigned.
+// The integer products of the AVX-512 VNNI row: weight gradients by products of u8 and s8 in fours (vpdpbusd, which
+// does not saturate). Signed codes get an offset of 128 that makes them unsigned.
 #include <immintrin.h>
 
 #include "../common/product_loops.h"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "bitstrata/kernels.h"
 
@@ -15,20 +16,44 @@ void multiply_codes(const uint8_t* x, const uint8_t* factor, uint8_t* out, int64
   }
 }
 
+inline int32_t least(int32_t a, int32_t b) { return b < a ? b : a; }
+inline int32_t most(int32_t a, int32_t b) { return a < b ? b : a; }
+
+constexpr int64_t kBoundsTogether = 16;     // channels whose bounds stay in registers
+constexpr int64_t kBoundsInRegisters = 64;  // with more channels, pixels are too far apart for that
+
+// Of kBoundsTogether channels. A vector of the compiler's, because it would keep an array in memory.
+inline void bounds_of_some(const int32_t* x, int64_t pixels, int64_t pitch, int32_t* lo, int32_t* hi) {
+  typedef int32_t Some __attribute__((vector_size(kBoundsTogether * 4)));
+  Some low, high, v;
+  std::memcpy(&low, lo, sizeof(low));
+  std::memcpy(&high, hi, sizeof(high));
+  for (int64_t p = 0; p < pixels; ++p, x += pitch) {
+    std::memcpy(&v, x, sizeof(v));
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  std::memcpy(lo, &low, sizeof(low));
+  std::memcpy(hi, &high, sizeof(high));
+}
+
 void bounds(const int32_t* x, int64_t pixels, int64_t channels, int32_t* lo, int32_t* hi) {
-  const auto least = [](int32_t a, int32_t b) { return b < a ? b : a; };
-  const auto most = [](int32_t a, int32_t b) { return a < b ? b : a; };
+  int64_t first = 0;
+  if (channels <= kBoundsInRegisters)
+    for (; first + kBoundsTogether <= channels; first += kBoundsTogether)
+      bounds_of_some(x + first, pixels, channels, lo + first, hi + first);
+  if (first == channels) return;
   int64_t p = 0;
   for (; p + 4 <= pixels; p += 4) {
     const int32_t* a = x + p * channels;
     const int32_t *b = a + channels, *c = b + channels, *d = c + channels;
-    for (int64_t i = 0; i < channels; ++i) {
+    for (int64_t i = first; i < channels; ++i) {
       lo[i] = least(lo[i], least(least(a[i], b[i]), least(c[i], d[i])));
       hi[i] = most(hi[i], most(most(a[i], b[i]), most(c[i], d[i])));
     }
   }
   for (; p < pixels; ++p)
-    for (int64_t i = 0; i < channels; ++i) {
+    for (int64_t i = first; i < channels; ++i) {
       lo[i] = least(lo[i], x[p * channels + i]);
       hi[i] = most(hi[i], x[p * channels + i]);
     }

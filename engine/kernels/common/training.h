@@ -131,42 +131,21 @@ void codes(const In* x, int64_t count, int64_t period, const CodeArgs& a, uint8_
   a.noise == nullptr ? codes_with<false>(x, count, period, a, out) : codes_with<true>(x, count, period, a, out);
 }
 
-template <bool kScaled, typename In>
-void norm_codes_with(const In* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
-                     int8_t* out, int64_t* sum, int32_t* low, int32_t* high) {
-  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const In* from = x + at;
-    const float* s = scale + (kScaled ? c : 0);
-    int8_t* to = out + at;
-    int64_t* total = sum + c;
-    int32_t* lowest = low + c;
-    int32_t* highest = high + c;
-    const float by = inverse, most = bound;
-    BITSTRATA_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) {
-      const float value = kScaled ? to_float(from[j]) * s[j] : to_float(from[j]);
-      const int32_t code = static_cast<int32_t>(greater(lesser(round_even(value * by), most), -most));
-      to[j] = static_cast<int8_t>(code);
-      lowest[j] = lesser(code, lowest[j]);
-      highest[j] = greater(code, highest[j]);
-    }
-    BITSTRATA_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) total[j] += to[j];
-  });
+constexpr int64_t kStage = 1 << 12;  // elements that stay in the cache between two passes
+
+// Calls body(at, n) for pieces of a few thousand elements, whole periods and whole bytes of bits.
+template <typename Body>
+inline void each_stage(int64_t count, int64_t period, const Body& body) {
+  const int64_t unit = 8 * period, stage = unit < kStage ? kStage / unit * unit : unit;
+  for (int64_t at = 0; at < count; at += stage) body(at, least(stage, count - at));
 }
 
-template <typename In>
-void norm_codes(const In* x, int64_t count, int64_t period, const float* scale, float inverse, float bound, int8_t* out,
-                int64_t* sum, int32_t* low, int32_t* high) {
-  scale == nullptr ? norm_codes_with<false>(x, count, period, scale, inverse, bound, out, sum, low, high)
-                   : norm_codes_with<true>(x, count, period, scale, inverse, bound, out, sum, low, high);
-}
-
-// Adds value(at, channel) to total[channel] for all elements: in int32 over stretches in which that cannot overflow.
-template <int64_t kLargest, typename Value>
+// Adds value(at, channel) to total[channel] for all elements. |value| <= kLargest: sums are kept in small integers over
+// stretches in which these cannot overflow.
+template <int64_t kLargest, typename Small, typename Value>
 inline void sum_up(int64_t count, int64_t period, int64_t* total, const Value& value) {
-  constexpr int64_t kChannels = 256, kRows = INT32_MAX / kLargest;
-  int32_t part[kChannels];
+  constexpr int64_t kChannels = 256, kRows = ((int64_t{1} << (8 * sizeof(Small) - 1)) - 1) / kLargest;
+  Small part[kChannels];
   for (int64_t c = 0; c < period; c += kChannels) {
     const int64_t n = least(kChannels, period - c);
     for (int64_t first = 0; first < count; first += kRows * period) {
@@ -175,7 +154,7 @@ inline void sum_up(int64_t count, int64_t period, int64_t* total, const Value& v
       for (int64_t at = first; at < last; at += period) {
         const int64_t inside = least(n, last - at - c);
         BITSTRATA_INDEPENDENT
-        for (int64_t j = 0; j < inside; ++j) part[j] += value(at + c + j, c + j);
+        for (int64_t j = 0; j < inside; ++j) part[j] = static_cast<Small>(part[j] + value(at + c + j, c + j));
       }
       BITSTRATA_INDEPENDENT
       for (int64_t j = 0; j < n; ++j) total[c + j] += part[j];
@@ -183,26 +162,74 @@ inline void sum_up(int64_t count, int64_t period, int64_t* total, const Value& v
   }
 }
 
+inline void sum_codes_up(const int8_t* x, int64_t count, int64_t period, int64_t* total) {
+  sum_up<128, int16_t>(count, period, total, [=](int64_t i, int64_t) { return x[i]; });
+}
+
+template <bool kScaled, typename In>
+void norm_codes_with(const In* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
+                     int8_t* out, int32_t* low, int32_t* high) {
+  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
+    const In* from = x + at;
+    const float* s = scale + (kScaled ? c : 0);
+    int8_t* to = out + at;
+    int32_t* lowest = low + c;
+    int32_t* highest = high + c;
+    const float by = inverse, most = bound;  // copies: a store of bytes might change what a reference refers to
+    BITSTRATA_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) {
+      const float value = kScaled ? to_float(from[j]) * s[j] : to_float(from[j]);
+      const int32_t code = static_cast<int32_t>(greater(lesser(round_even(value * by), most), -most));
+      to[j] = static_cast<int8_t>(code);
+      lowest[j] = lesser(code, lowest[j]);
+      highest[j] = greater(code, highest[j]);
+    }
+  });
+}
+
+template <typename In>
+void norm_codes(const In* x, int64_t count, int64_t period, const float* scale, float inverse, float bound, int8_t* out,
+                int64_t* sum, int32_t* low, int32_t* high) {
+  each_stage(count, period, [&](int64_t at, int64_t n) {
+    scale == nullptr ? norm_codes_with<false>(x + at, n, period, scale, inverse, bound, out + at, low, high)
+                     : norm_codes_with<true>(x + at, n, period, scale, inverse, bound, out + at, low, high);
+    sum_codes_up(out + at, n, period, sum);
+  });
+}
+
 inline void norm_sides(const int8_t* x, int64_t count, int64_t period, const SideArgs& a, int64_t* below,
                        int64_t* above, int64_t* sum_above) {
-  const int32_t *under = a.below, *over = a.above;
-  sum_up<1>(count, period, below, [=](int64_t i, int64_t c) { return static_cast<int32_t>(x[i] <= under[c]); });
-  sum_up<1>(count, period, above, [=](int64_t i, int64_t c) { return static_cast<int32_t>(x[i] >= over[c]); });
-  sum_up<128>(count, period, sum_above, [=](int64_t i, int64_t c) { return x[i] & -static_cast<int32_t>(x[i] >= over[c]); });
+  const int8_t *under = a.below, *up_to = a.up_to;
+  each_stage(count, period, [=](int64_t at, int64_t n) {
+    const int8_t* from = x + at;
+    sum_up<1, int16_t>(n, period, below, [=](int64_t i, int64_t c) { return static_cast<int8_t>(from[i] <= under[c]); });
+    sum_up<1, int16_t>(n, period, above, [=](int64_t i, int64_t c) { return static_cast<int8_t>(from[i] > up_to[c]); });
+    sum_up<128, int16_t>(n, period, sum_above, [=](int64_t i, int64_t c) {
+      return static_cast<int8_t>(from[i] & -static_cast<int8_t>(from[i] > up_to[c]));
+    });
+  });
 }
 
 inline void norm_squares(const int8_t* x, int64_t count, int64_t period, int64_t* sum) {
-  sum_up<128 * 128>(count, period, sum, [=](int64_t i, int64_t) { return x[i] * x[i]; });
+  sum_up<128 * 128, int32_t>(count, period, sum, [=](int64_t i, int64_t) { return x[i] * x[i]; });
 }
 
-inline float normalized(int8_t x, float step, float mean, float gain) {
-  return round_even((static_cast<float>(x) * step - mean) * gain);
-}
-
-inline void norm_h(const int8_t* x, int64_t count, int64_t period, const AffineArgs& a, int64_t* sum) {
-  const float *mean = a.mean, *gain = a.gain, step = a.step;
-  sum_up<128>(count, period, sum, [=](int64_t i, int64_t c) {
-    return static_cast<int32_t>(normalized(x[i], step, mean[c], gain[c]));
+inline void norm_center(int8_t* x, int64_t count, int64_t period, const CenterArgs& a, bool signs, int64_t* sum) {
+  each_stage(count, period, [=](int64_t first, int64_t size) {
+    each_stretch(first, first + size, period, [=](int64_t at, int64_t c, int64_t n) {
+      int8_t* codes = x + at;
+      const float *mean = a.mean + c, *gain = a.gain + c, step = a.step;
+      BITSTRATA_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const float h = round_even((static_cast<float>(codes[j]) * step - mean[j]) * gain[j]);
+        codes[j] = static_cast<int8_t>(static_cast<int32_t>(h));
+      }
+    });
+    const int8_t* h = x + first;
+    if (signs)
+      sum_up<1, int16_t>(size, period, sum, [=](int64_t i, int64_t) { return static_cast<int8_t>((h[i] > 0) - (h[i] < 0)); });
+    else
+      sum_codes_up(h, size, period, sum);
   });
 }
 
@@ -211,17 +238,15 @@ void norm_to_codes_with(const int8_t* x, int64_t count, int64_t period, const Af
                         uint8_t* out) {
   each_noisy_stretch<kNoisy>(count, period, a.noise, [&](int64_t at, int64_t c, int64_t n, const uint16_t* bits) {
     const int8_t* from = x + at;
-    const float* mean = f.mean + c;
-    const float* gain = f.gain + c;
     const float* scale = f.scale + c;
     const float* offset = f.offset + c;
     const float* factor = a.factor + c;
     const int32_t* shift = a.shift + c;
     uint8_t* to = out + at;
-    const float step = f.step, floor = f.floor, lo = a.lo, hi = a.hi;
+    const float floor = f.floor, lo = a.lo, hi = a.hi;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
-      const float y = greater(normalized(from[j], step, mean[j], gain[j]) * scale[j] + offset[j], floor);
+      const float y = greater(static_cast<float>(from[j]) * scale[j] + offset[j], floor);
       to[j] = static_cast<uint8_t>(code_of_u<kNoisy>(y * factor[j], lo, hi, kNoisy ? bits[j] : 0) << shift[j]);
     }
   });
@@ -268,31 +293,20 @@ inline void keep_bits(const uint8_t* bits, int64_t count, float* x) {
   for (; i < count; ++i) x[i] = bits[i / 8] >> (i % 8) & 1 ? x[i] : 0.0f;
 }
 
-constexpr int64_t kStage = 1 << 12;  // elements that stay in the cache between two passes
-
-// Calls body(at, n) for pieces of a few thousand elements, whole periods and whole bytes of bits.
-template <typename Body>
-inline void each_stage(int64_t count, int64_t period, const Body& body) {
-  const int64_t unit = 8 * period, stage = unit < kStage ? kStage / unit * unit : unit;
-  for (int64_t at = 0; at < count; at += stage) body(at, least(stage, count - at));
-}
-
 template <bool kAdds>
 void norm_to_f32_with(const int8_t* x, int64_t count, int64_t period, const AffineArgs& f, const float* add, float* out,
                       float* most) {
   each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
     const int8_t* from = x + at;
-    const float* mean = f.mean + c;
-    const float* gain = f.gain + c;
     const float* scale = f.scale + c;
     const float* offset = f.offset + c;
     const float* other = add + (kAdds ? at : 0);
     float* to = out + at;
     float* top = most + c;
-    const float step = f.step, floor = f.floor;
+    const float floor = f.floor;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
-      float y = normalized(from[j], step, mean[j], gain[j]) * scale[j] + offset[j];
+      float y = static_cast<float>(from[j]) * scale[j] + offset[j];
       if (kAdds) y = y + other[j];
       y = greater(y, floor);
       to[j] = y;
@@ -343,10 +357,9 @@ void join(const In* x, int64_t count, int64_t period, const float* scale, const 
 }
 
 // The value where first <= x <= last, else 0.
-template <typename T>
-inline T passing(T value, int32_t x, int32_t first, int32_t last) {
-  const T from = x >= first ? value : T(0);
-  return x <= last ? from : T(0);
+inline float passing(float value, int8_t x, int8_t first, int8_t last) {
+  const float from = x >= first ? value : 0.0f;
+  return x <= last ? from : 0.0f;
 }
 
 template <bool kScaled, typename In>
@@ -356,8 +369,8 @@ void gradient_range_with(const In* g, const int8_t* x, int64_t count, int64_t pe
     const In* from = g + at;
     const int8_t* codes = x + at;
     const float* s = scale + (kScaled ? c : 0);
-    const int32_t* first = p.first + c;
-    const int32_t* last = p.last + c;
+    const int8_t* first = p.first + c;
+    const int8_t* last = p.last + c;
     float* to = most + c;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
@@ -381,8 +394,8 @@ void gradient_codes_with(const In* g, const int8_t* x, int64_t count, int64_t pe
     const In* from = g + at;
     const int8_t* codes = x + at;
     const float* s = scale + (kScaled ? c : 0);
-    const int32_t* first = p.first + c;
-    const int32_t* last = p.last + c;
+    const int8_t* first = p.first + c;
+    const int8_t* last = p.last + c;
     int8_t* to = out + at;
     const float by = inverse, most = bound;  // copies: a store of bytes might change what a reference refers to
     BITSTRATA_INDEPENDENT
@@ -394,36 +407,26 @@ void gradient_codes_with(const In* g, const int8_t* x, int64_t count, int64_t pe
   });
 }
 
-inline void gradient_sums(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const AffineArgs& f,
-                          const SideArgs& sides, const GradientSums& sums) {
+inline int8_t greater8(int8_t a, int8_t b) { return a > b ? a : b; }
+inline int8_t lesser8(int8_t a, int8_t b) { return a < b ? a : b; }
+
+inline void gradient_sums(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const GradientSums& sums) {
   each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const int8_t* gradient = g + at;
-    const int8_t* codes = x + at;
-    const int32_t* under = sides.below + c;
-    const int32_t* over = sides.above + c;
-    int32_t* below0 = sums.least_below + c;
-    int32_t* below1 = sums.most_below + c;
-    int32_t* at0 = sums.least_at + c;
-    int32_t* at1 = sums.most_at + c;
-    int32_t* above0 = sums.least_above + c;
-    int32_t* above1 = sums.most_above + c;
+    const int8_t *v = g + at, *code = h + at;
+    int8_t *low0 = sums.least[0] + c, *low1 = sums.least[1] + c, *low2 = sums.least[2] + c;
+    int8_t *high0 = sums.most[0] + c, *high1 = sums.most[1] + c, *high2 = sums.most[2] + c;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
-      const int32_t v = gradient[j], code = codes[j];
-      below0[j] = lesser(code <= under[j] ? v : INT32_MAX, below0[j]);
-      below1[j] = greater(code <= under[j] ? v : INT32_MIN, below1[j]);
-      above0[j] = lesser(code >= over[j] ? v : INT32_MAX, above0[j]);
-      above1[j] = greater(code >= over[j] ? v : INT32_MIN, above1[j]);
-      const int32_t low = code > under[j] ? v : INT32_MAX, high = code > under[j] ? v : INT32_MIN;
-      at0[j] = lesser(code < over[j] ? low : INT32_MAX, at0[j]);
-      at1[j] = greater(code < over[j] ? high : INT32_MIN, at1[j]);
+      low0[j] = lesser8(code[j] < 0 ? v[j] : int8_t{127}, low0[j]);
+      high0[j] = greater8(code[j] < 0 ? v[j] : int8_t{-128}, high0[j]);
+      low1[j] = lesser8(code[j] == 0 ? v[j] : int8_t{127}, low1[j]);
+      high1[j] = greater8(code[j] == 0 ? v[j] : int8_t{-128}, high1[j]);
+      low2[j] = lesser8(code[j] > 0 ? v[j] : int8_t{127}, low2[j]);
+      high2[j] = greater8(code[j] > 0 ? v[j] : int8_t{-128}, high2[j]);
     }
   });
-  sum_up<128>(count, period, sums.g, [=](int64_t i, int64_t) { return static_cast<int32_t>(g[i]); });
-  const float *mean = f.mean, *gain = f.gain, step = f.step;
-  sum_up<128 * 128>(count, period, sums.gh, [=](int64_t i, int64_t c) {
-    return g[i] * static_cast<int32_t>(normalized(x[i], step, mean[c], gain[c]));
-  });
+  sum_codes_up(g, count, period, sums.g);
+  sum_up<128 * 128, int32_t>(count, period, sums.gh, [=](int64_t i, int64_t) { return g[i] * h[i]; });
 }
 
 template <bool kNoisy, typename In>
@@ -436,8 +439,7 @@ void gradient_codes_by(const In* g, const int8_t* x, int64_t count, int64_t peri
 
 template <typename In>
 void gradient_codes(const In* g, const int8_t* x, int64_t count, int64_t period, const float* scale, float inverse,
-                    float bound, const Noise* noise, const AffineArgs& f, const PassArgs& p, const SideArgs& sides,
-                    int8_t* out, const GradientSums& sums) {
+                    float bound, const Noise* noise, const PassArgs& p, int8_t* out, const GradientSums& sums) {
   each_stage(count, period, [&](int64_t at, int64_t n) {
     if (noise == nullptr) {
       gradient_codes_by<false>(g + at, x + at, n, period, scale, inverse, bound, noise, p, out + at);
@@ -445,83 +447,62 @@ void gradient_codes(const In* g, const int8_t* x, int64_t count, int64_t period,
       const Noise moved{noise->seed, noise->stream, noise->start + at};
       gradient_codes_by<true>(g + at, x + at, n, period, scale, inverse, bound, &moved, p, out + at);
     }
-    gradient_sums(out + at, x + at, n, period, f, sides, sums);
+    gradient_sums(out + at, x + at, n, period, sums);
   });
 }
 
-inline float l1_gradient_at(int32_t g, int32_t code, float coefficient, float below, float at, float above,
-                            int32_t under, int32_t over) {
-  const float constant = code <= under ? below : code >= over ? above : at;
+inline float l1_gradient_at(int8_t g, int8_t h, float coefficient, float negative, float zero, float positive) {
+  const float constant = h < 0 ? negative : h > 0 ? positive : zero;
   return coefficient * static_cast<float>(g) - constant;
 }
 
-inline void l1_gradient(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs& a,
-                        const SideArgs& sides, float* out) {
+inline void l1_gradient(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs& a,
+                        float* out) {
   each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const int8_t* gradient = g + at;
-    const int8_t* codes = x + at;
-    const float* coefficient = a.coefficient + c;
-    const float* below = a.below + c;
-    const float* level = a.at + c;
-    const float* above = a.above + c;
-    const int32_t* under = sides.below + c;
-    const int32_t* over = sides.above + c;
+    const int8_t *gradient = g + at, *codes = h + at;
+    const float *coefficient = a.coefficient + c, *negative = a.constant[0] + c, *zero = a.constant[1] + c,
+                *positive = a.constant[2] + c;
     float* to = out + at;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j)
-      to[j] =
-          l1_gradient_at(gradient[j], codes[j], coefficient[j], below[j], level[j], above[j], under[j], over[j]);
+      to[j] = l1_gradient_at(gradient[j], codes[j], coefficient[j], negative[j], zero[j], positive[j]);
   });
 }
 
-inline void l2_gradient(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L2GradientArgs& a,
-                        const AffineArgs& f, float* out) {
+inline void l2_gradient(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L2GradientArgs& a,
+                        float* out) {
   each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const int8_t* gradient = g + at;
-    const int8_t* codes = x + at;
-    const float* coefficient = a.coefficient + c;
-    const float* constant = a.constant + c;
-    const float* slope = a.slope + c;
-    const float* mean = f.mean + c;
-    const float* gain = f.gain + c;
+    const int8_t *gradient = g + at, *codes = h + at;
+    const float *coefficient = a.coefficient + c, *constant = a.constant + c, *slope = a.slope + c;
     float* to = out + at;
-    const float step = f.step;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j)
-      to[j] = (coefficient[j] * static_cast<float>(gradient[j]) - constant[j]) -
-              normalized(codes[j], step, mean[j], gain[j]) * slope[j];
+      to[j] = (coefficient[j] * static_cast<float>(gradient[j]) - constant[j]) - static_cast<float>(codes[j]) * slope[j];
   });
 }
 
 template <bool kNoisy>
-void l1_gradient_codes_with(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs& l,
-                            const SideArgs& sides, const CodeArgs& a, uint8_t* out) {
+void l1_gradient_codes_with(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs& l,
+                            const CodeArgs& a, uint8_t* out) {
   each_noisy_stretch<kNoisy>(count, period, a.noise, [&](int64_t at, int64_t c, int64_t n, const uint16_t* bits) {
-    const int8_t* gradient = g + at;
-    const int8_t* codes = x + at;
-    const float* coefficient = l.coefficient + c;
-    const float* below = l.below + c;
-    const float* level = l.at + c;
-    const float* above = l.above + c;
-    const int32_t* under = sides.below + c;
-    const int32_t* over = sides.above + c;
-    const float* factor = a.factor + c;
+    const int8_t *gradient = g + at, *codes = h + at;
+    const float *coefficient = l.coefficient + c, *negative = l.constant[0] + c, *zero = l.constant[1] + c,
+                *positive = l.constant[2] + c, *factor = a.factor + c;
     const int32_t* shift = a.shift + c;
     uint8_t* to = out + at;
     const float lo = a.lo, hi = a.hi;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
-      const float dx =
-          l1_gradient_at(gradient[j], codes[j], coefficient[j], below[j], level[j], above[j], under[j], over[j]);
+      const float dx = l1_gradient_at(gradient[j], codes[j], coefficient[j], negative[j], zero[j], positive[j]);
       to[j] = static_cast<uint8_t>(code_of_u<kNoisy>(dx * factor[j], lo, hi, kNoisy ? bits[j] : 0) << shift[j]);
     }
   });
 }
 
-inline void l1_gradient_codes(const int8_t* g, const int8_t* x, int64_t count, int64_t period, const L1GradientArgs& l,
-                              const SideArgs& sides, const CodeArgs& a, uint8_t* out) {
-  a.noise == nullptr ? l1_gradient_codes_with<false>(g, x, count, period, l, sides, a, out)
-                     : l1_gradient_codes_with<true>(g, x, count, period, l, sides, a, out);
+inline void l1_gradient_codes(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs& l,
+                              const CodeArgs& a, uint8_t* out) {
+  a.noise == nullptr ? l1_gradient_codes_with<false>(g, h, count, period, l, a, out)
+                     : l1_gradient_codes_with<true>(g, h, count, period, l, a, out);
 }
 
 constexpr Training kTraining = {
@@ -533,7 +514,7 @@ constexpr Training kTraining = {
     norm_codes<float>,
     norm_sides,
     norm_squares,
-    norm_h,
+    norm_center,
     norm_to_codes,
     norm_to_f32,
     join<int32_t>,

@@ -1,4 +1,5 @@
-// The weight gradient with vectors whose lanes are elements of a window's row; see pointwise.h for the unnamed namespace.
+// The weight gradient with vectors whose lanes are elements of a window's row; see pointwise.h for the unnamed
+// namespace.
 //
 // A window's row is the kernel_w * in_c / groups codes that one row of a kernel sees at one output position. Of every
 // input row, kStep neighbouring positions go into one vector: each lane holds the codes of one element of the window's
@@ -139,8 +140,8 @@ struct LanesWeightGrad {
         const int64_t y = c.begin * s.stride_h + r - s.pad_top;
         if (y < 0 || y >= s.in_h || !met(s, r)) continue;
         const uint8_t* from = windows(c, x + (image * s.in_h + y) * row_size, group);
-        const int64_t place = image * c.packed.x_image +
-                              (r % s.stride_h * c.packed.per_remainder + r / s.stride_h) * c.packed.steps;
+        const int64_t place =
+            image * c.packed.x_image + (r % s.stride_h * c.packed.per_remainder + r / s.stride_h) * c.packed.steps;
         constexpr int64_t kTogether = 64 / kLanes;  // vectors that are made from the same cache lines
         for (int64_t v = 0; v < c.layout.vectors; v += kTogether)
           for (int64_t step = 0; step < c.packed.steps; ++step)
@@ -231,7 +232,7 @@ struct LanesWeightGrad {
 
   static void add(const ConvShape& s, const void* x, const int8_t* g, int64_t images, int64_t row_begin,
                   int64_t row_end, void* scratch, int32_t* sums, bool fresh) {
-    constexpr BlockFn kBlocks[3] = {block<1>, block<2>, block<kVectors == 3 ? 3 : 1>};
+    constexpr BlockFn kBlocks[3] = {block<1>, block<2>, block < kVectors == 3 ? 3 : 1 > };
     const Call c(s, images, row_begin, row_end, static_cast<uint8_t*>(scratch));
     const Layout& l = c.layout;
     if (fresh) std::memset(sums + l.corrections_at, 0, static_cast<size_t>(l.sums - l.corrections_at) * 4);
@@ -248,27 +249,43 @@ struct LanesWeightGrad {
     }
   }
 
-  static void read(const ConvShape& s, const int32_t* sums, int64_t out_channel, int64_t* row) {
-    const Layout l(s);
-    const int64_t group = out_channel / s.group_out(), within = out_channel % s.group_out();
-    const int64_t panel = within / kOuts, i = within % kOuts, ins = s.group_in(), taps = s.kernel_h * s.kernel_w;
-    const int32_t* corrections = sums + l.corrections_at + group * l.corrections + within;
-    const int32_t* of_panel = sums + group * l.group_sums + (panel * s.kernel_h * kOuts + i) * kLanes;
-    // A few channels with all their taps at a time, which lie together in the row.
+  // Outputs [begin, end) of one panel of a group. A few channels with all their taps at a time: those of one output lie
+  // together in its row, those of one vector together in the sums.
+  template <bool kFresh>
+  static void read_panel(const ConvShape& s, const Layout& l, const int32_t* sums, int64_t group, int64_t begin,
+                         int64_t end, int64_t* rows) {
+    const int64_t panel = begin / kOuts, outs = end - begin, ins = s.group_in(), taps = s.kernel_h * s.kernel_w;
+    const int32_t* corrections = sums + l.corrections_at + group * l.corrections + begin;
+    const int32_t* of_panel = sums + group * l.group_sums + (panel * s.kernel_h * kOuts + begin % kOuts) * kLanes;
     for (int64_t channel = 0; channel < ins; channel += kLanes)
       for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        const int64_t end = kx * ins + least(channel + kLanes, ins);
-        for (int64_t e = kx * ins + channel, run; e < end; e += run) {
-          run = least(end, up(e + 1, kLanes)) - e;  // within one vector
-          const int32_t* from = of_panel + e / kLanes * l.vector_sums + e % kLanes;
-          for (int64_t ky = 0; ky < s.kernel_h; ++ky, from += kOuts * kLanes) {
-            const uint32_t correction = static_cast<uint32_t>(corrections[ky * l.panels * kOuts]);
-            int64_t* to = row + ((e - kx * ins) * s.kernel_h + ky) * s.kernel_w + kx;
-            for (int64_t n = 0; n < run; ++n)
-              to[n * taps] += static_cast<int32_t>(static_cast<uint32_t>(from[n]) + correction);
-          }
+        const int64_t last = kx * ins + least(channel + kLanes, ins);
+        for (int64_t e = kx * ins + channel, run; e < last; e += run) {
+          run = least(last, up(e + 1, kLanes)) - e;  // within one vector
+          const int32_t* of_vector = of_panel + e / kLanes * l.vector_sums + e % kLanes;
+          for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+            for (int64_t o = 0; o < outs; ++o) {
+              const int32_t* from = of_vector + (ky * kOuts + o) * kLanes;
+              const uint32_t correction = static_cast<uint32_t>(corrections[ky * l.panels * kOuts + o]);
+              int64_t* to = rows + o * ins * taps + ((e - kx * ins) * s.kernel_h + ky) * s.kernel_w + kx;
+              for (int64_t n = 0; n < run; ++n)
+                to[n * taps] =
+                    (kFresh ? 0 : to[n * taps]) + static_cast<int32_t>(static_cast<uint32_t>(from[n]) + correction);
+            }
         }
       }
+  }
+
+  static void read(const ConvShape& s, const int32_t* sums, int64_t out_begin, int64_t out_end, int64_t* rows,
+                   bool fresh) {
+    const Layout l(s);
+    const int64_t outs = s.group_out(), row = s.group_in() * s.kernel_h * s.kernel_w;
+    for (int64_t o = out_begin, end; o < out_end; o = end) {
+      const int64_t group = o / outs, within = o % outs;
+      end = group * outs + least(least(outs, within / kOuts * kOuts + kOuts), within + out_end - o);
+      const auto read_some = fresh ? read_panel<true> : read_panel<false>;
+      read_some(s, l, sums, group, within, end - group * outs, rows + (o - out_begin) * row);
+    }
   }
 
   static constexpr WeightGradKernel kernel(const char* name) { return {name, sums, scratch_bytes, add, read}; }

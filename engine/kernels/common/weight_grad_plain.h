@@ -63,12 +63,15 @@ struct PlainWeightGrad {
     }
   }
 
-  static void read(const ConvShape& s, const int32_t* sums, int64_t out_channel, int64_t* row) {
+  static void read(const ConvShape& s, const int32_t* sums, int64_t out_begin, int64_t out_end, int64_t* rows,
+                   bool fresh) {
     const int64_t ins = s.group_in();
-    for (int64_t tap = 0; tap < taps(s); ++tap)
-      for (int64_t i = 0; i < ins; ++i)
-        row[i * taps(s) + tap] +=
-            depthwise(s) ? sums[tap * s.out_c + out_channel] : sums[(out_channel * taps(s) + tap) * ins + i];
+    for (int64_t o = out_begin; o < out_end; ++o, rows += ins * taps(s))
+      for (int64_t tap = 0; tap < taps(s); ++tap)
+        for (int64_t i = 0; i < ins; ++i) {
+          int64_t& to = rows[i * taps(s) + tap];
+          to = (fresh ? 0 : to) + (depthwise(s) ? sums[tap * s.out_c + o] : sums[(o * taps(s) + tap) * ins + i]);
+        }
   }
 
   static constexpr WeightGradKernel kernel(const char* name) { return {name, sums, scratch_bytes, add, read}; }

@@ -42,9 +42,10 @@ class WordVocabulary:
     def encode(self, sentences: Sequence[Sequence[str]], *, start: bool = False) -> Tensor:
         """Tokens int64 (B, L), each sentence with the end token behind it, and before it the start token if asked.
 
-        Shorter sentences are filled up with padding; unknown words get the unknown token.
+        Shorter sentences are filled up with padding; unknown words, and words spelled like one of the four, get the
+        unknown token.
         """
-        index = {word: i for i, word in enumerate(self.words)}
+        index = {word: i for i, word in enumerate(self.words) if i >= len(SPECIAL)}
         head = [START] if start else []
         rows = [[*head, *(index.get(word, UNKNOWN) for word in sentence), END] for sentence in sentences]
         length = max(map(len, rows), default=0)

@@ -287,12 +287,9 @@ class _QuantizedNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         fixed = setting.statistics is not None
         out = quantized_norm_codes(x, weight, bias, setting.dims, statistics=setting.statistics, **setting.options)
-        sign = None
-        if not fixed and not setting.options["l2"]:
-            sign = (out.x.value - out.mean.value).sign_().to(torch.int8)  # the codes of h may be 0 where this is not
         inverse = out.deviation.value.reciprocal()
         gamma = None if out.weight is None else out.weight.value
-        ctx.save_for_backward(out.normalized.codes.to(torch.int8), out.normalized.step, inverse, sign, gamma)
+        ctx.save_for_backward(out.normalized.codes.to(torch.int8), out.normalized.step, inverse, gamma)
         ctx.shapes = [None if t is None else t.shape for t in (weight, bias)]
         ctx.setting = (fixed, setting.dims, setting.rounding, setting.options)
         mean, deviation = out.batch_mean.clone(), out.batch_deviation.clone()
@@ -302,7 +299,7 @@ class _QuantizedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        h, step, inverse, sign, gamma = ctx.saved_tensors
+        h, step, inverse, gamma = ctx.saved_tensors
         fixed, dims, rounding, options = ctx.setting
         gq = symmetric_dynamic(grad, options["bits"], rounding)
         of_weight, of_bias = ctx.shapes
@@ -312,8 +309,8 @@ class _QuantizedNorm(torch.autograd.Function):
             slope = _coefficient(unit if gamma is None else unit * gamma, gq.codes, h, dims)
             grad_x = slope.factor * gq.codes
             if not fixed:
-                factor = 1.0 if options["l2"] else L1_SCALES[options["l1_scale"]]
-                grad_x = _less_statistics(grad_x, h, step, sign, slope, dims, factor)
+                factor = None if options["l2"] else L1_SCALES[options["l1_scale"]]
+                grad_x = _less_statistics(grad_x, h, step, slope, dims, factor)
         if ctx.needs_input_grad[1]:
             together = sum_to((gq.codes * h).double(), of_weight)
             grad_weight = (together * gq.step.double() * step.double()).to(grad.dtype)
@@ -343,18 +340,21 @@ def _coefficient(factor: Tensor, g: Tensor, h: Tensor, dims: tuple[int, ...]) ->
 
 
 def _less_statistics(  # noqa: PLR0917
-    grad: Tensor, h: Tensor, step: Tensor, sign: Tensor | None, slope: _Slope, dims: tuple[int, ...], factor: float
+    grad: Tensor, h: Tensor, step: Tensor, slope: _Slope, dims: tuple[int, ...], factor: float | None
 ) -> Tensor:
-    """What the mean and the deviation, which depend on x too, take off: with the sign s of x - mean,
-    mean + (s - mean(s)) * factor * together; with l2, where s is None, h in the place of s."""
+    """What the mean and the deviation, which depend on x too, take off: with the sign s of the normalized x's codes,
+    mean + (s - mean(s)) * factor * together; with l2, where factor is None, h in the place of factor * s."""
     wide = step.double()
     together = slope.together * wide
-    if sign is None:
-        constant = slope.mean - h.double().mean(dims, keepdim=True) * wide * together
+    if factor is None:
+        of_h = h.double().mean(dims, keepdim=True)
+        constant = slope.mean - of_h * wide * together
         return (grad - constant.to(grad.dtype)) - h.to(grad.dtype) * (wide * together).to(grad.dtype)
-    signs = sign.double().mean(dims, keepdim=True)
-    below, at, above = ((slope.mean + (s - signs) * factor * together).to(grad.dtype) for s in (-1.0, 0.0, 1.0))
-    return grad - torch.where(sign < 0, below, torch.where(sign > 0, above, at))
+    signs = h.sign().double().mean(dims, keepdim=True)
+    negative, zero, positive = (
+        (slope.mean + (s - signs) * factor * together).to(grad.dtype) for s in (-1.0, 0.0, 1.0)
+    )
+    return grad - torch.where(h < 0, negative, torch.where(h > 0, positive, zero))
 
 
 def quantized_norm(
@@ -375,7 +375,7 @@ def quantized_norm(
     The gradient of the result is quantized first, with `rounding`, to `bits` bits. Then, straight through all other
     quantizers and clamps of codes, the gradients are those of the float normalization with the quantized weight,
     deviation and normalized x in the place of the real ones; with `statistics` given, these are constants. s of
-    `l1_normalize` is the sign of quantized x less quantized mean; with `l2` normalized x is in the place of c s.
+    `l1_normalize` is the sign of quantized normalized x; with `l2` normalized x is in the place of c s.
 
     Args:
         x: floating, any shape with elements; half precision is computed in float32.

@@ -132,11 +132,11 @@ class _Step(torch.autograd.Function):
             else:
                 rows = step.pool.take(value.rows, torch.float32)
                 rows.view(value.shape).copy_(gradient.permute(0, 2, 3, 1))
-                value.gradient.sums.append(rows)
+                value.gradient.append(rows)
             while step.tape:
                 step.tape.pop()(step)
             if ctx.needs_input_grad[0] and ctx.entry.gradient:
-                total = ctx.entry.gradient.total(step.pool)
+                total, _ = ctx.entry.gradient.total(step.pool)
                 gx = total.clone().view(ctx.entry.shape).permute(0, 3, 1, 2)
                 step.pool.give(total)
             ctx.entry.release()

@@ -48,7 +48,19 @@ def trace(model: nn.Module) -> fx.Graph:
             f"fuse: {type(model).__name__} must take one tensor and return one, its forward takes {len(inputs)} "
             "arguments" + ("" if len(inputs) != 1 else " and returns a structure")
         )
+    _bypass_identities(model, graph)
     return graph
+
+
+def _bypass_identities(model: nn.Module, graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if (
+            node.op == "call_module"
+            and type(model.get_submodule(str(node.target))) is nn.Identity
+            and len(node.args) == 1
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _plain(module: nn.Module) -> bool:

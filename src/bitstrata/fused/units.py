@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from bitstrata_runtime import _engine
 
 from ..integer.convolution import Geometry
-from ..integer.engine_codes import best_isa, noise_of
+from ..integer.engine_codes import array, best_isa, noise_of
 from ..integer.engine_norm import NormRule
 from ..integer.linear import WeightCodes
 from ..nn.integer_layers import IntegerConv2d
@@ -84,7 +84,14 @@ class Convolution:
         acc = pool.take((x.shape[0], size[0], size[1], channels), torch.int32)
         low, high = torch.empty(2, channels, dtype=torch.int32).unbind()
         _engine.conv_forward(
-            codes.data, codes.range, w.codes, *self._tail(), shift=codes.shift, acc=acc, lo=low, hi=high
+            array(codes.data),
+            codes.range,
+            array(w.codes),
+            *self._tail(),
+            shift=array(codes.shift),
+            acc=array(acc),
+            lo=array(low),
+            hi=array(high),
         )
         return acc, (codes.unit * w.scale.double()).float(), low, high
 
@@ -94,7 +101,12 @@ class Convolution:
             w = self._weight("in")
             acc = step.pool.take(x.shape, torch.int32)
             _engine.conv_input_grad(
-                gradient.data, gradient.range, w.codes, *self._tail(), shift=gradient.shift, acc=acc
+                array(gradient.data),
+                gradient.range,
+                array(w.codes),
+                *self._tail(),
+                shift=array(gradient.shift),
+                acc=array(acc),
             )
             x.gradient.products.append((acc.view(x.rows), (gradient.unit * w.scale.double()).float()))
         weight = self.layer.weight
@@ -102,12 +114,12 @@ class Convolution:
             codes = x.codes(self.inputs)
             out = torch.empty(weight.shape)
             _engine.conv_weight_grad(
-                gradient.data,
-                codes.data,
+                array(gradient.data),
+                array(codes.data),
                 *self._tail(),
-                values=out,
-                out_factor=gradient.channel_scales(),
-                in_factor=codes.channel_scales(),
+                values=array(out),
+                out_factor=array(gradient.channel_scales()),
+                in_factor=array(codes.channel_scales()),
             )
             step.add(weight, out.to(weight.dtype))
 
@@ -134,7 +146,7 @@ class ConvNorm(Unit):
         rows = (shape[0] * shape[1] * shape[2], shape[3])
         norm = rule.start(*rows, self.norm.weight, self.norm.bias)
         inputs = pool.take(rows, torch.int8)
-        if not norm.forward(acc.view(rows), scale, low, high, inputs):
+        if not norm.forward(array(acc.view(rows)), array(scale), array(low), array(high), array(inputs)):
             raise NotFinite(f"{self.conv.state.name}: its result is beyond the range of float32")
         pool.give(acc)
         self.norm.track(torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation))
@@ -145,7 +157,9 @@ class ConvNorm(Unit):
     def _rule(self) -> NormRule:
         rule = self.norm.engine_rule()
         if rule is None:
-            raise ValueError(f"{type(self.norm).__name__} {self.name!r}: its rounding was exchanged; fuse the model again")
+            raise ValueError(
+                f"{type(self.norm).__name__} {self.name!r}: its rounding was exchanged; fuse the model again"
+            )
         return rule
 
     def _backward(self, step: Step, conv: Convolution, x: Value, value: Normed) -> None:
@@ -155,9 +169,11 @@ class ConvNorm(Unit):
         pool, norm, layer = step.pool, value.norm, self.conv
         codes = pool.take(value.rows, torch.int8)
         single = value.gradient.single()
-        real, scale = single if single is not None else (value.gradient.total(pool), None)
+        real, scale = single if single is not None else (value.gradient.total(pool)[0], None)
         noise = self._rule().noise()
-        if not norm.backward(real, scale, value.inputs, self.rectified, noise, codes):
+        known = None if self.rectified or single is None else value.gradient.range
+        parts = (array(real), array(scale), known, array(value.inputs), self.rectified, noise, array(codes))
+        if not norm.backward(*parts):
             raise NotFinite(f"{type(self.norm).__name__} {self.name!r}: its gradient contains NaN or infinity")
         if single is None:
             pool.give(real)
@@ -168,7 +184,13 @@ class ConvNorm(Unit):
         out = pool.take(value.shape, torch.uint8)
         noise = noise_of(layer.rule.grad_rounding, layer.state.noise)
         unit, exponents = norm.gradient_codes(
-            codes, value.inputs, form.bits, form.groups, form.absorbed, noise, out.view(value.rows)
+            array(codes),
+            array(value.inputs),
+            form.bits,
+            form.groups,
+            form.absorbed,
+            noise,
+            array(out.view(value.rows)),
         )
         pool.give(codes)
         value.release()
@@ -194,7 +216,7 @@ class Join(Unit):
         pool, count = step.pool, normed.rows[0] * normed.rows[1]
         out = pool.take(normed.rows, torch.float32)
         bits = pool.take(((count + 7) // 8,), torch.uint8) if self.rectified else None
-        normed.norm.to_f32(normed.inputs, self.rectified, other.real(), out, bits)
+        normed.norm.to_f32(array(normed.inputs), self.rectified, array(other.real()), array(out), array(bits))
         value = Real(out, normed.shape, pool, escaped=False)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value, bits))
@@ -202,11 +224,11 @@ class Join(Unit):
     @staticmethod
     def _backward(step: Step, normed: Normed, other: Value, value: Real, bits: Tensor | None) -> None:
         if value.gradient:
-            total = value.gradient.total(step.pool, bits)
+            total, largest = value.gradient.total(step.pool, bits)
             receivers = [v for v in (normed, other) if v.wanted]
             step.pool.share(total, len(receivers))
             for receiver in receivers:
-                receiver.gradient.sums.append(total)
+                receiver.gradient.append(total, largest)
         if bits is not None:
             step.pool.give(bits)
         value.release()
@@ -289,7 +311,7 @@ def _arrived(value: Value, result: Tensor) -> Tensor | None:
         return value.arrived
     if not value.gradient:
         return None
-    total = value.gradient.total(value.pool)
+    total, _ = value.gradient.total(value.pool)
     own = total.clone().view(value.shape).permute(0, 3, 1, 2)  # torch may keep it longer than the pool lends it
     value.pool.give(total)
     return own
@@ -301,4 +323,4 @@ def _deliver(value: Value, gradient: Tensor) -> None:
         return
     rows = value.pool.take(value.rows, torch.float32)
     rows.view(value.shape).copy_(gradient.permute(0, 2, 3, 1))
-    value.gradient.sums.append(rows)
+    value.gradient.append(rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitstrata_runtime import _engine
 
-from ..integer.engine_codes import best_isa
+from ..integer.engine_codes import array, best_isa
 from .pool import Pool
 
 Shape = tuple[int, int, int, int]
@@ -91,10 +91,16 @@ class Gradient:
     """
 
     sums: list[Tensor] = field(default_factory=list)
+    range: float | None = None  # largest magnitude in the last of the sums, where known
     products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.sums or self.products)
+
+    def append(self, summand: Tensor, largest: float | None = None) -> None:
+        """Add floats, and their largest magnitude where it is known."""
+        self.sums.append(summand)
+        self.range = largest
 
     def single(self) -> tuple[Tensor, Tensor | None] | None:
         """The only summand and its scale, if there is but one."""
@@ -102,8 +108,8 @@ class Gradient:
             return None
         return self.products[0] if self.products else (self.sums[0], None)
 
-    def total(self, pool: Pool, bits: Tensor | None = None) -> Tensor:
-        """Its value, 0 where bits are 0: float32 (rows, channels) taken from the pool."""
+    def total(self, pool: Pool, bits: Tensor | None = None) -> tuple[Tensor, float]:
+        """Its value, 0 where bits are 0, and the largest magnitude: float32 (rows, channels) taken from the pool."""
         summands: list[tuple[Tensor, Tensor | None]] = [*self.products, *((s, None) for s in self.sums)]
         (first, scale), rest = summands[0], summands[1:]
         out = pool.take(tuple(first.shape), torch.float32)
@@ -111,10 +117,12 @@ class Gradient:
         if add is not None:
             rest = rest[:-1]
         isa, threads = best_isa(), torch.get_num_threads()
-        _engine.join(first, scale, add, None if rest else bits, out, isa, threads)
+        to, keep = array(out), array(bits)
+        ranges = _engine.join(array(first), array(scale), array(add), None if rest else keep, to, isa, threads)
         for i, (other, factor) in enumerate(rest):
-            _engine.join(other, factor, out, bits if i + 1 == len(rest) else None, out, isa, threads)
-        return out
+            last = i + 1 == len(rest)
+            ranges = _engine.join(array(other), array(factor), to, keep if last else None, to, isa, threads)
+        return out, float(ranges.max())
 
     def release(self, pool: Pool) -> None:
         """Give all summands back."""
@@ -187,13 +195,13 @@ class Real(Value):
     def _make_codes(self, form: Format) -> Codes:
         out = self.pool.take(self.shape, torch.uint8)
         scale, exponents = _engine.shift_codes(
-            self.real(),
+            array(self.real()),
             form.bits,
             form.groups,
             True,
             form.absorbed,
             None,
-            out.view(self.rows),
+            array(out.view(self.rows)),
             best_isa(),
             torch.get_num_threads(),
         )
@@ -218,13 +226,20 @@ class Normed(Value):
     def _make_codes(self, form: Format) -> Codes:
         out = self.pool.take(self.shape, torch.uint8)
         scale, exponents = self.norm.to_codes(
-            self.inputs, self.rectified, form.bits, form.groups, True, form.absorbed, None, out.view(self.rows)
+            array(self.inputs),
+            self.rectified,
+            form.bits,
+            form.groups,
+            True,
+            form.absorbed,
+            None,
+            array(out.view(self.rows)),
         )
         return Codes(out if self.rectified else out.view(torch.int8), scale, exponents, form)
 
     def _make_real(self) -> Tensor:
         out = self.pool.take(self.rows, torch.float32)
-        self.norm.to_f32(self.inputs, self.rectified, None, out, None)
+        self.norm.to_f32(array(self.inputs), self.rectified, None, array(out), None)
         return out
 
     def forget(self) -> None:

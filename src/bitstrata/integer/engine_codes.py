@@ -6,8 +6,10 @@ What the kernels take: tensors on the CPU, float32 or bfloat16, as rows of chann
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitstrata_runtime import _engine
@@ -26,6 +28,11 @@ def best_isa() -> str:
 def takes(x: Tensor) -> bool:
     """Whether the kernels take x, not empty."""
     return x.device.type == "cpu" and x.dtype in MEMORY and x.numel() > 0 and not torch.jit.is_tracing()
+
+
+def array(x: Tensor | None) -> NDArray[Any] | None:
+    """x for the engine: as an array, which is handed over several times faster than a tensor."""
+    return None if x is None else x.detach().numpy()
 
 
 def rows_of(x: Tensor, axis: int) -> Tensor:

@@ -51,10 +51,11 @@ class _Normalized(torch.autograd.Function):
         flat = rows.view(-1, rows.shape[-1])
         norm = rule.start(*flat.shape, weight, bias)
         codes = torch.empty(flat.shape, dtype=torch.int8)
-        out = torch.empty_like(rows)
+        like = rows.movedim(-1, 1)
+        out = torch.empty_strided(like.shape, like.stride())  # no view, so that what follows may write into it
         ctx.finite = norm.forward(flat, None, None, None, codes)
         if ctx.finite:
-            norm.to_f32(codes, False, None, out.view(flat.shape), None)
+            norm.to_f32(codes, False, None, out.movedim(1, -1).view(flat.shape), None)
             mean, deviation = torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation)
         else:
             out.fill_(torch.nan)
@@ -62,7 +63,7 @@ class _Normalized(torch.autograd.Function):
         ctx.save_for_backward(codes)
         ctx.norm, ctx.rule = norm, rule
         ctx.mark_non_differentiable(mean, deviation)
-        return out.movedim(-1, 1), mean, deviation
+        return out, mean, deviation
 
     @staticmethod
     @once_differentiable
@@ -72,7 +73,7 @@ class _Normalized(torch.autograd.Function):
         flat = rows.view(codes.shape)
         gradient = torch.empty(codes.shape, dtype=torch.int8)
         out = torch.empty_like(rows)
-        if ctx.finite and ctx.norm.backward(flat, None, codes, False, ctx.rule.noise(), gradient):
+        if ctx.finite and ctx.norm.backward(flat, None, None, codes, False, ctx.rule.noise(), gradient):
             ctx.norm.gradient_f32(gradient, codes, out.view(codes.shape))
             affine = [torch.from_numpy(g) for g in (ctx.norm.weight_gradient, ctx.norm.bias_gradient)]
         else:
@@ -87,9 +88,7 @@ def norm_applies(x: Tensor, weight: Tensor | None) -> bool:
     return x.dtype == torch.float32 and takes(x) and (weight is None or weight.dtype == torch.float32)
 
 
-def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: NormRule
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: NormRule) -> tuple[Tensor, Tensor, Tensor]:
     """The result, channels last in memory, and the batch's mean and deviation (channels,), not differentiable.
 
     All NaN if x is not finite.

@@ -170,8 +170,6 @@ class _QuantConv(QuantizedLayer):
 
     def _coded_convolution(self, x: Tensor) -> Tensor:
         """The convolution with gradients from integer codes."""
-        if x.dim() == self.weight.dim() - 1:  # one sample without the dimension of the batch, as torch allows
-            return self._coded_convolution(x.unsqueeze(0)).squeeze(0)
         assert self.grad_quant is not None
         q, padding = self._padded(x)
         weight, codes = self.coded_weight()
@@ -185,7 +183,15 @@ class _QuantConv(QuantizedLayer):
             q, padding = F.pad(q, self._reversed_padding_repeated_twice), 0
             xc = Coded(F.pad(xc.codes, self._reversed_padding_repeated_twice), xc.scale, xc.offset)
         window = Window(self.stride, (0,) * dims if padding == 0 else padding, self.dilation, self.groups)
-        return coded_product(q, weight, self.bias, xc, codes, window, self.grad_quant, training=self.training)
+        if x.dim() == self.weight.dim():
+            return coded_product(q, weight, self.bias, xc, codes, window, self.grad_quant, training=self.training)
+        one = Coded(
+            xc.codes.unsqueeze(0), xc.scale, xc.offset
+        )  # a sample without the batch's dimension, as torch allows
+        y = coded_product(
+            q.unsqueeze(0), weight, self.bias, one, codes, window, self.grad_quant, training=self.training
+        )
+        return y.squeeze(0)
 
     def _border(self, like: Tensor) -> tuple[Grid, Tensor] | None:
         """Grid and codes of what stands for zero outside the map; None if that is zero itself."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.integer_layers import IntegerLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer, Quantizer
 from .finite import not_finite
@@ -95,6 +96,11 @@ def input_of(batch: Any) -> Tensor:
 
 def _checked(model: nn.Module, what: str, data: list[Tensor], chosen: Iterable[int] | None) -> tuple[int, ...]:
     known = precisions(model)
+    if not known and any(isinstance(m, IntegerLayer) for m in model.modules()):
+        raise ValueError(
+            f"{what}: the model trains in integers, whose ranges follow each batch, so there is nothing to set before "
+            "training; freeze_ fixes them after it"
+        )
     if not known:
         raise ValueError(f"{what}: the model has no quantized layers; call quantize_ first")
     if not data:

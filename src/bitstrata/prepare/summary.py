@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..nn.integer_layers import FreezableLayer, IntegerLayer
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from .observe import BATCH_NORMS
@@ -59,6 +60,9 @@ def summary(model: nn.Module) -> Summary:
             size = sum(p.numel() for p in module.parameters())
             rows.append(SummaryRow(name, type(module.level).__name__, "-", "-", size, note))
             inside += (f"{name}.",)
+        elif isinstance(module, IntegerLayer) and module.multiplies:
+            rows.append(_integer_row(name, module))
+            inside += (f"{name}.",)
         elif own:
             rows.append(SummaryRow(name, type(module).__name__, "-", "-", own, _why_float(module)))
     return Summary(tuple(rows))
@@ -73,9 +77,22 @@ def _quantized_row(name: str, layer: QuantizedLayer, own: int) -> SummaryRow:
         notes.append(f"weights through {type(layer.weight_transform).__name__}")
     if layer.input_pool is not None:
         notes.append("pools its quantized input")
+    if layer.grad_quant is not None:
+        notes.append("gradients from integer codes")
     kind = type(layer).__name__.removeprefix("Quant")
     inputs = "float" if act is None else f"{type(act).__name__} {_widths(act.bits)}{' signed' if act.signed else ''}"
     return SummaryRow(name, kind, f"{type(weight).__name__} {_widths(weight.bits)}", inputs, own, "; ".join(notes))
+
+
+def _integer_row(name: str, layer: IntegerLayer) -> SummaryRow:
+    rule = layer.rule
+    grid = f"ShiftQuant {{}}, {rule.groups} groups" if rule.method == "shift" else "a step a tensor {}"
+    note = f"trains in integers, gradients {rule.g}"
+    if isinstance(layer, FreezableLayer) and layer.frozen is not None:
+        note += "; input range frozen"
+    weight = f"{'ShiftQuant' if rule.method == 'shift' else 'a step a tensor'} {rule.w}"
+    size = sum(p.numel() for p in layer.parameters())
+    return SummaryRow(name, type(layer).__name__, weight, grid.format(rule.a), size, note)
 
 
 def _widths(bits: dict[int, int]) -> str:

@@ -40,6 +40,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"{owner}: norm={recipe.norm!r} follows the batch in evaluation; it is for recipes that train in integers"
         )
+    for name in INTEGER_FIELDS:
+        part = getattr(recipe, name)
+        if part is not None and part.role == "integer":
+            raise ValueError(
+                f"{owner}: {name}={part} quantizes inside layers that train in integers, but weight={recipe.weight} is "
+                "not of them"
+            )
     _check_weights(owner, recipe)
     _check_activations(owner, recipe)
 

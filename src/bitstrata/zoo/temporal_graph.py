@@ -139,7 +139,8 @@ class TemporalGraphNetwork(nn.Module):
 
         sources, destinations, others: int64 (B,). times: (B,), ascending, none before the last one observed.
 
-        Returns two (B,). Raises ValueError for other shapes, nodes that do not exist, and times that run backwards.
+        Returns two (B,). Raises ValueError for other shapes, nodes that do not exist, and times that are not
+        finite or run backwards.
         """
         self._check("forward", sources, destinations, times, others)
         embedded = self.embed(torch.cat((sources, destinations, others)), times.repeat(3))
@@ -220,5 +221,7 @@ class TemporalGraphNetwork(nn.Module):
             wrong = (tensor < 0) | (tensor >= self.nodes)
             if wrong.any():
                 raise ValueError(f"{call}: node {int(tensor[wrong][0])} is outside 0..{self.nodes - 1}")
+        if not bool(torch.isfinite(times).all()):
+            raise ValueError(f"{call}: times must be finite, got {float(times[~torch.isfinite(times)][0])}")
         if len(times) and (bool((times.diff() < 0).any()) or float(times[0]) < float(self.now)):
             raise ValueError(f"{call}: times must ascend from the last one observed, {float(self.now)}")

@@ -1,0 +1,281 @@
+"""Time of the quantized L1 batch normalization, forward and backward, against torch's batch normalization.
+
+    python benchmarks/l1norm.py --json benchmarks/results/l1norm.json
+
+Three forms of every shape, all in training mode, channels last, running statistics updated, with the gradients of the
+input, weight and bias:
+
+SHAPE: `QuantizedL1BatchNorm2d` as `integer_` makes it, from a float32 tensor to a float32 tensor and back, eight bits
+    inside, gradients rounded stochastically. Torch: `BatchNorm2d` of float32, or of bfloat16 with float32 parameters.
+SHAPE-l2: the same with l2=True, which divides by the standard deviation as torch does.
+SHAPE-fused: what a fused step computes between two convolutions. Ours, forward: from the first product's int32 sums,
+    their scales and their bounds in each channel, which that product gives as it ends, to the 8-bit codes that are
+    kept, and to the second product's codes of max(0, result). Backward: those codes once more (the weight's gradient
+    needs them, and they are not kept), then from the int32 sums of the second product's input gradient to the first
+    product's gradient codes. Torch: batch normalization and an in-place ReLU from float to float; it makes no codes for
+    what comes next, and its convolutions would need none. `bits` is the width of the codes for the products.
+
+See benchmarks/README.md for how rows are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
+from torch import Tensor, nn
+
+import bitstrata_runtime as runtime
+from bitstrata.functional.l1norm import quantized_norm
+from bitstrata.fused.values import Format
+from bitstrata.integer import shift_quantize
+from bitstrata.integer.engine_codes import array
+from bitstrata.integer.engine_norm import NormRule, batch_norm
+from bitstrata.integer.rounding import CounterGenerator, CounterRounding
+from bitstrata.nn import QuantizedL1BatchNorm2d
+
+QUICK, FULL = Effort(rounds=3, turn_s=0.02), Effort(rounds=9, turn_s=0.1)
+DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16}
+FORMS = ("l1", "l2", "fused")
+GROUPS = 4
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tensor (batch, channels, size, size)."""
+
+    name: str
+    batch: int
+    channels: int
+    size: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Positions, channels."""
+        return self.batch * self.size * self.size, self.channels
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("resnet18-64x112x112", 8, 64, 112),
+        Case("resnet18-64x56x56", 8, 64, 56),
+        Case("resnet18-128x28x28", 8, 128, 28),
+        Case("resnet18-256x14x14", 8, 256, 14),
+        Case("resnet18-512x7x7", 8, 512, 7),
+        Case("resnet20-16x32x32", 128, 16, 32),
+        Case("resnet20-32x16x16", 128, 32, 16),
+        Case("resnet20-64x8x8", 128, 64, 8),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A product's accumulators, int32 (rows, channels), their channels' scales, and bounds in each channel."""
+
+    acc: Tensor
+    scale: Tensor
+    least: Tensor
+    most: Tensor
+
+    @classmethod
+    def random(cls, rows: tuple[int, int], seed: int) -> Sums:
+        """Gaussian sums; the channels' scales range over a factor of 32."""
+        generator = torch.Generator().manual_seed(seed)
+        acc = (torch.randn(rows, generator=generator) * 500).to(torch.int32)
+        scale = torch.exp2(-5 * torch.rand(rows[1], generator=generator)) / 500
+        return cls(acc, scale, acc.amin(0), acc.amax(0))
+
+    def real(self, case: Case) -> Tensor:
+        """The tensor they stand for, float32 (batch, channels, size, size), channels last in memory."""
+        nhwc = (self.acc.float() * self.scale).view(case.batch, case.size, case.size, case.channels)
+        return nhwc.permute(0, 3, 1, 2)
+
+
+def main() -> None:
+    """Time every case and print the rows."""
+    arguments = _arguments()
+    rows: list[Row] = []
+    for name in arguments.cases:
+        _verify(CASES[name], arguments.bits)
+        for threads in arguments.threads:
+            with step(f"{name}, {threads} threads"):
+                rows += _measured(CASES[name], threads, arguments)
+    finish(arguments, rows, (), engine_isas=list(runtime.available_isas()), groups=GROUPS)
+
+
+def _measured(case: Case, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
+    torch.set_num_threads(threads)
+    x, gradient = Sums.random(case.rows, 0), Sums.random(case.rows, 1)
+    for form in arguments.forms:
+        fused = form == "fused"
+        title = case.name if form == "l1" else f"{case.name}-{form}"
+        ours: dict[tuple[str, int], Work] = {}
+        for isa in arguments.isas:
+            for bits in arguments.bits if fused else (8,):
+                run = _fused(x, gradient, bits) if fused else _module(case, x, gradient, l2=form == "l2")
+                ours[isa, bits] = _on(isa, run)
+        peers = {name: _torch(case, x, gradient, dtype, rectify=fused) for name, dtype in DTYPES.items()}
+        contestants = {f"{isa} {bits}": clock(run) for (isa, bits), run in ours.items()}
+        contestants |= {name: clock(run) for name, run in peers.items()}
+        times = interleave(contestants, effort(arguments, QUICK, FULL))
+        for isa, bits in ours:
+            for peer in peers:
+                yield Row.of(Setting(title, threads, isa, str(bits)), times, f"{isa} {bits}", peer)
+
+
+def _on(isa: str, run: Work) -> Work:
+    """`run` with the kernels of an instruction set."""
+
+    def wrapped() -> Any:
+        os.environ["BITSTRATA_ISA"] = isa
+        return run()
+
+    return wrapped
+
+
+def _norm(channels: int, *, l2: bool) -> QuantizedL1BatchNorm2d:
+    """As `integer_` makes it, with a generator of its own."""
+    rounding = CounterRounding(CounterGenerator(0))
+    return QuantizedL1BatchNorm2d(channels, l1_scale="1" if l2 else "sqrt(pi/2)", l2=l2, rounding=rounding)
+
+
+def _there_and_back(norm: nn.Module, x: Tensor, gradient: Tensor, *, rectify: bool) -> Work:
+    """Forward, and the gradients of x, weight and bias."""
+    leaf = x.clone().requires_grad_()
+    wanted = (leaf, *norm.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        y = norm(leaf)
+        if rectify:
+            y = F.relu(y, inplace=True)
+        return (y, *torch.autograd.grad(y, wanted, gradient))
+
+    return run
+
+
+def _module(case: Case, x: Sums, gradient: Sums, *, l2: bool) -> Work:
+    return _there_and_back(_norm(case.channels, l2=l2), x.real(case), gradient.real(case), rectify=False)
+
+
+def _torch(case: Case, x: Sums, gradient: Sums, dtype: torch.dtype, *, rectify: bool) -> Work:
+    real, back = (sums.real(case).to(dtype) for sums in (x, gradient))
+    return _there_and_back(nn.BatchNorm2d(case.channels), real, back, rectify=rectify)
+
+
+def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
+    """Normalization, rectifier and the codes of the products on both sides, as a fused step computes them."""
+    module = _norm(x.acc.shape[1], l2=False)
+    form, noise = Format(bits, GROUPS), CounterGenerator(1)
+    shape = tuple(x.acc.shape)
+    kept, back = (torch.empty(shape, dtype=torch.int8) for _ in range(2))  # a step's pool keeps all of these
+    out, again, gradient_out = (torch.empty(shape, dtype=torch.uint8) for _ in range(3))
+
+    def codes(norm: Any, to: Tensor) -> Any:
+        return norm.to_codes(array(kept), True, form.bits, form.groups, True, form.absorbed, None, array(to))
+
+    def run() -> tuple[Any, ...]:
+        rule = module.engine_rule()
+        assert rule is not None
+        norm = rule.start(*shape, module.weight, module.bias)
+        parts = (array(x.acc), array(x.scale), array(x.least), array(x.most), array(kept))
+        finite = norm.forward(*parts)
+        module.track(torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation))
+        grid = codes(norm, out)
+        codes(norm, again)
+        incoming = (array(gradient.acc), array(gradient.scale), None, array(kept), True, rule.noise(), array(back))
+        finite = norm.backward(*incoming) and finite
+        affine = norm.weight_gradient, norm.bias_gradient
+        asked = (form.bits, form.groups, form.absorbed, noise.take())
+        gradient_grid = norm.gradient_codes(array(back), array(kept), *asked, array(gradient_out))
+        if not finite:
+            raise SystemExit("fused normalization: not finite")
+        return out, grid, gradient_out, gradient_grid, affine
+
+    return run
+
+
+def _verify(case: Case, widths: tuple[int, ...]) -> None:
+    """SystemExit unless both of our forms give what the definitions do, on two samples of the case."""
+    few = Case(case.name, 2, case.channels, case.size)
+    x, gradient = Sums.random(few.rows, 0), Sums.random(few.rows, 1)
+    real = x.real(few)
+    for l2 in (False, True):
+        norm = _norm(case.channels, l2=l2)
+        rule = norm.engine_rule()
+        assert rule is not None
+        options = {"bits": 8, "eps": rule.eps, "l1_scale": norm.l1_scale, "l2": l2}
+        shaped = (t.detach().view(1, -1, 1, 1) for t in (norm.weight, norm.bias))
+        expected = quantized_norm(real, *shaped, (0, 2, 3), rounding=norm.rounding, **options)[0]
+        if not torch.equal(norm(real), expected):
+            raise SystemExit(f"{case.name}: the normalization (l2={l2}) differs from its definition")
+    for bits in widths:
+        out, grid, gradient_out, gradient_grid, _ = _fused(x, gradient, bits)()
+        codes, back = _by_parts(few, real, gradient.real(few), bits)
+        for name, found, (unit, exponents), wanted in (
+            ("result", out, grid, codes),
+            ("gradient", gradient_out, gradient_grid, back),
+        ):
+            if not torch.equal(_values(found, unit, exponents, bits), wanted):
+                raise SystemExit(f"{case.name}, {bits} bits: the fused {name} differs from that of its parts")
+
+
+def _by_parts(case: Case, x: Tensor, gradient: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantized result and gradient of normalization and rectifier, each computed apart: float64 (rows, channels)."""
+    leaf, norm = x.clone().requires_grad_(), _norm(case.channels, l2=False)
+    rule = norm.engine_rule()
+    assert isinstance(rule, NormRule)
+    y = F.relu(batch_norm(leaf, norm.weight, norm.bias, rule)[0])
+    (back,) = torch.autograd.grad(y, leaf, gradient)
+    quantized = (
+        shift_quantize(y.detach(), bits, GROUPS, 1),
+        shift_quantize(back, bits, GROUPS, 1, rounding="stochastic", generator=CounterGenerator(1)),
+    )
+    values = []
+    for q in quantized:
+        scale = q.scale.double() * torch.exp2(-q.exponents.double())
+        values.append(q.codes.movedim(1, -1).reshape(case.rows).double() * scale)
+    return values[0], values[1]
+
+
+def _values(stored: Tensor, scale: float, exponents: Any, bits: int) -> Tensor:
+    """What stored codes stand for: float64 (rows, channels)."""
+    shifts = -torch.from_numpy(exponents).double()
+    if Format(bits, GROUPS).absorbed:
+        shifts = torch.full_like(shifts, float(1 - GROUPS))
+    return stored.view(torch.int8).double() * (scale * torch.exp2(shifts))
+
+
+def _arguments() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--cases", type=names, help=f"default all: {','.join(CASES)}; with --quick three of them")
+    made.add_argument("--forms", type=names, default=FORMS, help="default all: l1,l2,fused")
+    made.add_argument("--threads", type=numbers, help="default 1,2 as far as there are cores; with --quick 1")
+    made.add_argument("--bits", type=numbers, default=(4,), help="of the products' codes in the fused form, default 4")
+    made.add_argument("--isas", type=names, help="of the engine, default the fastest")
+    arguments = made.parse_args()
+    available = runtime.available_isas()
+    if not available:
+        raise SystemExit("l1norm: the engine is not built here")
+    quick = ("resnet18-64x56x56", "resnet18-512x7x7", "resnet20-16x32x32")
+    arguments.cases = arguments.cases or (quick if arguments.quick else tuple(CASES))
+    arguments.threads = arguments.threads or ((1,) if arguments.quick else (1, 2)[: usable_cores()])
+    arguments.isas = arguments.isas or available[-1:]
+    known = {"cases": tuple(CASES), "forms": FORMS, "bits": tuple(range(2, 9)), "isas": available}
+    for option, choices in known.items():
+        for value in getattr(arguments, option):
+            if value not in choices:
+                made.error(f"--{option}: {value} is not among {', '.join(map(str, choices))}")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
