@@ -175,7 +175,7 @@ def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
     """Normalization, rectifier and the codes of the products on both sides, as a fused step computes them."""
     module = _norm(x.acc.shape[1], l2=False)
     form, noise = Format(bits, GROUPS), CounterGenerator(1)
-    shape = tuple(x.acc.shape)
+    rows, channels = shape = x.acc.shape[0], x.acc.shape[1]
     kept, back = (torch.empty(shape, dtype=torch.int8) for _ in range(2))  # a step's pool keeps all of these
     out, again, gradient_out = (torch.empty(shape, dtype=torch.uint8) for _ in range(3))
 
@@ -185,7 +185,7 @@ def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
     def run() -> tuple[Any, ...]:
         rule = module.engine_rule()
         assert rule is not None
-        norm = rule.start(*shape, module.weight, module.bias)
+        norm = rule.start(rows, channels, module.weight, module.bias)
         parts = (array(x.acc), array(x.scale), array(x.least), array(x.most), array(kept))
         finite = norm.forward(*parts)
         module.track(torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation))

@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --profile --cases resnet20 --threads 1
 
 Every contestant runs forward and cross entropy in training mode, backward, and SGD with momentum on the same batch,
-channels last. Ours: the network after `integer_` with one width for weights, activations and gradients (the first and
-the last layer have eight), and `fuse` where the network is convolutional. Peers: the float network in float32, or under
-bfloat16 autocast.
+activations channels last. Ours: the network after `integer_` with one width for weights, activations and gradients (the
+first and the last layer have eight), and `fuse` where the network is convolutional. Peers: the float network in
+float32, or under bfloat16 autocast.
 
 Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
 rises above the resident set just before the first step, when model, batch and optimizer exist; in 2^20 bytes. What the
@@ -85,12 +85,15 @@ class Contestant:
 
     def __init__(self, case: Case, who: str) -> None:
         torch.manual_seed(0)
-        model = bs.zoo.create(case.network, classes=10).train().to(memory_format=torch.channels_last)
+        model = bs.zoo.create(case.network, classes=10).train()
         images = torch.randn(case.batch, 3, case.side, case.side)
         self.x = images.contiguous(memory_format=torch.channels_last)
         self.targets = torch.arange(case.batch) % 10
         self.who, self.autocast = who, who == "torch-bf16"
-        self.model: nn.Module = model if who in PEERS else _in_integers(model, case, int(who.removeprefix("ours-")))
+        if who in PEERS:  # weights in the layout of the gradients that each side's kernels give, as SGD likes it
+            self.model: nn.Module = model.to(memory_format=torch.channels_last)
+        else:
+            self.model = _in_integers(model, case, int(who.removeprefix("ours-")))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
 
     def loss(self) -> Tensor:
@@ -255,14 +258,15 @@ class Profile:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Time what the package calls of the engine: its functions by their names, Norm and its methods."""
-        own = [(_engine, name) for name in dir(_engine) if not name.startswith("_") and name != "Graph"]
-        methods = [(_engine.Norm, n) for n in dir(_engine.Norm) if not n.startswith("_")]
-        places = [(where, name) for where, name in (*methods, *own) if callable(getattr(where, name))]
+        """Time what the package calls of the engine: its functions, its classes and their methods, by their names."""
+        public = [(_engine, name) for name in dir(_engine) if not name.startswith("_") and name != "Graph"]
+        owners = [getattr(_engine, name) for _, name in public if isinstance(getattr(_engine, name), type)]
+        methods = [(owner, name) for owner in owners for name in dir(owner) if not name.startswith("_")]
+        places = [(where, name) for where, name in (*methods, *public) if callable(getattr(where, name))]
         before = [getattr(where, name) for where, name in places]
         try:
             for (where, name), function in zip(places, before, strict=True):
-                shown = name if where is _engine else f"Norm.{name}"
+                shown = name if where is _engine else f"{where.__name__}.{name}"
                 setattr(where, name, self._timed(shown, self.functions, function))
             yield
         finally:

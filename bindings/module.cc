@@ -107,6 +107,7 @@ NB_MODULE(_engine, m) {
   m.doc() = "Integer graph executor; see bitstrata_runtime.engine for its use.";
   bind_products(m);
   bind_training(m);
+  bind_conv_norm(m);
   m.def("available_isas", &bitstrata::available_isas);
   nb::class_<Graph>(m, "Graph")
       .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)

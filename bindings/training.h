@@ -4,3 +4,6 @@
 
 // Quantization and normalization of a training step.
 void bind_training(nanobind::module_& m);
+
+// A convolution with its normalization as one operation.
+void bind_conv_norm(nanobind::module_& m);

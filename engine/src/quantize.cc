@@ -69,7 +69,7 @@ float scale_of(float range, float largest) {
 
 float inverse_of(float scale) { return scale > 0 ? 1.0f / scale : 0.0f; }
 
-// One output channel of `inner` weights with a scale of its own.
+// So many weights with one scale.
 bool row_codes(const Training& k, const float* weight, int64_t inner, float largest, uint8_t* codes, float* scale) {
   constexpr int64_t kPeriod = 64;
   float ranges[kPeriod] = {}, factor[kPeriod];
@@ -110,10 +110,15 @@ bool column_codes(const Rows& r, const float* weight, int64_t taps, float larges
 }  // namespace
 
 bool weight_codes(const Kernels& kernels, int threads, const float* weight, const WeightShape& s, int bits,
-                  bool by_output, int8_t* codes, float* scale) {
+                  bool by_output, WeightScales scales, int8_t* codes, float* scale) {
   const float largest = static_cast<float>((1 << (bits - 1)) - 1);
   uint8_t* to = reinterpret_cast<uint8_t*>(codes);
   const int64_t inner = s.in * s.taps;
+  if (scales == WeightScales::kTensor) {
+    if (!row_codes(*kernels.training, weight, s.elements(), largest, to, scale)) return false;
+    std::fill_n(scale, by_output ? s.out : s.in * s.groups, *scale);
+    return true;
+  }
   std::atomic<bool> finite{true};
   if (by_output) {
     const int64_t grain = std::max<int64_t>((1 << 15) / inner, 1);

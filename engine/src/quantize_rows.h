@@ -13,7 +13,7 @@ namespace bitstrata {
 
 // Whole pixels; at least kPeriod elements where a pixel has fewer, so that loops over a period are worth their start.
 inline int64_t period_of(int64_t channels) {
-  constexpr int64_t kPeriod = 64;
+  constexpr int64_t kPeriod = 256;
   return channels >= kPeriod ? channels : channels * (kPeriod / channels);
 }
 

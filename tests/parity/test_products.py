@@ -172,7 +172,7 @@ LIMITS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=400, **LIMITS)
+@settings(max_examples=250, **LIMITS)
 @given(case=cases())
 def test_products_equal_int64(isa: str, case: Case) -> None:
     check(case, isa)
@@ -180,7 +180,7 @@ def test_products_equal_int64(isa: str, case: Case) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=4000, **LIMITS)
+@settings(max_examples=2000, **LIMITS)
 @given(case=cases())
 def test_products_equal_int64_long(isa: str, case: Case) -> None:
     check(case, isa)

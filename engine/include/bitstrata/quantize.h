@@ -47,13 +47,15 @@ std::vector<float> channel_ranges(const Rows&, const RealTensor&);
 ShiftGrid shift_codes(const Rows&, const RealTensor&, const ShiftFormat&, const Noise*, uint8_t* out);
 
 // A weight, (out, in / groups, taps), as symmetric codes to nearest with a scale for each output channel, (out,), or, if
-// not `by_output`, for each input channel, (in,). False if it is not finite; then the codes are not written.
+// not `by_output`, for each input channel, (in,); all scales are the same if there is one for the tensor. False if it is
+// not finite; then codes and scales are of no use.
+enum class WeightScales { kChannel, kTensor };
 struct WeightShape {
   int64_t out, in, taps, groups;  // in: of a group
   int64_t elements() const { return out * in * taps; }
 };
 bool weight_codes(const Kernels&, int threads, const float* weight, const WeightShape&, int bits, bool by_output,
-                  int8_t* codes, float* scale);
+                  WeightScales, int8_t* codes, float* scale);
 
 // out = x * scale (+ add), 0 where bits are 0; the range of each channel. add, bits: null for none.
 std::vector<float> join(const Rows&, const RealTensor&, const float* add, const uint8_t* bits, float* out);

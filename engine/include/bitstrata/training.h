@@ -11,9 +11,9 @@
 
 namespace bitstrata {
 
-// Stochastic rounding of a float z in [-127, 127], or [0, 255]: ((int32)((z + 128) * 2^16) + k >> 16) - 128, with k 16 random bits.
+// Stochastic rounding of a float z in [-128, 384): (int32((z + 128) * 2^16) + k >> 16) - 128, with k 16 random bits.
 // Those of element i are half h of word w of Philox4x32-7 at counter (j low, j high, stream low, stream high) under the
-// key (seed low, seed high), where j = i / 128 * 16 + i % 16, w = i / 16 % 4, h = i / 64 % 2, half 0 being the low one.
+// key (seed low, seed high), where j = i / 128 * 16 + i % 32 / 2, w = i / 32 % 4, h = i % 2, half 0 being the low one.
 struct Noise {
   uint64_t seed = 0, stream = 0;
   int64_t start = 0;  // number of the first element

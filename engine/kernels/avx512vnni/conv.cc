@@ -11,6 +11,7 @@
 #include "../common/unroll.h"
 #include "../common/weight_form.h"
 #include "avx512vnni.h"
+#include "conv_narrow.h"
 #include "stage.h"
 
 namespace bitstrata {
@@ -256,11 +257,28 @@ int32_t window_sum(const ConvShape& s, const Packed& p, const uint8_t* staged, i
   return static_cast<int32_t>(sum * static_cast<uint32_t>(p.form.add));
 }
 
+// Output rows [row_begin, row_end), where NarrowConv fits.
+void run_narrow(const ConvShape& s, const Packed& p, const uint8_t* base, const uint8_t* rows, int32_t* out,
+                int64_t row_begin, int64_t row_end) {
+  const int32_t* correction = reinterpret_cast<const int32_t*>(base);
+  const __m512i* weights = reinterpret_cast<const __m512i*>(base + p.weights_at);
+  const int64_t lanes = p.stage.lanes;
+  for (int64_t y = row_begin; y < row_end; ++y)
+    for (int64_t group = 0; group < s.groups; ++group)
+      NarrowConv::convolve({rows + y * s.stride_h * p.row_bytes + group * p.stage.columns * lanes, lanes,
+                            p.runs.row_step, s.kernel_h, weights + group * p.steps,
+                            _mm512_loadu_si512(correction + group * kLanes),
+                            static_cast<__mmask16>((1u << s.group_out()) - 1),
+                            out + y * s.out_w * s.out_c + group * s.group_out(), s.out_c},
+                           s.out_w);
+}
+
 template <bool kDirect>
 void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
   const Packed p(s, kDirect);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const uint8_t* rows = static_cast<const uint8_t*>(staged);
+  if (!kDirect && p.form.whole && NarrowConv::fits(s)) return run_narrow(s, p, base, rows, out, row_begin, row_end);
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
   const __m512i* weights = reinterpret_cast<const __m512i*>(base + p.weights_at);
   const uint8_t* window[kTile];

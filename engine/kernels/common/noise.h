@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __AVX512DQ__
+#if defined(__AVX512DQ__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -19,63 +19,79 @@ constexpr int64_t kNoiseChunk = 4096;  // elements at a time
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 
-#ifdef __AVX512DQ__
+// Counters in the low halves of 64-bit lanes; the upper halves hold what nothing reads.
+#if defined(__AVX512DQ__)
+struct Lanes {
+  static constexpr int kCount = 8;
+  static Lanes all(uint64_t v) { return {_mm512_set1_epi64(static_cast<int64_t>(v))}; }
+  static Lanes every_second(uint64_t first) {
+    const __m512i steps = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    return {_mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), steps)};
+  }
+  Lanes times(Lanes o) const { return {_mm512_mul_epu32(v, o.v)}; }
+  Lanes high() const { return {_mm512_srli_epi64(v, 32)}; }
+  static Lanes mixed(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
+  // Words of this and of `odd` in turn.
+  void store(Lanes odd, uint16_t* to) const {
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi32(0xAAAA, v, _mm512_slli_epi64(odd.v, 32)));
+  }
+  __m512i v;
+};
+#elif defined(__AVX2__)
+struct Lanes {
+  static constexpr int kCount = 4;
+  static Lanes all(uint64_t v) { return {_mm256_set1_epi64x(static_cast<int64_t>(v))}; }
+  static Lanes every_second(uint64_t first) {
+    return {_mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 2, 4, 6))};
+  }
+  Lanes times(Lanes o) const { return {_mm256_mul_epu32(v, o.v)}; }
+  Lanes high() const { return {_mm256_srli_epi64(v, 32)}; }
+  static Lanes mixed(Lanes a, Lanes b, Lanes c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+  void store(Lanes odd, uint16_t* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi32(v, _mm256_slli_epi64(odd.v, 32), 0xAA));
+  }
+  __m256i v;
+};
+#else
+struct Lanes {
+  static constexpr int kCount = 1;
+  static Lanes all(uint64_t v) { return {v}; }
+  static Lanes every_second(uint64_t first) { return {first}; }
+  Lanes times(Lanes o) const { return {(v & 0xFFFFFFFF) * (o.v & 0xFFFFFFFF)}; }
+  Lanes high() const { return {v >> 32}; }
+  static Lanes mixed(Lanes a, Lanes b, Lanes c) { return {a.v ^ b.v ^ c.v}; }
+  void store(Lanes odd, uint16_t* to) const {
+    to[0] = static_cast<uint16_t>(v), to[1] = static_cast<uint16_t>(v >> 16);
+    to[2] = static_cast<uint16_t>(odd.v), to[3] = static_cast<uint16_t>(odd.v >> 16);
+  }
+  uint64_t v;
+};
+#endif
 
-// Eight counters in the low halves of 64-bit lanes; the upper halves hold what nothing reads.
-inline void philox_eight(__m512i c0, __m512i c1, __m512i c2, __m512i c3, uint32_t k0, uint32_t k1, __m512i* out) {
-  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+// The four words of the counters from `first` on, every second one.
+inline void philox(const Noise& n, uint64_t first, Lanes* words) {
+  const Lanes m0 = Lanes::all(kPhiloxM0), m1 = Lanes::all(kPhiloxM1);
+  Lanes c0 = Lanes::every_second(first), c1 = c0.high(), c2 = Lanes::all(n.stream), c3 = Lanes::all(n.stream >> 32);
+  uint32_t k0 = static_cast<uint32_t>(n.seed), k1 = static_cast<uint32_t>(n.seed >> 32);
   for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-    const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), 0x96);
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), 0x96);
+    const Lanes p0 = c0.times(m0), p1 = c2.times(m1);
+    c0 = Lanes::mixed(p1.high(), c1, Lanes::all(k0));
+    c2 = Lanes::mixed(p0.high(), c3, Lanes::all(k1));
     c1 = p1;
     c3 = p0;
   }
-  out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
 inline void noise_block(const Noise& n, int64_t block, uint16_t* out) {
-  const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int half = 0; half < 2; ++half) {
-    const __m512i j = _mm512_add_epi64(_mm512_set1_epi64(block * 16 + half * 8), lanes);
-    __m512i words[4];
-    philox_eight(j, _mm512_srli_epi64(j, 32), _mm512_set1_epi64(static_cast<int64_t>(n.stream & 0xFFFFFFFF)),
-                 _mm512_set1_epi64(static_cast<int64_t>(n.stream >> 32)), static_cast<uint32_t>(n.seed),
-                 static_cast<uint32_t>(n.seed >> 32), words);
-    for (int w = 0; w < 4; ++w) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + w * 16 + half * 8), _mm512_cvtepi64_epi16(words[w]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 64 + w * 16 + half * 8),
-                       _mm512_cvtepi64_epi16(_mm512_srli_epi64(words[w], 16)));
-    }
+  for (int first = 0; first < 16; first += 2 * Lanes::kCount) {
+    Lanes even[4], odd[4];
+    const uint64_t counter = static_cast<uint64_t>(block) * 16 + static_cast<uint64_t>(first);
+    philox(n, counter, even);
+    philox(n, counter + 1, odd);
+    for (int w = 0; w < 4; ++w) even[w].store(odd[w], out + w * 32 + first * 2);
   }
 }
-
-#else
-
-inline void noise_block(const Noise& n, int64_t block, uint16_t* out) {
-  uint64_t c0[16], c1[16], c2[16], c3[16];
-  for (int l = 0; l < 16; ++l) {
-    const uint64_t j = static_cast<uint64_t>(block * 16 + l);
-    c0[l] = j & 0xFFFFFFFF, c1[l] = j >> 32, c2[l] = n.stream & 0xFFFFFFFF, c3[l] = n.stream >> 32;
-  }
-  uint32_t k0 = static_cast<uint32_t>(n.seed), k1 = static_cast<uint32_t>(n.seed >> 32);
-  for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1)
-    for (int l = 0; l < 16; ++l) {
-      const uint64_t p0 = (c0[l] & 0xFFFFFFFF) * kPhiloxM0, p1 = (c2[l] & 0xFFFFFFFF) * kPhiloxM1;
-      c0[l] = (p1 >> 32) ^ c1[l] ^ k0;
-      c2[l] = (p0 >> 32) ^ c3[l] ^ k1;
-      c1[l] = p1 & 0xFFFFFFFF;
-      c3[l] = p0 & 0xFFFFFFFF;
-    }
-  const uint64_t* words[4] = {c0, c1, c2, c3};
-  for (int w = 0; w < 4; ++w)
-    for (int l = 0; l < 16; ++l) {
-      out[w * 16 + l] = static_cast<uint16_t>(words[w][l]);
-      out[64 + w * 16 + l] = static_cast<uint16_t>(words[w][l] >> 16);
-    }
-}
-
-#endif
 
 // The bits of elements start to start + count - 1, count <= kNoiseChunk; buffer: of kNoiseBuffer elements.
 constexpr int64_t kNoiseBuffer = kNoiseChunk + 2 * kNoiseBlock;

@@ -392,17 +392,19 @@ void gradient_codes_with(const In* g, const int8_t* x, int64_t count, int64_t pe
                          float bound, const Noise* noise, const PassArgs& p, int8_t* out) {
   each_noisy_stretch<kNoisy>(count, period, noise, [&](int64_t at, int64_t c, int64_t n, const uint16_t* bits) {
     const In* from = g + at;
-    const int8_t* codes = x + at;
     const float* s = scale + (kScaled ? c : 0);
-    const int8_t* first = p.first + c;
-    const int8_t* last = p.last + c;
     int8_t* to = out + at;
     const float by = inverse, most = bound;  // copies: a store of bytes might change what a reference refers to
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
       const float value = kScaled ? to_float(from[j]) * s[j] : to_float(from[j]);
-      const float z = passing(value * by, codes[j], first[j], last[j]);
-      to[j] = static_cast<int8_t>(code_of<kNoisy>(z, -most, most, kNoisy ? bits[j] : 0));
+      to[j] = static_cast<int8_t>(code_of<kNoisy>(value * by, -most, most, kNoisy ? bits[j] : 0));
+    }
+    const int8_t *codes = x + at, *first = p.first + c, *last = p.last + c;
+    BITSTRATA_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) {  // bytes alone make the longest vectors
+      const int8_t passing = static_cast<int8_t>(-((codes[j] >= first[j]) & (codes[j] <= last[j])));
+      to[j] = static_cast<int8_t>(to[j] & passing);
     }
   });
 }
@@ -452,7 +454,8 @@ void gradient_codes(const In* g, const int8_t* x, int64_t count, int64_t period,
 }
 
 inline float l1_gradient_at(int8_t g, int8_t h, float coefficient, float negative, float zero, float positive) {
-  const float constant = h < 0 ? negative : h > 0 ? positive : zero;
+  const float side = static_cast<float>(h);
+  const float constant = side < 0 ? negative : side > 0 ? positive : zero;
   return coefficient * static_cast<float>(g) - constant;
 }
 

@@ -39,10 +39,10 @@ def kept(model: nn.Module, *, training: bool | None) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in parameters:
                 _put_back(parameter, value)
-            for module, name, buffer, value in buffers:
+            for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer
-                if buffer is not None and value is not None:
-                    _put_back(buffer, value)
+                if buffer is not None and content is not None:
+                    _put_back(buffer, content)
         load_noise_state_(model, noise)
 
 

@@ -96,7 +96,7 @@ def _panels(figure: Any, results: Mapping[str, Landscape], form: str, low: float
     for axes, (name, result) in zip(panels, results.items(), strict=True):
         values = np.ma.masked_invalid(_drawn(result, high))
         if form == "surface":
-            x, y = np.meshgrid(result.x, result.y)
+            x, y = np.meshgrid(result.x, np.asarray(result.y))
             drawn = axes.plot_surface(
                 x, y, values.filled(np.nan), cmap="viridis", vmin=low, vmax=high, rcount=60, ccount=60, linewidth=0
             )

@@ -1,6 +1,7 @@
 """What stochastic rounding adds to the gradients that arrive at layers, under quantizers of different granularity.
 
-Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer training", section 4.1, appendix B, figure 10.
+Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer training", section 4.1, appendix B, figure
+10.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fused import FusedNetwork
 from ..integer.groups import channel_ranges, check_groups
 from ..integer.peers import channel_steps, quantization_variance
 from ..integer.shiftquant import check_bits
@@ -113,22 +115,28 @@ def gradient_variance(
         training: True or False for that mode of the model in the pass; None leaves every module in the mode it has.
 
     Raises:
-        ValueError: bits or groups out of range; no parameter needs a gradient; no layer got one; a gradient is not
-            finite, with the name of the layer.
+        ValueError: bits or groups out of range; a fused network; no parameter needs a gradient; no layer got one; a
+            gradient is not finite, with the name of the layer.
     """
     check_bits(bits, "gradient_variance")
     wanted = tuple(dict.fromkeys(groups))
     for number in wanted:
         check_groups(number, "gradient_variance")
+    if any(isinstance(module, FusedNetwork) for module in model.modules()):
+        raise ValueError(
+            "gradient_variance: the layers of a fused network do not run one by one; give the network it was made of, "
+            "its attribute `model`"
+        )
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(f"gradient_variance: no parameter of {type(model).__name__} needs a gradient")
     with kept(model, training=training), torch.enable_grad(), _watching(model) as seen:
         torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+    _refuse_not_finite(seen)
     layers, missed = {}, []
     for name, (axis, gradients) in seen.items():
         if gradients:
-            layers[name] = _measured(name, gradients, axis, bits, wanted)
+            layers[name] = _measured(gradients, axis, bits, wanted)
         else:
             missed.append(name)
     if not layers:
@@ -146,7 +154,7 @@ Seen = dict[str, tuple[int, list[Tensor]]]
 def _watching(model: nn.Module) -> Iterator[Seen]:
     """Name -> (axis of the channels, gradients of the output), filled as a backward pass runs."""
     seen: Seen = {}
-    handles, wrapped = [], []
+    handles, wrapped, watched = [], [], {}
 
     def watch(name: str, axis: int, output: Any) -> None:
         entry = seen.setdefault(name, (axis, []))
@@ -176,7 +184,10 @@ def _watching(model: nn.Module) -> Iterator[Seen]:
             axis = next((axis for kind, axis in AXES.items() if isinstance(module, kind)), None)
             if axis is not None and id(module) not in inside:
                 handles.append(module.register_forward_hook(after(name, axis)))
+                watched[name] = axis
         yield seen
+        for name, axis in watched.items():  # those that did not run, behind those that did
+            seen.setdefault(name, (axis, []))
     finally:
         for handle in handles:
             handle.remove()
@@ -184,7 +195,13 @@ def _watching(model: nn.Module) -> Iterator[Seen]:
             del module.__dict__["_product"]
 
 
-def _measured(name: str, gradients: list[Tensor], axis: int, bits: int, groups: tuple[int, ...]) -> LayerVariance:
+def _refuse_not_finite(seen: Seen) -> None:
+    for name, (_, gradients) in reversed(seen.items()):  # the one nearest to the loss is the cause
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise ValueError(f"gradient_variance: the gradient at layer {name!r} contains NaN or infinity")
+
+
+def _measured(gradients: list[Tensor], axis: int, bits: int, groups: tuple[int, ...]) -> LayerVariance:
     channels = gradients[0].shape[axis]
     quantizers = [("tensor", 1), ("channel", channels), *((kind, n) for kind in ("shift", "optimal") for n in groups)]
     variance, bound = dict.fromkeys(quantizers, 0.0), dict.fromkeys(quantizers, 0.0)
@@ -192,8 +209,6 @@ def _measured(name: str, gradients: list[Tensor], axis: int, bits: int, groups: 
     for gradient in gradients:
         if gradient.numel() == 0:
             continue
-        if not bool(gradient.isfinite().all()):
-            raise ValueError(f"gradient_variance: the gradient at layer {name!r} contains NaN or infinity")
         spreads.append(_spread(channel_ranges(gradient.float(), axis)))
         for kind, number in quantizers:
             count = number if kind in ("shift", "optimal") else 1

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..nn.integer_layers import IntegerLayer
+from ..nn.l1_norm import QuantizedL1BatchNorm
 from .plan import Planner, trace
 from .pool import Pool
 from .units import ConvNorm, Step, Unit
-from .values import NotFinite, Plain, Real, Value
+from .values import NotFiniteError, Plain, Real, Value
 
 
 class FusedNetwork(nn.Module):
@@ -79,6 +80,7 @@ class FusedNetwork(nn.Module):
                 value = step.env[name]
                 if isinstance(value, Value):
                     value.forget()
+        _track(step)
         return step, step.env[self._output]
 
     def _skip(self) -> bool:
@@ -100,6 +102,23 @@ def _last_reads(units: list[Unit], output: str) -> dict[int, list[str]]:
         if name != output:
             out.setdefault(i, []).append(name)
     return out
+
+
+def _track(step: Step) -> None:
+    """Running statistics of all normalizations, moved at once where they share a momentum."""
+    by_momentum: dict[float | None, list[tuple[QuantizedL1BatchNorm, Any]]] = {}
+    for norm, found in step.statistics:
+        by_momentum.setdefault(norm.momentum, []).append((norm, found))
+    for momentum, group in by_momentum.items():
+        if momentum is None or len({id(norm) for norm, _ in group}) < len(group):
+            for norm, found in group:
+                norm.track(torch.from_numpy(found.mean), torch.from_numpy(found.deviation))
+            continue
+        running = [t for norm, _ in group for t in (norm.running_mean, norm.running_deviation)]
+        batch = [torch.from_numpy(a) for _, found in group for a in (found.mean, found.deviation)]
+        torch._foreach_mul_(running, 1 - momentum)
+        torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
+        torch._foreach_add_([norm.num_batches_tracked for norm, _ in group], 1)
 
 
 class _Step(torch.autograd.Function):
@@ -158,4 +177,4 @@ def fuse(model: nn.Module) -> FusedNetwork:
     return FusedNetwork(model)
 
 
-__all__ = ["FusedNetwork", "NotFinite", "fuse"]
+__all__ = ["FusedNetwork", "NotFiniteError", "fuse"]

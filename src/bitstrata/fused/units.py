@@ -15,11 +15,10 @@ from bitstrata_runtime import _engine
 from ..integer.convolution import Geometry
 from ..integer.engine_codes import array, best_isa, noise_of
 from ..integer.engine_norm import NormRule
-from ..integer.linear import WeightCodes
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .pool import Pool
-from .values import Codes, Format, Normed, NotFinite, Plain, Real, Shape, Value
+from .values import Format, Normed, NotFiniteError, Plain, Real, Value
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
@@ -27,12 +26,17 @@ Backward = Callable[["Step"], None]
 
 @dataclass
 class Step:
-    """One pass. gradients: of parameters, by identity; tape: what the units do in the backward pass, in forward order."""
+    """One pass.
+
+    env: values by node. tape: what the units do in the backward pass, in forward order. gradients: of parameters, by
+    identity. statistics: normalizations with what the engine found of their batches.
+    """
 
     pool: Pool
     env: Env = field(default_factory=dict)
     tape: list[Backward] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    statistics: list[tuple[QuantizedL1BatchNorm, Any]] = field(default_factory=list)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to a parameter's gradient."""
@@ -51,82 +55,9 @@ class Unit(ABC):
         """Compute the result into step.env, and put the backward pass on the tape."""
 
 
-def product_geometry(geometry: Geometry) -> tuple[Any, ...]:
-    """Stride, dilation, padding (top, bottom, left, right) and groups, as the engine takes them."""
-    planar = geometry.planar(2)
-    (top, left) = planar["padding"]
-    return planar["stride"], planar["dilation"], (top, top, left, left), geometry.groups
-
-
-class Convolution:
-    """The three products of one layer, between values."""
-
-    def __init__(self, layer: IntegerConv2d) -> None:
-        self.layer = layer
-        rule = layer.rule
-        self.inputs, self.gradients = Format(rule.a, rule.shift_groups), Format(rule.g, rule.shift_groups)
-        self.geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    def _weight(self, side: str) -> WeightCodes:
-        try:
-            return self.layer.rule.quantize_weight(self.layer.weight, side, self.layer.groups)
-        except ValueError as error:
-            raise ValueError(f"{self.layer.state.name}: weight {tuple(self.layer.weight.shape)}: {error}") from error
-
-    def _tail(self) -> tuple[Any, ...]:
-        return *product_geometry(self.geometry), best_isa(), torch.get_num_threads()
-
-    def forward(self, x: Value, pool: Pool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Accumulators int32 (samples, height, width, channels), their channels' scales, least and largest."""
-        codes, w = x.codes(self.inputs), self._weight("out")
-        size = self.geometry.output(x.shape[1:3], tuple(w.codes.shape[2:]))
-        channels = w.codes.shape[0]
-        acc = pool.take((x.shape[0], size[0], size[1], channels), torch.int32)
-        low, high = torch.empty(2, channels, dtype=torch.int32).unbind()
-        _engine.conv_forward(
-            array(codes.data),
-            codes.range,
-            array(w.codes),
-            *self._tail(),
-            shift=array(codes.shift),
-            acc=array(acc),
-            lo=array(low),
-            hi=array(high),
-        )
-        return acc, (codes.unit * w.scale.double()).float(), low, high
-
-    def backward(self, gradient: Codes, x: Value, step: Step) -> None:
-        """The input's gradient to x, the weight's to the step."""
-        if x.wanted:
-            w = self._weight("in")
-            acc = step.pool.take(x.shape, torch.int32)
-            _engine.conv_input_grad(
-                array(gradient.data),
-                gradient.range,
-                array(w.codes),
-                *self._tail(),
-                shift=array(gradient.shift),
-                acc=array(acc),
-            )
-            x.gradient.products.append((acc.view(x.rows), (gradient.unit * w.scale.double()).float()))
-        weight = self.layer.weight
-        if weight.requires_grad:
-            codes = x.codes(self.inputs)
-            out = torch.empty(weight.shape)
-            _engine.conv_weight_grad(
-                array(gradient.data),
-                array(codes.data),
-                *self._tail(),
-                values=array(out),
-                out_factor=array(gradient.channel_scales()),
-                in_factor=array(codes.channel_scales()),
-            )
-            step.add(weight, out.to(weight.dtype))
-
-
 @dataclass
 class ConvNorm(Unit):
-    """Convolution, quantized normalization, and a rectifier or none; the sums in between are never floats."""
+    """Convolution, quantized normalization, and a rectifier or none; what lies between stays integers."""
 
     reads: tuple[str, ...]
     result: str
@@ -135,69 +66,122 @@ class ConvNorm(Unit):
     name: str  # of the normalization
     rectified: bool
 
-    def run(self, step: Step) -> None:
-        x: Value = step.env[self.reads[0]]
-        conv, pool, rule = Convolution(self.conv), step.pool, self._rule()
-        try:
-            acc, scale, low, high = conv.forward(x, pool)
-        except NotFinite as error:
-            raise NotFinite(f"{self.conv.state.name}: {error}") from error
-        shape: Shape = (acc.shape[0], acc.shape[1], acc.shape[2], acc.shape[3])
-        rows = (shape[0] * shape[1] * shape[2], shape[3])
-        norm = rule.start(*rows, self.norm.weight, self.norm.bias)
-        inputs = pool.take(rows, torch.int8)
-        if not norm.forward(array(acc.view(rows)), array(scale), array(low), array(high), array(inputs)):
-            raise NotFinite(f"{self.conv.state.name}: its result is beyond the range of float32")
-        pool.give(acc)
-        self.norm.track(torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation))
-        value = Normed(norm, inputs, self.rectified, shape, pool)
-        step.env[self.result] = value
-        step.tape.append(lambda s: self._backward(s, conv, x, value))
+    def __post_init__(self) -> None:
+        self._made: tuple[Any, Any] = (None, None)
 
-    def _rule(self) -> NormRule:
-        rule = self.norm.engine_rule()
+    def _unit(self) -> tuple[Any, NormRule, Geometry]:
+        """The engine's operation for the layer's present rule, the normalization's rule, the geometry."""
+        rule, layer = self.norm.engine_rule(), self.conv
         if rule is None:
             raise ValueError(
                 f"{type(self.norm).__name__} {self.name!r}: its rounding was exchanged; fuse the model again"
             )
-        return rule
+        geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+        key = (layer.rule, geometry, rule.bits, rule.l2, rule.eps, rule.factor)
+        if self._made[0] != key:
+            planar = geometry.planar(2)
+            unit = _engine.ConvNorm(
+                planar["stride"],
+                planar["dilation"],
+                planar["padding"],
+                layer.groups,
+                layer.rule.w,
+                layer.rule.method == "tensor",
+                *key[2:],
+            )
+            self._made = (key, unit)
+        return self._made[1], rule, geometry
 
-    def _backward(self, step: Step, conv: Convolution, x: Value, value: Normed) -> None:
+    def run(self, step: Step) -> None:
+        x: Value = step.env[self.reads[0]]
+        unit, _, geometry = self._unit()
+        layer, norm, pool = self.conv, self.norm, step.pool
+        try:
+            codes = x.codes(Format(layer.rule.a, layer.rule.shift_groups))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{layer.state.name}: {error}") from error
+        weight = layer.weight
+        height, width = geometry.output(x.shape[1:3], (weight.shape[2], weight.shape[3]))
+        shape = (x.shape[0], height, width, weight.shape[0])
+        acc = pool.take(shape, torch.int32)
+        inputs = pool.take((shape[0] * height * width, shape[3]), torch.int8)
+        made, lost = unit.forward(
+            array(codes.data),
+            codes.range,
+            codes.unit,
+            codes.shift,
+            array(weight),
+            array(norm.weight),
+            array(norm.bias),
+            array(acc),
+            array(inputs),
+            best_isa(),
+            torch.get_num_threads(),
+        )
+        pool.give(acc)
+        if made is None:
+            raise NotFiniteError(f"{layer.state.name}: its {'weight' if lost == 'weight' else 'result'} is not finite")
+        step.statistics.append((norm, made))
+        value = Normed(made, inputs, self.rectified, shape, pool)
+        step.env[self.result] = value
+        step.tape.append(lambda s: self._backward(s, x, value))
+
+    def _backward(self, step: Step, x: Value, value: Normed) -> None:
         if not value.gradient:
             value.release()
             return
-        pool, norm, layer = step.pool, value.norm, self.conv
-        codes = pool.take(value.rows, torch.int8)
+        unit, rule, _ = self._unit()
+        layer, norm, pool = self.conv, self.norm, step.pool
         single = value.gradient.single()
         real, scale = single if single is not None else (value.gradient.total(pool)[0], None)
-        noise = self._rule().noise()
         known = None if self.rectified or single is None else value.gradient.range
-        parts = (array(real), array(scale), known, array(value.inputs), self.rectified, noise, array(codes))
-        if not norm.backward(*parts):
-            raise NotFinite(f"{type(self.norm).__name__} {self.name!r}: its gradient contains NaN or infinity")
-        if single is None:
-            pool.give(real)
-        for parameter, gradient in ((self.norm.weight, norm.weight_gradient), (self.norm.bias, norm.bias_gradient)):
-            if parameter is not None and parameter.requires_grad:
-                step.add(parameter, torch.from_numpy(gradient).to(parameter.dtype))
-        form = conv.gradients
-        out = pool.take(value.shape, torch.uint8)
-        noise = noise_of(layer.rule.grad_rounding, layer.state.noise)
-        unit, exponents = norm.gradient_codes(
-            array(codes),
+        form = Format(layer.rule.g, layer.rule.shift_groups)
+        codes = x.codes(Format(layer.rule.a, layer.rule.shift_groups))
+        scratch, products = pool.take(value.rows, torch.int8), pool.take(value.shape, torch.uint8)
+        sums = pool.take(x.shape, torch.int32) if x.wanted else None
+        factor = torch.empty(x.shape[3]) if x.wanted else None
+        of_weight = torch.empty(layer.weight.shape) if layer.weight.requires_grad else None
+        lost = unit.backward(
+            value.norm,
             array(value.inputs),
+            array(real),
+            array(scale),
+            known,
+            self.rectified,
+            rule.noise(),
             form.bits,
             form.groups,
             form.absorbed,
-            noise,
-            array(out.view(value.rows)),
+            noise_of(layer.rule.grad_rounding, layer.state.noise),
+            array(codes.data),
+            codes.range,
+            codes.shift,
+            codes.channel_scales(),
+            array(layer.weight),
+            array(scratch),
+            array(products),
+            array(sums),
+            array(factor),
+            array(of_weight),
+            best_isa(),
+            torch.get_num_threads(),
         )
-        pool.give(codes)
+        if single is None:
+            pool.give(real)
+        pool.give(scratch)
+        pool.give(products)
         value.release()
-        if unit != unit:
-            raise NotFinite(f"{layer.state.name}: its gradient contains NaN or infinity")
-        conv.backward(Codes(out.view(torch.int8), unit, exponents, form), x, step)
-        pool.give(out)
+        if lost:
+            owner = f"{type(norm).__name__} {self.name!r}" if lost == "norm" else layer.state.name
+            what = "weight" if lost == "weight" else "gradient"
+            raise NotFiniteError(f"{owner}: its {what} contains NaN or infinity")
+        for parameter, gradient in ((norm.weight, value.norm.weight_gradient), (norm.bias, value.norm.bias_gradient)):
+            if parameter is not None and parameter.requires_grad:
+                step.add(parameter, torch.from_numpy(gradient))
+        if sums is not None and factor is not None:
+            x.gradient.products.append((sums.view(x.rows), factor))
+        if of_weight is not None:
+            step.add(layer.weight, of_weight)
 
 
 @dataclass

@@ -6,6 +6,7 @@ A tensor is rows of channels: (samples * height * width, channels), contiguous.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from .pool import Pool
 Shape = tuple[int, int, int, int]
 
 
-class NotFinite(ValueError):
+class NotFiniteError(ValueError):
     """An activation or a gradient is NaN or infinite."""
 
 
@@ -64,11 +65,11 @@ class Codes:
         return self.scale * 2.0 ** (1 - self.format.groups)
 
     @property
-    def shift(self) -> Tensor | None:
+    def shift(self) -> NDArray[np.uint8] | None:
         """Shifts that the product has to apply: uint8 (channels,); None if the codes have absorbed them."""
         if self.format.absorbed:
             return None
-        return torch.from_numpy((self.format.groups - 1 - self.exponents).astype(np.uint8))
+        return (self.format.groups - 1 - self.exponents).astype(np.uint8)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -76,11 +77,11 @@ class Codes:
         top = self.format.largest
         return (0 if self.data.dtype == torch.uint8 else -top, top)
 
-    def channel_scales(self) -> Tensor:
+    def channel_scales(self) -> NDArray[np.float64]:
         """What 1 of each channel's stored code stands for: float64 (channels,)."""
         if self.format.absorbed:
-            return torch.full((len(self.exponents),), self.unit, dtype=torch.float64)
-        return torch.from_numpy(self.scale * np.exp2(-self.exponents.astype(np.float64)))
+            return np.full(len(self.exponents), self.unit)
+        return self.scale * np.exp2(-self.exponents.astype(np.float64))
 
 
 @dataclass
@@ -205,8 +206,8 @@ class Real(Value):
             best_isa(),
             torch.get_num_threads(),
         )
-        if scale != scale:
-            raise NotFinite("its activation contains NaN or infinity")
+        if math.isnan(scale):
+            raise NotFiniteError("its activation contains NaN or infinity")
         return Codes(out.view(torch.int8), scale, exponents, form)
 
     def _make_real(self) -> Tensor:

@@ -57,8 +57,8 @@ def random_bits(seed: int, stream: int, start: int, count: int, device: torch.de
     """Random bits of elements start..start + count - 1 of a stream: int64 (count,), each in 0..2^16 - 1.
 
     Those of element i are half h of word w of Philox4x32-7 at counter (j low, j high, stream low, stream high), each of
-    32 bits, under the key (seed low, seed high), with j = i div 128 * 16 + i mod 16, w = i div 16 mod 4, and h = i div
-    64 mod 2, half 0 being the low one: an order that suits vectors of sixteen.
+    32 bits, under the key (seed low, seed high), with j = i div 128 * 16 + i mod 32 div 2, w = i div 32 mod 4, and h = i
+    mod 2, half 0 being the low one: an order that suits vectors.
 
     Raises:
         ValueError: seed or stream outside 0..2^64 - 1, or a negative start or count.
@@ -69,7 +69,7 @@ def random_bits(seed: int, stream: int, start: int, count: int, device: torch.de
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
     first, last = start // BLOCK, (start + count - 1) // BLOCK + 1
-    out = torch.empty(last - first, 2, 4, 16, dtype=torch.int64, device=device)
+    out = torch.empty(last - first, 4, 16, 2, dtype=torch.int64, device=device)
     key = (seed & MASK, seed >> 32)
     for begin in range(first, last, CHUNK):
         end = min(begin + CHUNK, last)
@@ -77,8 +77,8 @@ def random_bits(seed: int, stream: int, start: int, count: int, device: torch.de
         high = torch.full_like(j, stream >> 32)
         words = philox4x32(torch.stack((j & MASK, j >> 32, torch.full_like(j, stream & MASK), high)), key, ROUNDS)
         by_block = words.reshape(4, end - begin, 16).transpose(0, 1)
-        out[begin - first : end - first, 0] = by_block & (RESOLUTION - 1)
-        out[begin - first : end - first, 1] = by_block >> 16
+        out[begin - first : end - first, ..., 0] = by_block & (RESOLUTION - 1)
+        out[begin - first : end - first, ..., 1] = by_block >> 16
     return out.reshape(-1)[start - BLOCK * first :][:count]
 
 
