@@ -57,9 +57,9 @@ $(VENV)/.train: $(VENV)/.base $(SETUP)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base $(SETUP)
-	$(INSTALL) '.[train,test]'
+	$(INSTALL) '.[train,tasks,test]'
 	touch $@ $(VENV)/.train
 
 $(VENV)/.all: $(VENV)/.base $(SETUP)
-	$(INSTALL) '.[train,test,bench]'
+	$(INSTALL) '.[train,tasks,test,bench]'
 	touch $@ $(VENV)/.train $(VENV)/.test

@@ -45,6 +45,30 @@ bool weight_codes(In<float, 3> weight, int64_t groups, int bits, bool by_output,
                                  codes.data(), scale.data());
 }
 
+void check_pack(size_t codes, size_t packed, int width, int threads) {
+  if (width < 2 || width > 8) fail("width must be in 2..8, got " + std::to_string(width));
+  if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
+  if (packed != (codes * static_cast<size_t>(width) + 7) / 8)
+    fail(std::to_string(codes) + " codes of " + std::to_string(width) + " bits do not take " + std::to_string(packed) +
+         " bytes");
+}
+
+void pack_codes(In<uint8_t, 1> codes, int width, Out<uint8_t, 1> out, const std::string& isa, int threads) {
+  check_pack(codes.shape(0), out.shape(0), width, threads);
+  const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  bitstrata::pack_codes(kernels, threads, codes.data(), static_cast<int64_t>(codes.shape(0)), width, out.data());
+}
+
+void unpack_codes(In<uint8_t, 1> packed, int width, bool is_signed, Out<uint8_t, 1> out, const std::string& isa,
+                  int threads) {
+  check_pack(out.shape(0), packed.shape(0), width, threads);
+  const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  bitstrata::unpack_codes(kernels, threads, packed.data(), static_cast<int64_t>(out.shape(0)), width, is_signed,
+                          out.data());
+}
+
 nb::ndarray<nb::numpy, float> channel_ranges(Matrix x, const std::string& isa, int threads) {
   const Rows rows = rows_of(isa, threads, x);
   const RealTensor t = real(x, std::nullopt);
@@ -80,6 +104,9 @@ nb::ndarray<nb::numpy, float> join(Matrix x, Vector scale, std::optional<In<floa
 void bind_training(nb::module_& m) {
   nb::set_leak_warnings(false);  // a graph of gradients that outlives the interpreter holds a Norm
   m.def("channel_ranges", &channel_ranges, "x"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("pack_codes", &pack_codes, "codes"_a.noconvert(), "width"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("unpack_codes", &unpack_codes, "packed"_a.noconvert(), "width"_a, "signed"_a, "out"_a.noconvert(), "isa"_a,
+        "threads"_a);
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a,

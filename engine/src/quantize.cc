@@ -137,6 +137,27 @@ bool weight_codes(const Kernels& kernels, int threads, const float* weight, cons
   return finite;
 }
 
+namespace {
+
+constexpr int64_t kPackGrain = 1 << 16;  // codes, of which eight begin at a whole byte
+
+}  // namespace
+
+void pack_codes(const Kernels& kernels, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out) {
+  parallel_for(threads, (count + kPackGrain - 1) / kPackGrain, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPackGrain, last = std::min(count, end * kPackGrain);
+    kernels.training->pack(codes + first, last - first, width, out + first / 8 * width);
+  });
+}
+
+void unpack_codes(const Kernels& kernels, int threads, const uint8_t* packed, int64_t count, int width, bool is_signed,
+                  uint8_t* out) {
+  parallel_for(threads, (count + kPackGrain - 1) / kPackGrain, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPackGrain, last = std::min(count, end * kPackGrain);
+    kernels.training->unpack(packed + first / 8 * width, last - first, width, is_signed, out + first);
+  });
+}
+
 std::vector<float> join(const Rows& r, const RealTensor& x, const float* add, const uint8_t* bits, float* out) {
   const Training& k = *r.kernels.training;
   const int64_t period = period_of(r.channels);

@@ -27,15 +27,15 @@ INF = float("inf")
 def small(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.25),
-        nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5),
+        nn.Conv2d(2, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(inplace=True), nn.Dropout(0.25),
+        nn.Conv2d(7, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 3),
     )  # fmt: skip
 
 
 def batch(seed: int = 0, count: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 2, 8, 8, generator=generator)
-    return x, torch.randint(5, (count,), generator=generator)
+    return x, torch.randint(3, (count,), generator=generator)
 
 
 def entropy(model: nn.Module, example: tuple[Tensor, Tensor]) -> Tensor:
@@ -444,6 +444,32 @@ def test_gradients_are_those_that_arrive_at_layers():
         expected = float((fraction * (1 - fraction)).sum()) * (float(gradient.abs().max()) / 7) ** 2
         assert layer.variance["tensor", 1] == pytest.approx(expected, rel=1e-4), name
         assert (layer.channels, layer.elements) == (gradient.shape[1], gradient.numel())
+        assert layer.bound["channel", layer.channels] == pytest.approx(fine_bound(gradient.transpose(0, 1)), rel=1e-4)
+
+
+def fine_bound(channels: Tensor) -> float:
+    """N / 4 sum_j (r_j / 7)^2 for a gradient with its channels first."""
+    rows = channels.double().flatten(1)
+    return rows.shape[1] / 4 * float((rows.abs().amax(1) / 7).square().sum())
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Conv1d(2, 5, 3), (4, 2, 9), 1),
+        (nn.Conv2d(2, 5, 3), (4, 2, 9, 6), 1),
+        (nn.Linear(6, 5), (4, 3, 6), 2),
+    ],
+)
+def test_channels_of_a_layer(layer, shape, axis, batched):
+    x = torch.randn(shape if batched else shape[1:])
+    gradient = torch.randn_like(layer(x))
+    model = nn.Sequential(layer)
+    found = gradient_variance(model, lambda m, b: (m(b) * gradient).sum(), x, groups=(2,)).layers["0"]
+    first = gradient.movedim(axis if batched else axis - 1, 0)
+    assert (found.channels, found.elements) == (5, gradient.numel())
+    assert found.bound["channel", 5] == pytest.approx(fine_bound(first), rel=1e-5)
 
 
 def test_layers_of_several_products_and_of_several_calls():

@@ -204,7 +204,8 @@ def test_zeros(rounding):
 
 def test_tiny_and_huge_tensors():
     assert shift_quantize(torch.full((2, 2), 1e-44), 8).codes.tolist() == [[0, 0], [0, 0]]
-    smallest = torch.tensor([[7 * 2.0**-126, 7 * 2.0**-129]])
+    assert shift_quantize(torch.full((2, 2), 7 * 2.0**-119), 4).codes.tolist() == [[0, 0], [0, 0]]
+    smallest = torch.tensor([[7 * 2.0**-118, 7 * 2.0**-121]])
     q = shift_quantize(smallest, 4)
     assert q.codes.tolist() == [[7, 7]]
     assert torch.equal(q.dequantize(), smallest)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitstrata.integer import CounterGenerator, philox4x32, random_words, shift_quantize, stochastic_round, uniform
-from bitstrata.integer.rounding import CHUNK, round_codes
+from bitstrata.integer import CounterGenerator, philox4x32, random_bits, shift_quantize, stochastic_round, uniform
+from bitstrata.integer.rounding import BLOCK, CHUNK, ROUNDS, CounterRounding, round_codes
 
 ONES = 0xFFFFFFFF
 VECTORS = [  # counter, key, result: the known answers that come with Random123
@@ -36,23 +36,23 @@ def test_philox_takes_counters_side_by_side():
         assert together[:, i].tolist() == philox4x32(counter, (5, 6)).tolist()
 
 
-def test_words_are_philox_of_the_documented_counter():
+@pytest.mark.parametrize("element", [0, 1, 2, 31, 32, 64, 127, 128, 128 * 3 + 77, 8 * ((1 << 33) + 5) + 3])
+def test_bits_are_those_of_the_documented_counter(element):
     seed, stream = (7 << 32) + 9, (11 << 32) + 13
-    words = random_words(seed, stream, 4 * 5, 4)
-    assert words.tolist() == philox4x32(torch.tensor([5, 0, 13, 11]), (9, 7)).tolist()
-    far = random_words(seed, stream, 4 * ((1 << 33) + 3), 4)
-    assert far.tolist() == philox4x32(torch.tensor([3, 2, 13, 11]), (9, 7)).tolist()
+    j, word, half = element // 128 * 16 + element % 32 // 2, element // 32 % 4, element % 2
+    words = philox4x32(torch.tensor([j & ONES, j >> 32, 13, 11]), (9, 7), ROUNDS)
+    assert random_bits(seed, stream, element, 1).tolist() == [int(words[word]) >> (16 * half) & 0xFFFF]
 
 
-def test_uniforms_are_the_upper_24_bits():
-    words = random_words(8, 1, 5, 1000)
-    assert [int(u) for u in uniform(8, 1, 5, 1000).double() * 2**24] == [word >> 8 for word in words.tolist()]
+def test_uniforms_are_the_bits_as_a_fraction():
+    bits = random_bits(8, 1, 5, 1000)
+    assert (uniform(8, 1, 5, 1000).double() * 2**16).tolist() == bits.tolist()
 
 
 def test_an_element_depends_on_seed_stream_and_place_only():
-    count = 4 * CHUNK + 6
+    count = BLOCK * CHUNK + 6
     whole = uniform(3, 2, 0, count)
-    for start, size in ((0, 1), (1, 7), (3, 4), (4, 4), (4 * CHUNK - 3, 9), (count - 1, 1)):
+    for start, size in ((0, 1), (1, 7), (3, 4), (4, 4), (BLOCK * CHUNK - 3, 9), (count - 1, 1)):
         assert torch.equal(whole[start : start + size], uniform(3, 2, start, size))
     pieces = [uniform(3, 2, start, min(999, count - start)) for start in range(0, count, 999)]
     assert torch.equal(whole, torch.cat(pieces))
@@ -83,10 +83,10 @@ def test_uniformity():
     assert abs(float((v * (uniform(0, 1, 0, DRAWS).double() - 0.5)).mean()) * 12) < 4 / math.sqrt(DRAWS)
 
 
-def test_each_bit_of_a_word_is_fair():
-    words = random_words(1, 0, 0, 1 << 16)
-    for bit in range(32):
-        ones = int((words >> bit & 1).sum())
+def test_each_bit_is_fair():
+    bits = random_bits(1, 0, 0, 1 << 16)
+    for bit in range(16):
+        ones = int((bits >> bit & 1).sum())
         assert abs(ones - (1 << 15)) < 4 * 128
 
 
@@ -127,12 +127,11 @@ def test_worked_example_with_given_uniforms():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_whole_numbers_and_the_ends_of_the_range_never_move(dtype):
     z = torch.arange(-127, 128, dtype=dtype)
-    largest = torch.full_like(z, 1 - 2**-24)
+    largest = torch.full_like(z, 1 - 2**-16)
     for u in (torch.zeros_like(z), largest):
         assert torch.equal(stochastic_round(z, u), z)
-    z = z[z != 0]  # just below zero the fraction itself rounds to 1
-    below = torch.nextafter(z, torch.full_like(z, -torch.inf))
-    assert torch.equal(stochastic_round(below, torch.zeros_like(z)), below.floor())
+    below = z - 2**-15  # a value counts as its multiple of 2^-16
+    assert torch.equal(stochastic_round(below, torch.zeros_like(z)), z - 1)
 
 
 def test_probability_is_the_fraction_at_every_magnitude():
@@ -141,6 +140,26 @@ def test_probability_is_the_fraction_at_every_magnitude():
         for sixteenths in range(16):
             z = torch.full_like(u, whole + sixteenths / 16)
             assert int((stochastic_round(z, u) - whole).sum()) == sixteenths << 8
+
+
+def test_a_value_counts_as_its_multiple_of_a_part_in_65536():
+    u = torch.arange(1 << 16) / (1 << 16)  # every uniform once: an exact mean
+    for z in (0.3, -126.7, 99.123456, 1e-6, -1e-6):
+        mean = float(stochastic_round(torch.full_like(u, z), u).double().mean())
+        assert abs(mean - z) <= 2**-16
+
+
+def test_nan_stays_nan():
+    assert stochastic_round(torch.tensor([torch.nan, 1.5]), torch.tensor([0.5, 0.75])).isnan().tolist() == [True, False]
+
+
+def test_bits_belong_to_elements_with_the_channels_last():
+    x = torch.rand(2, 3, 4, 5) * 100
+    drawn = CounterGenerator(1).uniform((2, 4, 5, 3))
+    expected = stochastic_round(x, drawn.movedim(-1, 1))
+    assert torch.equal(CounterRounding(CounterGenerator(1))(x), expected)
+    codes = round_codes(x, 0, 127, rounding="stochastic", generator=CounterGenerator(1), where="here", axis=1)
+    assert torch.equal(codes, expected.to(torch.int8))
 
 
 def test_rounding_does_not_depend_on_the_memory_format():
@@ -161,20 +180,20 @@ def test_codes_round_to_nearest_even_and_clip():
     assert round_codes(z + 100, 0, 255, rounding="nearest", generator=None, where="here").dtype == torch.uint8
 
 
-def bad_words(seed: int = 0, stream: int = 0, start: int = 0, count: int = 1) -> Tensor:
-    return random_words(seed, stream, start, count)
+def bad_bits(seed: int = 0, stream: int = 0, start: int = 0, count: int = 1) -> Tensor:
+    return random_bits(seed, stream, start, count)
 
 
 def test_errors():
     with pytest.raises(ValueError, match=r"seed must be in 0\.\.2\^64 - 1, got -1"):
         CounterGenerator(-1)
     with pytest.raises(ValueError, match=r"stream must be in 0\.\.2\^64 - 1, got 18446744073709551616"):
-        bad_words(stream=1 << 64)
+        bad_bits(stream=1 << 64)
     with pytest.raises(ValueError, match="start and count must not be negative, got -4 and 1"):
-        bad_words(start=-4)
+        bad_bits(start=-4)
     with pytest.raises(ValueError, match="got 0 and -1"):
-        bad_words(count=-1)
-    assert bad_words(count=0).shape == (0,)
+        bad_bits(count=-1)
+    assert bad_bits(count=0).shape == (0,)
     z = torch.zeros(2)
     with pytest.raises(ValueError, match="here: rounding must be 'nearest' or 'stochastic', got 'up'"):
         round_codes(z, -7, 7, rounding="up", generator=None, where="here")

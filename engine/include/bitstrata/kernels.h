@@ -33,6 +33,16 @@ struct ConvShape {
   int64_t padded_w() const { return (out_w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1; }
 };
 
+// Weight codes anywhere in memory: that of output channel o and input channel i of a group, at tap (ky, kx), is
+// data[group * group_step + o * out_step + i * in_step + first_tap + ky * tap_y + kx * tap_x]. A kernel's taps are some
+// of those that lie together: `taps` elements from where first_tap, tap_y and tap_x are 0.
+struct WeightCodes {
+  const int8_t* data;
+  int64_t group_step, out_step, in_step;
+  int64_t first_tap, tap_y, tap_x;
+  int64_t taps;
+};
+
 // One way to convolve. Work on an image has two phases: `stage` copies the input into padded rows of the kernel's own
 // format, `run` computes output rows from them. Rows of either phase may be computed in any order by any thread, but
 // the staged rows under a window must be complete before `run` reads them. A staged row depends on nothing but its
@@ -49,6 +59,9 @@ struct ConvKernel {
   // staged: aligned to 4, or the image; out: (out_h, out_w, out_c).
   void (*run)(const ConvShape&, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
               int64_t row_end);
+  // The same as `pack`, in parts that threads may share, of weights in any order. No parts, or null: only `pack`.
+  int64_t (*pack_parts)(const ConvShape&) = nullptr;
+  void (*pack_part)(const ConvShape&, const WeightCodes&, const int32_t* pad, void* packed, int64_t part) = nullptr;
 };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.

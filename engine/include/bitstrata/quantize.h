@@ -46,6 +46,11 @@ ShiftGrid shift_grid(const std::vector<float>& ranges, const ShiftFormat&);
 std::vector<float> channel_ranges(const Rows&, const RealTensor&);
 ShiftGrid shift_codes(const Rows&, const RealTensor&, const ShiftFormat&, const Noise*, uint8_t* out);
 
+// Codes as one stream of bits and back; see Training::pack.
+void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out);
+void unpack_codes(const Kernels&, int threads, const uint8_t* packed, int64_t count, int width, bool is_signed,
+                  uint8_t* out);
+
 // A weight, (out, in / groups, taps), as symmetric codes to nearest with a scale for each output channel, (out,), or, if
 // not `by_output`, for each input channel, (in,); all scales are the same if there is one for the tensor. False if it is
 // not finite; then codes and scales are of no use.

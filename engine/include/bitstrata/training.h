@@ -73,6 +73,10 @@ struct Training {
   void (*codes_f32)(const float* x, int64_t count, int64_t period, const CodeArgs&, uint8_t* out);
   void (*codes_bf16)(const uint16_t* x, int64_t count, int64_t period, const CodeArgs&, uint8_t* out);
 
+  // Codes of `width` bits, 2 to 8, as one stream of bits, low bits first; unused bits are 0.
+  void (*pack)(const uint8_t* codes, int64_t count, int width, uint8_t* out);
+  void (*unpack)(const uint8_t* packed, int64_t count, int width, bool is_signed, uint8_t* out);
+
   // code = clamp(round((x * scale[c]) * inverse), -bound, bound), scale null for 1; sums and ranges of the codes.
   void (*norm_codes_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
                          int8_t* out, int64_t* sum, int32_t* least, int32_t* most);

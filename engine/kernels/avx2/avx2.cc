@@ -76,7 +76,7 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   return avx2_narrow_fits(s) ? &kAvx2Narrow : &kAvx2Wide;
 }
 
-bool supported() { return __builtin_cpu_supports("avx2"); }
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
 
 }  // namespace
 

@@ -7,120 +7,24 @@
 // applied as mul * sum(c*a) + add * sum(a).
 #include <immintrin.h>
 
-#include "../common/conv_stage.h"
 #include "../common/unroll.h"
-#include "../common/weight_form.h"
 #include "avx512vnni.h"
 #include "conv_narrow.h"
+#include "conv_pack.h"
 #include "stage.h"
 
 namespace bitstrata {
 namespace {
 
-constexpr int kLanes = 16;   // output channels of a vector
-constexpr int kVectors = 4;  // of a set, at most
-constexpr int kStep = 4;     // activations of a step
-constexpr int kPixels = 8;   // of a block, at most: their window's addresses fill the general registers
-constexpr int kTile = 192;   // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+constexpr int kPixels = 8;  // of a block, at most: their window's addresses fill the general registers
+constexpr int kTile = 192;  // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
 
 // Pixels of a block: with the sums of its vectors, the weights and one broadcast in 32 registers.
 constexpr int pixels_of(int vectors) { return vectors == kVectors ? 6 : kPixels; }
 
-int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
-
-// Sizes and positions of everything that is packed: int32 correction[groups][vectors * kLanes]; padding; weights.
-// Vectors of a group come in sets of nearly equal size; weights are [group][set][step][vector of the set][lane][kStep].
-struct Packed {
-  Packed(const ConvShape& s, bool direct)
-      : form(s),
-        stage(s, round_up(s.group_in(), kStep), form.offset, !form.whole),
-        runs(s, stage),
-        vectors(round_up(s.group_out(), kLanes) / kLanes),
-        sets((vectors + kVectors - 1) / kVectors),
-        steps(runs.count * runs.elements / kStep),
-        row_bytes(direct ? s.in_w * s.in_c : stage.row_bytes),
-        padding_at(s.groups * vectors * kLanes * 4),
-        weights_at(round_up(padding_at + s.groups * stage.lanes, 64)),
-        bytes(weights_at + s.groups * vectors * steps * 64) {}
-  int64_t first_vector(int64_t set) const { return set * vectors / sets; }
-
-  WeightForm form;
-  Staging<uint8_t> stage;
-  Runs<uint8_t> runs;
-  int64_t vectors, sets;  // of output channels, in each group
-  int64_t steps;          // of a window
-  int64_t row_bytes;      // of what `run` reads
-  int64_t padding_at, weights_at, bytes;
-};
-
 int64_t packed_bytes(const ConvShape& s) { return Packed(s, false).bytes; }
 int64_t staged_row_bytes(const ConvShape& s) { return Packed(s, false).stage.row_bytes; }
 int64_t no_staged_row_bytes(const ConvShape&) { return 0; }
-
-// Channels [begin, end) of one output channel's weights (channel, tap), kStep of a tap at a time: step k of tap t goes
-// to weights + (t * tap_steps + k) * pitch.
-template <bool kAsTheyAre>
-void pack_channels(const Packed& p, const int8_t* codes, int64_t taps, int64_t begin, int64_t end, int64_t tap_steps,
-                   int64_t pitch, int8_t* weights) {
-  const auto weight = [&](int8_t c) {
-    return kAsTheyAre ? c : static_cast<int8_t>(p.form.pack_mul * c + p.form.pack_add);
-  };
-  for (int64_t i = begin; i < end; i += kStep) {
-    const int64_t count = min64(kStep, end - i);
-    const int8_t* from = codes + i * taps;
-    int8_t* to = weights + i / kStep * pitch;
-    if (count < kStep) {
-      for (int64_t t = 0; t < taps; ++t)
-        for (int64_t k = 0; k < count; ++k) to[t * tap_steps * pitch + k] = weight(from[k * taps + t]);
-    } else {
-      for (int64_t t = 0; t < taps; ++t) {
-        const int8_t four[kStep] = {weight(from[t]), weight(from[taps + t]), weight(from[2 * taps + t]),
-                                    weight(from[3 * taps + t])};
-        std::memcpy(to + t * tap_steps * pitch, four, kStep);
-      }
-    }
-  }
-}
-
-// The sum of an output channel's codes.
-int32_t sum_codes(const int8_t* codes, int64_t count) {
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += codes[i];
-  return sum;
-}
-
-void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
-  constexpr int64_t kTogether = 32;  // channels whose packed weights for a set stay in the L1 cache
-  const Packed p(s, false);
-  uint8_t* base = static_cast<uint8_t*>(packed);
-  const bool filled = s.group_in() % kStep == 0 && s.group_out() % kLanes == 0;  // no weight is left out
-  std::memset(packed, 0, static_cast<size_t>(filled ? p.weights_at : p.bytes));
-  stage_padding(s, p.stage, pad, base + p.padding_at);
-  int32_t* correction = reinterpret_cast<int32_t*>(base);
-  const int64_t taps = s.kernel_h * s.kernel_w, row = s.group_in() * taps;
-  const bool as_they_are = p.form.pack_mul == 1 && p.form.pack_add == 0;
-  for (int64_t group = 0; group < s.groups; ++group)
-    for (int64_t set = 0; set < p.sets; ++set) {
-      const int64_t first = p.first_vector(set), together = p.first_vector(set + 1) - first;
-      int8_t* weights = reinterpret_cast<int8_t*>(base + p.weights_at + (group * p.vectors + first) * p.steps * 64);
-      const int64_t end = min64(s.group_out(), (first + together) * kLanes);
-      const int8_t* of_group = codes + group * s.group_out() * row;
-      for (int64_t i = 0; i < s.group_in(); i += kTogether)
-        for (int64_t within = first * kLanes; within < end; ++within) {
-          int8_t* to = weights + (within - first * kLanes) * kStep;
-          const auto pack_some = as_they_are ? pack_channels<true> : pack_channels<false>;
-          pack_some(p, of_group + within * row, taps, i, min64(i + kTogether, s.group_in()), p.stage.lanes / kStep,
-                    together * kLanes * kStep, to);
-        }
-      for (int64_t within = first * kLanes; within < end; ++within) {
-        const uint32_t sum =
-            static_cast<uint32_t>(sum_codes(of_group + within * row, row)) * static_cast<uint32_t>(s.mul) +
-            static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
-        correction[group * p.vectors * kLanes + within] =
-            static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
-      }
-    }
-}
 
 // Pixels of three channels to pixels of four, the last of them 0.
 void widen(const uint8_t* from, int64_t pixels, int32_t offset, uint8_t* to) {
@@ -265,12 +169,12 @@ void run_narrow(const ConvShape& s, const Packed& p, const uint8_t* base, const 
   const int64_t lanes = p.stage.lanes;
   for (int64_t y = row_begin; y < row_end; ++y)
     for (int64_t group = 0; group < s.groups; ++group)
-      NarrowConv::convolve({rows + y * s.stride_h * p.row_bytes + group * p.stage.columns * lanes, lanes,
-                            p.runs.row_step, s.kernel_h, weights + group * p.steps,
-                            _mm512_loadu_si512(correction + group * kLanes),
-                            static_cast<__mmask16>((1u << s.group_out()) - 1),
-                            out + y * s.out_w * s.out_c + group * s.group_out(), s.out_c},
-                           s.out_w);
+      NarrowConv::convolve(
+          {rows + y * s.stride_h * p.row_bytes + group * p.stage.columns * lanes, lanes, p.runs.row_step, s.kernel_h,
+           weights + group * p.steps, _mm512_loadu_si512(correction + group * kLanes),
+           static_cast<__mmask16>((1u << s.group_out()) - 1), out + y * s.out_w * s.out_c + group * s.group_out(),
+           s.out_c},
+          s.out_w);
 }
 
 template <bool kDirect>
@@ -316,8 +220,9 @@ bool avx512vnni_direct_fits(const ConvShape& s) {
          s.padded_h() <= s.in_h && s.padded_w() <= s.in_w && s.in_c % kStep == 0 && form.offset == 0 && form.whole;
 }
 
-extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack, staged_row_bytes, stage, run<false>};
-extern const ConvKernel kAvx512VnniDirect = {"avx512vnni-direct", packed_bytes,  pack,
-                                             no_staged_row_bytes, stage_nothing, run<true>};
+extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack,       staged_row_bytes,
+                                           stage,        run<false>,   pack_parts, pack_part};
+extern const ConvKernel kAvx512VnniDirect = {"avx512vnni-direct", packed_bytes, pack,       no_staged_row_bytes,
+                                             stage_nothing,       run<true>,    pack_parts, pack_part};
 
 }  // namespace bitstrata

@@ -17,13 +17,12 @@ namespace {
 
 struct NarrowConv {
   static constexpr int kTaps = 3;     // columns of the kernel
-  static constexpr int kPixels = 16;  // of a block, at most
+  static constexpr int kPixels = 14;  // of a block, at most: compilers keep no more sums in registers around a loop
   // Rows of fewer pixels are better divided into blocks of the general kind, which reach over several rows.
   static constexpr int64_t kLeastWidth = 4;
 
   static bool fits(const ConvShape& s) {
-    return s.kernel_w == kTaps && s.stride_w == 1 && s.dilation_w == 1 && s.group_out() <= 16 &&
-           s.out_w >= kLeastWidth;
+    return s.kernel_w == kTaps && s.stride_w == 1 && s.dilation_w == 1 && s.group_out() <= 16 && s.out_w >= kLeastWidth;
   }
 
   // The windows of a row's output pixels, as far as they lie in one group.
@@ -79,9 +78,9 @@ struct NarrowConv {
   // `pixels` output pixels of a row: as few blocks as can be, of nearly equal size.
   static void convolve(Row r, int64_t pixels) {
     using BlockFn = void (*)(const Row&);
-    static constexpr BlockFn kBlocks[kPixels] = {block<1>,  block<2>,  block<3>,  block<4>, block<5>,  block<6>,
-                                                 block<7>,  block<8>,  block<9>,  block<10>, block<11>, block<12>,
-                                                 block<13>, block<14>, block<15>, block<16>};
+    static constexpr BlockFn kBlocks[kPixels] = {block<1>,  block<2>,  block<3>,  block<4>, block<5>,
+                                                 block<6>,  block<7>,  block<8>,  block<9>, block<10>,
+                                                 block<11>, block<12>, block<13>, block<14>};
     for (int64_t left = (pixels + kPixels - 1) / kPixels; left > 0; --left) {
       const int64_t count = (pixels + left - 1) / left;
       kBlocks[count - 1](r);

@@ -8,6 +8,7 @@
 
 #include "bitstrata/training.h"
 #include "noise.h"
+#include "pack.h"
 
 // Before a loop whose steps do not depend on one another: no array that it writes overlaps another.
 #ifdef __clang__
@@ -365,17 +366,23 @@ inline float passing(float value, int8_t x, int8_t first, int8_t last) {
 template <bool kScaled, typename In>
 void gradient_range_with(const In* g, const int8_t* x, int64_t count, int64_t period, const float* scale,
                          const PassArgs& p, float* most) {
-  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const In* from = g + at;
-    const int8_t* codes = x + at;
-    const float* s = scale + (kScaled ? c : 0);
-    const int8_t* first = p.first + c;
-    const int8_t* last = p.last + c;
-    float* to = most + c;
-    BITSTRATA_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) {
-      const float value = kScaled ? to_float(from[j]) * s[j] : to_float(from[j]);
-      to[j] = greater(passing(magnitude(value), codes[j], first[j], last[j]), to[j]);
+  constexpr int64_t kValues = 512;
+  each_stretch(0, count, period, [&](int64_t start, int64_t channel, int64_t size) {
+    for (int64_t done = 0; done < size; done += kValues) {
+      const int64_t at = start + done, c = channel + done, n = least(kValues, size - done);
+      const In* from = g + at;
+      const int8_t *codes = x + at, *first = p.first + c, *last = p.last + c;
+      const float* s = scale + (kScaled ? c : 0);
+      float* to = most + c;
+      float values[kValues];
+      BITSTRATA_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j) {
+        const float value = kScaled ? to_float(from[j]) * s[j] : to_float(from[j]);
+        values[j] = passing(value, codes[j], first[j], last[j]);
+      }
+      BITSTRATA_INDEPENDENT
+      for (int64_t j = 0; j < n; ++j)  // as in `range`: NaN is above all
+        to[j] = from_bits(greater(magnitude_bits(values[j]), magnitude_bits(to[j])));
     }
   });
 }
@@ -513,6 +520,8 @@ constexpr Training kTraining = {
     range<uint16_t>,
     codes<float>,
     codes<uint16_t>,
+    pack,
+    unpack,
     norm_codes<int32_t>,
     norm_codes<float>,
     norm_sides,

@@ -108,4 +108,7 @@ def _panels(figure: Any, results: Mapping[str, Landscape], form: str, low: float
             axes.set_aspect("equal")
         axes.set_title(name, fontsize=10)
         axes.tick_params(labelsize=7)
-    figure.colorbar(drawn, ax=list(panels), label="loss", shrink=0.75, pad=0.06 if form == "surface" else 0.02)
+        axes.locator_params(nbins=5)
+    figure.colorbar(
+        drawn, ax=list(panels), label="loss", shrink=0.75, format="%.2f", pad=0.06 if form == "surface" else 0.02
+    )

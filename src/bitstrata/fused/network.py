@@ -152,8 +152,12 @@ class _Step(torch.autograd.Function):
                 rows = step.pool.take(value.rows, torch.float32)
                 rows.view(value.shape).copy_(gradient.permute(0, 2, 3, 1))
                 value.gradient.append(rows)
-            while step.tape:
-                step.tape.pop()(step)
+            try:
+                while step.tape:
+                    step.tape.pop()(step)
+            except BaseException:
+                step.pool.forget()
+                raise
             if ctx.needs_input_grad[0] and ctx.entry.gradient:
                 total, _ = ctx.entry.gradient.total(step.pool)
                 gx = total.clone().view(ctx.entry.shape).permute(0, 3, 1, 2)

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import bisect
+import math
 
 import torch
 from torch import Tensor
 
 
+LOOSE = 4  # a block serves what takes at least this fraction of it
+
+
 class Pool:
-    """Tensors by size. What is not given back is simply freed with its last reference."""
+    """Blocks of memory. What is not given back is simply freed with its last reference."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[Tensor]] = defaultdict(list)
+        self._free: list[Tensor] = []  # blocks, by size
         self._holders: dict[int, int] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU; its elements are arbitrary."""
-        size = int(torch.Size(shape).numel()) * dtype.itemsize
-        free = self._free[size]
-        block = free.pop() if free else torch.empty(size, dtype=torch.uint8)
-        return block.view(dtype).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        at = bisect.bisect_left(self._free, size, key=Tensor.numel)
+        fits = at < len(self._free) and self._free[at].numel() <= LOOSE * size
+        block = self._free.pop(at) if fits else torch.empty(size, dtype=torch.uint8)
+        return block[:size].view(dtype).view(shape)
 
     def share(self, tensor: Tensor, holders: int) -> None:
-        """A taken tensor that so many will give back."""
+        """A taken tensor that so many will give back before the backward pass ends."""
         self._holders[tensor.data_ptr()] = holders
 
     def give(self, tensor: Tensor) -> None:
-        """Back, whole as it was taken; its giver reads it no more."""
-        left = self._holders.pop(tensor.data_ptr(), 1) - 1
+        """Back, as it was taken; its giver reads it no more."""
+        address = tensor.data_ptr()
+        left = self._holders.pop(address, 1) - 1
         if left:
-            self._holders[tensor.data_ptr()] = left
+            self._holders[address] = left
             return
-        block = tensor.reshape(-1).view(torch.uint8)
-        self._free[block.numel()].append(block)
+        block = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        bisect.insort(self._free, block, key=Tensor.numel)
+
+    def forget(self) -> None:
+        """A backward pass broke off: nobody will give back what was shared."""
+        self._holders.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes that wait."""
-        return sum(size * len(blocks) for size, blocks in self._free.items())
+        return sum(block.numel() for block in self._free)

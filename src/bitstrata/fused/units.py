@@ -100,7 +100,7 @@ class ConvNorm(Unit):
             codes = x.codes(Format(layer.rule.a, layer.rule.shift_groups))
         except NotFiniteError as error:
             raise NotFiniteError(f"{layer.state.name}: {error}") from error
-        weight = layer.weight
+        weight = layer.weight.contiguous()
         height, width = geometry.output(x.shape[1:3], (weight.shape[2], weight.shape[3]))
         shape = (x.shape[0], height, width, weight.shape[0])
         acc = pool.take(shape, torch.int32)
@@ -157,7 +157,7 @@ class ConvNorm(Unit):
             codes.range,
             codes.shift,
             codes.channel_scales(),
-            array(layer.weight),
+            array(layer.weight.contiguous()),
             array(scratch),
             array(products),
             array(sums),

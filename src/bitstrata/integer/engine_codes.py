@@ -70,3 +70,18 @@ def weight_codes(weight: Tensor, bits: int, by_output: bool, conv_groups: int) -
         w.reshape(shape), conv_groups, bits, by_output, codes.view(shape), scale, best_isa(), torch.get_num_threads()
     )
     return (codes, scale) if finite else None
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """`pack_codes` of bytes on the CPU that hold codes of `bits` bits: uint8 (ceil(count * bits / 8),)."""
+    flat = codes.detach().reshape(-1).view(torch.uint8)
+    out = torch.empty((flat.numel() * bits + 7) // 8, dtype=torch.uint8)
+    _engine.pack_codes(array(flat), bits, array(out), best_isa(), torch.get_num_threads())
+    return out
+
+
+def unpack(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tensor:
+    """The inverse of `pack`: uint8 (count,), two's complement if signed."""
+    out = torch.empty(count, dtype=torch.uint8)
+    _engine.unpack_codes(array(packed), bits, signed, array(out), best_isa(), torch.get_num_threads())
+    return out

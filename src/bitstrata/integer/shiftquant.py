@@ -247,6 +247,8 @@ def pack_codes(codes: Tensor, bits: int, signed: bool = True) -> Tensor:
         raise ValueError(
             f"pack_codes: {bits}-bit codes must be in {lo}..{hi}, got {int(codes.min())}..{int(codes.max())}"
         )
+    if codes.device.type == "cpu" and codes.element_size() == 1 and codes.numel():
+        return engine_codes.pack(codes, bits)
     digits = codes.reshape(-1).contiguous()
     digits = digits.view(torch.uint8) if digits.dtype == torch.int8 else (digits.to(torch.int64) & 255).to(torch.uint8)
     return pack_bits(digits & ((1 << bits) - 1), bits)
@@ -265,6 +267,9 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...], signed: bool
             f"unpack_codes: shape {tuple(shape)} at {bits} bits takes {(count * bits + 7) // 8} bytes, "
             f"got {tuple(packed.shape)} of {packed.dtype}"
         )
+    if packed.device.type == "cpu" and count:
+        made = engine_codes.unpack(packed, bits, count, signed=signed)
+        return (made if bits == 8 and not signed else made.view(torch.int8)).reshape(shape)
     digits = unpack_bits(packed, bits, count)
     if signed:
         half = 1 << (bits - 1)
