@@ -12,10 +12,12 @@
 namespace bitstrata {
 namespace {
 
-enum Own { kScratch, kSums, kRow };
+enum Own { kScratch, kSums, kRows };
 
 constexpr int64_t kBlockPixels = 512;  // summed at a time, so that what the kernel makes of them stays in the cache
 constexpr int64_t kReadTogether = 8;   // output channels, whose sums kernels keep together
+constexpr int64_t kReadWeights = 512;  // of each, so that their sums stay in the L1 cache
+constexpr int64_t kReadChannels = 16;  // input channels come in multiples of these: those of a vector of sums
 constexpr int64_t kMergedWidth = 64;   // pixels of a row, where pixels are not neighbours of each other
 
 ConvShape conv_shape(const ProductShape& s, DType x_dtype) {
@@ -79,7 +81,8 @@ class WeightGrad {
     }
     shape_ = stretches_[0].shape;
     kernel_ = kernels.products->weight_grad(shape_);
-    row_ = s.group_in() * s.kernel_h * s.kernel_w;
+    taps_ = s.kernel_h * s.kernel_w;
+    row_ = s.group_in() * taps_;
     most_pixels_ = INT32_MAX / (128 * (x_dtype == DType::u8 ? 255 : 128));
     for (const Stretch& part : stretches_)
       if (part.block_pixels() > most_pixels_)
@@ -97,12 +100,11 @@ class WeightGrad {
         scratch = std::max(scratch, kernel_->scratch_bytes(part.shape, part.together, part.rows));
       own_[i].get(kScratch, scratch);
       own_[i].get(kSums, kernel_->sums(shape_) * 4);
-      own_[i].get(kRow, kReadTogether * row_ * 8);
+      own_[i].get(kRows, kReadTogether * read_channels() * taps_ * 4);
     }
     if (result.values != nullptr) {
       factors_.resize(static_cast<size_t>(s.groups * row_));
-      const int64_t taps = s.kernel_h * s.kernel_w;
-      for (int64_t c = 0; c < s.in_c; ++c) std::fill_n(factors_.begin() + c * taps, taps, result.in_factor[c]);
+      for (int64_t c = 0; c < s.in_c; ++c) std::fill_n(factors_.begin() + c * taps_, taps_, result.in_factor[c]);
     }
   }
 
@@ -117,9 +119,14 @@ class WeightGrad {
     parallel_for(threads_, blocks, std::max<int64_t>(1, 16384 / (kReadTogether * row_)),
                  [&](int64_t begin, int64_t end) {
                    const int i = own_.take();
-                   for (int64_t block = begin; block < end; ++block)
-                     finish(block * kReadTogether, std::min((block + 1) * kReadTogether, shape_.out_c),
-                            reinterpret_cast<int64_t*>(own_[i].get(kRow, 0)));
+                   int32_t* rows = reinterpret_cast<int32_t*>(own_[i].get(kRows, 0));
+                   for (int64_t block = begin; block < end; ++block) {
+                     const int64_t first = block * kReadTogether, last = std::min(first + kReadTogether, shape_.out_c);
+                     if (total_ != nullptr || result_.gw != nullptr)
+                       finish(first, last);
+                     else
+                       finish_values(first, last, rows);
+                   }
                    own_.give(i);
                  });
   }
@@ -143,23 +150,50 @@ class WeightGrad {
   void flush(Sums* sums) {
     if (sums->data == nullptr) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    kernel_->read(shape_, sums->data, 0, shape_.out_c, total_, false);
+    kernel_->read(shape_, sums->data, {0, shape_.out_c, 0, shape_.group_in()}, total_, row_, false);
     *sums = Sums();
   }
 
-  // All sums of output channels [begin, end); rows: where they can be computed.
-  void finish(int64_t begin, int64_t end, int64_t* rows) {
-    if (result_.gw != nullptr) rows = result_.gw + begin * row_;
-    if (total_ != nullptr) rows = total_ + begin * row_;
+  // Input channels whose sums are read at a time.
+  int64_t read_channels() const {
+    return std::max(kReadWeights / taps_ / kReadChannels * kReadChannels, kReadChannels);
+  }
+
+  // All results of output channels [begin, end).
+  void finish(int64_t begin, int64_t end) {
+    int64_t* rows = (total_ != nullptr ? total_ : result_.gw) + begin * row_;
     bool fresh = total_ == nullptr;
     for (const Sums& sums : sums_) {
       if (sums.data == nullptr) continue;
-      kernel_->read(shape_, sums.data, begin, end, rows, fresh);
+      kernel_->read(shape_, sums.data, {begin, end, 0, shape_.group_in()}, rows, row_, fresh);
       fresh = false;
     }
     for (int64_t o = begin; result_.values != nullptr && o < end; ++o)
       kernels_.products->scale_sums(rows + (o - begin) * row_, result_.out_factor[o],
                                     factors_.data() + o / shape_.group_out() * row_, result_.values + o * row_, row_);
+  }
+
+  // The same where only values are asked for, and every sum is within int32; rows: where sums can be computed.
+  void finish_values(int64_t begin, int64_t end, int32_t* rows) {
+    const int64_t ins = shape_.group_in(), together = read_channels();
+    for (int64_t i = 0; i < ins; i += together) {
+      const WeightBlock block{begin, end, i, std::min(i + together, ins)};
+      const int64_t count = (block.in_end - i) * taps_;
+      bool fresh = true;
+      for (const Sums& sums : sums_) {
+        if (sums.data == nullptr) continue;
+        kernel_->read_short(shape_, sums.data, block, rows, count, fresh);
+        fresh = false;
+      }
+      for (int64_t o = begin; o < end; ++o) {
+        // The next row's values are too far away to be fetched unasked.
+        if (o + 1 < end)
+          for (int64_t j = 0; j < count; j += 16) __builtin_prefetch(result_.values + (o + 1) * row_ + i * taps_ + j, 1);
+        kernels_.products->scale_short_sums(rows + (o - begin) * count, result_.out_factor[o],
+                                            factors_.data() + o / shape_.group_out() * row_ + i * taps_,
+                                            result_.values + o * row_ + i * taps_, count);
+      }
+    }
   }
 
   const Kernels& kernels_;
@@ -169,7 +203,7 @@ class WeightGrad {
   std::vector<Stretch> stretches_;
   ConvShape shape_{};
   const WeightGradKernel* kernel_ = nullptr;
-  int64_t row_ = 0, most_pixels_ = 0;
+  int64_t taps_ = 0, row_ = 0, most_pixels_ = 0;
   std::vector<int64_t> wide_;
   int64_t* total_ = nullptr;  // sums of all threads that were flushed; null if none will be
   std::vector<Sums> sums_;

@@ -92,6 +92,11 @@ struct PoolShape {
 // Output rows [row_begin, row_end) of one image. A maximum's windows each hold at least one position of the map.
 using PoolFn = void (*)(const PoolShape&, const void* x, void* out, int64_t row_begin, int64_t row_end);
 
+// Weights of output channels [out_begin, out_end) and of input channels [in_begin, in_end) of their groups.
+struct WeightBlock {
+  int64_t out_begin, out_end, in_begin, in_end;
+};
+
 // One way to sum what every weight of a convolution multiplied: over images and output positions, gradient times input.
 // Shapes are those of the forward convolution; of `mul`, `add`, bounds and pad codes nothing is read, padding is 0.
 // Sums are kept modulo 2^32 in the kernel's own order.
@@ -104,9 +109,12 @@ struct WeightGradKernel {
   // input_dtype; g: (images, out_h, out_w, out_c). fresh: sums are not set yet, and count as 0.
   void (*add)(const ConvShape&, const void* x, const int8_t* g, int64_t images, int64_t row_begin, int64_t row_end,
               void* scratch, int32_t* sums, bool fresh);
-  // Adds the sums of weights of output channels [out_begin, out_end) to rows, which are these channels' alone, in the
-  // order (in_c / groups, kernel_h, kernel_w); fresh: rows are not set yet, and count as 0.
-  void (*read)(const ConvShape&, const int32_t* sums, int64_t out_begin, int64_t out_end, int64_t* rows, bool fresh);
+  // Adds the sums of a block of weights to rows, one for each of its output channels, `pitch` elements apart, in the
+  // order (input channel of the block, kernel_h, kernel_w); fresh: rows are not set yet, and count as 0. read_short:
+  // modulo 2^32.
+  void (*read)(const ConvShape&, const int32_t* sums, const WeightBlock&, int64_t* rows, int64_t pitch, bool fresh);
+  void (*read_short)(const ConvShape&, const int32_t* sums, const WeightBlock&, int32_t* rows, int64_t pitch,
+                     bool fresh);
 };
 
 // Integer products of a training step: weight gradients, and the loops around products. Channels are the innermost
@@ -123,6 +131,7 @@ struct ProductKernels {
   void (*scale)(const int32_t* x, const float* factor, float* out, int64_t pixels, int64_t channels);
   // out[i] = float(double(x[i]) * (outer * inner[i])).
   void (*scale_sums)(const int64_t* x, double outer, const double* inner, float* out, int64_t count);
+  void (*scale_short_sums)(const int32_t* x, double outer, const double* inner, float* out, int64_t count);
 };
 
 // A row of the dispatch table. Arrays are indexed by DType.

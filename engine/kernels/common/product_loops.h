@@ -69,12 +69,13 @@ void scale(const int32_t* x, const float* factor, float* out, int64_t pixels, in
     for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>(x[c]) * factor[c];
 }
 
-void scale_sums(const int64_t* x, double outer, const double* inner, float* out, int64_t count) {
+template <typename Sum>
+void scale_sums(const Sum* x, double outer, const double* inner, float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(static_cast<double>(x[i]) * (outer * inner[i]));
 }
 
 constexpr ProductKernels product_kernels(const WeightGradKernel* (*weight_grad)(const ConvShape&)) {
-  return {weight_grad, multiply_codes, bounds, shift_add, scale, scale_sums};
+  return {weight_grad, multiply_codes, bounds, shift_add, scale, scale_sums<int64_t>, scale_sums<int32_t>};
 }
 
 }  // namespace

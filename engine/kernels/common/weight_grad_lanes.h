@@ -21,6 +21,7 @@
 
 #include "bitstrata/kernels.h"
 #include "unroll.h"
+#include "weight_sums.h"
 
 namespace bitstrata {
 namespace {
@@ -43,14 +44,15 @@ struct LanesWeightGrad {
           vectors((elements + kLanes - 1) / kLanes),
           sets((vectors + kVectors - 1) / kVectors),
           panels((s.group_out() + kOuts - 1) / kOuts),
-          vector_sums(panels * s.kernel_h * kOuts * kLanes),
+          panel_sums(s.kernel_h * kOuts * kLanes),
+          vector_sums(panels * panel_sums),
           group_sums(vectors * vector_sums),
           corrections_at(s.groups * group_sums),
           corrections(s.kernel_h * panels * kOuts),
           sums(corrections_at + s.groups * corrections) {}
     int64_t first_vector(int64_t set) const { return set * vectors / sets; }
     int64_t elements, vectors, sets, panels;
-    int64_t vector_sums, group_sums, corrections_at, corrections, sums;
+    int64_t panel_sums, vector_sums, group_sums, corrections_at, corrections, sums;
   };
 
   // What `add` packs, for so many images and output rows: a row of the gradient, or of the input at the positions of
@@ -242,53 +244,71 @@ struct LanesWeightGrad {
       for (int64_t set = 0; set < l.sets; ++set) {
         const int64_t first = l.first_vector(set), count = l.first_vector(set + 1) - first;
         int32_t* to = sums + group * l.group_sums + first * l.vector_sums;
-        for (int64_t panel = 0; panel < l.panels; ++panel)
-          for (int64_t ky = 0; ky < s.kernel_h; ++ky, to += kOuts * kLanes)
-            kBlocks[count - 1](c, first, panel, ky, to, fresh);
+        for (int64_t panel = 0; panel < l.panels; ++panel, to += l.panel_sums)
+          for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+            kBlocks[count - 1](c, first, panel, ky, to + ky * kOuts * kLanes, fresh);
       }
     }
   }
 
-  // Outputs [begin, end) of one panel of a group. A few channels with all their taps at a time: those of one output lie
-  // together in its row, those of one vector together in the sums.
-  template <bool kFresh>
-  static void read_panel(const ConvShape& s, const Layout& l, const int32_t* sums, int64_t group, int64_t begin,
-                         int64_t end, int64_t* rows) {
-    const int64_t panel = begin / kOuts, outs = end - begin, ins = s.group_in(), taps = s.kernel_h * s.kernel_w;
-    const int32_t* corrections = sums + l.corrections_at + group * l.corrections + begin;
-    const int32_t* of_panel = sums + group * l.group_sums + (panel * s.kernel_h * kOuts + begin % kOuts) * kLanes;
-    for (int64_t channel = 0; channel < ins; channel += kLanes)
+  // Sums of successive lanes to places kTaps (0: `taps`) elements apart.
+  template <bool kFresh, int kTaps, typename Sum>
+  static void read_lanes(const int32_t* from, uint32_t correction, int64_t count, int64_t taps, Sum* to) {
+    const int64_t step = kTaps != 0 ? kTaps : taps;
+    for (int64_t n = 0; n < count; ++n) {
+      const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(from[n]) + correction);
+      to[n * step] = kFresh ? sum : added(to[n * step], sum);
+    }
+  }
+
+  // Outputs of one panel of a group, which b counts from the group's first. A few channels with all their taps at a
+  // time: those of one output lie together in its row, those of one vector together in the sums.
+  template <bool kFresh, int kTaps, typename Sum>
+  static void read_panel(const ConvShape& s, const Layout& l, const int32_t* sums, int64_t group, const WeightBlock& b,
+                         Sum* rows, int64_t pitch) {
+    const int64_t panel = b.out_begin / kOuts, outs = b.out_end - b.out_begin;
+    const int64_t ins = s.group_in(), taps = s.kernel_h * s.kernel_w;
+    const int32_t* corrections = sums + l.corrections_at + group * l.corrections + b.out_begin;
+    const int32_t* of_panel = sums + group * l.group_sums + panel * l.panel_sums + b.out_begin % kOuts * kLanes;
+    const int64_t ahead = l.vector_sums * (taps == 1 ? 4 : 1);  // vectors are too far apart to be fetched unasked
+    for (int64_t channel = b.in_begin; channel < b.in_end; channel += kLanes)
       for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        const int64_t last = kx * ins + least(channel + kLanes, ins);
+        const int64_t first = kx * ins + b.in_begin, last = kx * ins + least(channel + kLanes, b.in_end);
         for (int64_t e = kx * ins + channel, run; e < last; e += run) {
           run = least(last, up(e + 1, kLanes)) - e;  // within one vector
           const int32_t* of_vector = of_panel + e / kLanes * l.vector_sums + e % kLanes;
           for (int64_t ky = 0; ky < s.kernel_h; ++ky)
             for (int64_t o = 0; o < outs; ++o) {
-              const int32_t* from = of_vector + (ky * kOuts + o) * kLanes;
-              const uint32_t correction = static_cast<uint32_t>(corrections[ky * l.panels * kOuts + o]);
-              int64_t* to = rows + o * ins * taps + ((e - kx * ins) * s.kernel_h + ky) * s.kernel_w + kx;
-              for (int64_t n = 0; n < run; ++n)
-                to[n * taps] =
-                    (kFresh ? 0 : to[n * taps]) + static_cast<int32_t>(static_cast<uint32_t>(from[n]) + correction);
+              __builtin_prefetch(of_vector + (ky * kOuts + o) * kLanes + ahead);
+              read_lanes<kFresh, kTaps>(of_vector + (ky * kOuts + o) * kLanes,
+                                        static_cast<uint32_t>(corrections[ky * l.panels * kOuts + o]), run, taps,
+                                        rows + o * pitch + ((e - first) * s.kernel_h + ky) * s.kernel_w + kx);
             }
         }
       }
   }
 
-  static void read(const ConvShape& s, const int32_t* sums, int64_t out_begin, int64_t out_end, int64_t* rows,
+  template <typename Sum>
+  static void read(const ConvShape& s, const int32_t* sums, const WeightBlock& b, Sum* rows, int64_t pitch,
                    bool fresh) {
+    using ReadFn =
+        void (*)(const ConvShape&, const Layout&, const int32_t*, int64_t, const WeightBlock&, Sum*, int64_t);
+    constexpr ReadFn kReads[2][3] = {{read_panel<false, 0>, read_panel<false, 1>, read_panel<false, 9>},
+                                     {read_panel<true, 0>, read_panel<true, 1>, read_panel<true, 9>}};
     const Layout l(s);
-    const int64_t outs = s.group_out(), row = s.group_in() * s.kernel_h * s.kernel_w;
-    for (int64_t o = out_begin, end; o < out_end; o = end) {
+    const int64_t outs = s.group_out(), taps = s.kernel_h * s.kernel_w;
+    const ReadFn read_some = kReads[fresh ? 1 : 0][taps == 1 ? 1 : taps == 9 ? 2 : 0];
+    for (int64_t o = b.out_begin, end; o < b.out_end; o = end) {
       const int64_t group = o / outs, within = o % outs;
-      end = group * outs + least(least(outs, within / kOuts * kOuts + kOuts), within + out_end - o);
-      const auto read_some = fresh ? read_panel<true> : read_panel<false>;
-      read_some(s, l, sums, group, within, end - group * outs, rows + (o - out_begin) * row);
+      end = group * outs + least(least(outs, within / kOuts * kOuts + kOuts), within + b.out_end - o);
+      read_some(s, l, sums, group, {within, end - group * outs, b.in_begin, b.in_end}, rows + (o - b.out_begin) * pitch,
+                pitch);
     }
   }
 
-  static constexpr WeightGradKernel kernel(const char* name) { return {name, sums, scratch_bytes, add, read}; }
+  static constexpr WeightGradKernel kernel(const char* name) {
+    return {name, sums, scratch_bytes, add, read<int64_t>, read<int32_t>};
+  }
 };
 
 }  // namespace

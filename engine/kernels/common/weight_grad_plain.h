@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "bitstrata/kernels.h"
+#include "weight_sums.h"
 
 namespace bitstrata {
 namespace {
@@ -63,18 +64,22 @@ struct PlainWeightGrad {
     }
   }
 
-  static void read(const ConvShape& s, const int32_t* sums, int64_t out_begin, int64_t out_end, int64_t* rows,
+  template <typename Sum>
+  static void read(const ConvShape& s, const int32_t* sums, const WeightBlock& b, Sum* rows, int64_t pitch,
                    bool fresh) {
     const int64_t ins = s.group_in();
-    for (int64_t o = out_begin; o < out_end; ++o, rows += ins * taps(s))
+    for (int64_t o = b.out_begin; o < b.out_end; ++o, rows += pitch)
       for (int64_t tap = 0; tap < taps(s); ++tap)
-        for (int64_t i = 0; i < ins; ++i) {
-          int64_t& to = rows[i * taps(s) + tap];
-          to = (fresh ? 0 : to) + (depthwise(s) ? sums[tap * s.out_c + o] : sums[(o * taps(s) + tap) * ins + i]);
+        for (int64_t i = b.in_begin; i < b.in_end; ++i) {
+          Sum& to = rows[(i - b.in_begin) * taps(s) + tap];
+          const int32_t sum = depthwise(s) ? sums[tap * s.out_c + o] : sums[(o * taps(s) + tap) * ins + i];
+          to = fresh ? sum : added(to, sum);
         }
   }
 
-  static constexpr WeightGradKernel kernel(const char* name) { return {name, sums, scratch_bytes, add, read}; }
+  static constexpr WeightGradKernel kernel(const char* name) {
+    return {name, sums, scratch_bytes, add, read<int64_t>, read<int32_t>};
+  }
 };
 
 }  // namespace

@@ -123,6 +123,18 @@ class Planner:
     def _is(self, node: fx.Node, functions: tuple[Any, ...]) -> bool:
         return node.op in ("call_function", "call_method") and node.target in functions
 
+    def _writes(self, node: fx.Node, module: nn.Module | None) -> bool:
+        """Whether the operation may write into its argument."""
+        if module is not None:
+            return bool(getattr(module, "inplace", False))
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = str(name).endswith("_") and not str(name).endswith("__")
+        return (
+            in_place
+            or node.target in (operator.iadd, operator.imul, operator.isub)
+            or node.kwargs.get("inplace") is True
+        )
+
     def _rectifies(self, node: fx.Node) -> bool:
         module = self._module(node)
         return (type(module) is nn.ReLU and _plain(module)) if module is not None else self._is(node, RECTIFIERS)
@@ -174,7 +186,12 @@ class Planner:
                 module = self._module(node)
                 owner = module.parameters() if module is not None else ()
                 reads = tuple(n.name for n in node.all_input_nodes)
-                self.units.append(TorchOp(reads, node.name, node, module, tuple(owner)))
+                inplace = self._writes(node, module)
+                if inplace and len(node.all_input_nodes[0].users) > 1:
+                    raise FuseError(
+                        f"fuse: {node.name!r} writes into {node.all_input_nodes[0].name!r}, which other operations read too"
+                    )
+                self.units.append(TorchOp(reads, node.name, node, module, tuple(owner), inplace))
         if not self.fused:
             raise FuseError(
                 f"fuse: {type(self.model).__name__} has no convolution (IntegerConv2d without bias) that only a "

@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor
 
-
 LOOSE = 4  # a block serves what takes at least this fraction of it
 
 

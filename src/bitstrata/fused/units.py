@@ -227,6 +227,7 @@ class TorchOp(Unit):
     node: fx.Node
     module: nn.Module | None
     parameters: tuple[nn.Parameter, ...]
+    inplace: bool  # it writes into its first argument, which no other node reads
 
     def run(self, step: Step) -> None:
         leaves: dict[str, Tensor] = {}
@@ -235,10 +236,11 @@ class TorchOp(Unit):
             value = step.env[node.name]
             if isinstance(value, Value) and node.name not in leaves:
                 leaves[node.name] = _as_leaf(value)
-            return leaves.get(node.name, value)
+            leaf = leaves.get(node.name, value)
+            return leaf.clone() if self.inplace and isinstance(leaf, Tensor) else leaf
 
-        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), argument)
         with torch.enable_grad():
+            args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), argument)
             result = self._call(args, kwargs)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             step.env[self.result] = result
