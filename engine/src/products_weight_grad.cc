@@ -15,6 +15,7 @@ namespace {
 enum Own { kScratch, kSums, kRows };
 
 constexpr int64_t kBlockPixels = 512;  // summed at a time, so that what the kernel makes of them stays in the cache
+constexpr int64_t kLeastPixels = 128;  // of a block, where threads would else have none
 constexpr int64_t kReadTogether = 8;   // output channels, whose sums kernels keep together
 constexpr int64_t kReadWeights = 512;  // of each, so that their sums stay in the L1 cache
 constexpr int64_t kReadChannels = 16;  // input channels come in multiples of these: those of a vector of sums
@@ -42,10 +43,12 @@ struct Stretch {
   const int8_t* g;
   int64_t rows, together;  // of an image, and images, in a block
 
-  Stretch(const ConvShape& s, int64_t images, const uint8_t* x, const int8_t* g)
+  Stretch(const ConvShape& s, int64_t images, const uint8_t* x, const int8_t* g, int threads)
       : shape(s), images(images), x(x), g(g) {
-    rows = std::clamp<int64_t>(kBlockPixels / s.out_w, 1, s.out_h);
-    together = rows < s.out_h ? 1 : std::clamp<int64_t>(kBlockPixels / (s.out_h * s.out_w), 1, images);
+    const int64_t all = images * s.out_h * s.out_w;
+    const int64_t pixels = std::clamp((all + threads - 1) / threads, kLeastPixels, kBlockPixels);
+    rows = std::clamp<int64_t>(pixels / s.out_w, 1, s.out_h);
+    together = rows < s.out_h ? 1 : std::clamp<int64_t>(pixels / (s.out_h * s.out_w), 1, images);
   }
   int64_t blocks_of_image() const { return (shape.out_h + rows - 1) / rows; }
   int64_t blocks() const { return (images + together - 1) / together * blocks_of_image(); }
@@ -70,14 +73,14 @@ class WeightGrad {
       const int64_t pixels = s.batch * s.in_h * s.in_w, width = std::min(pixels, kMergedWidth), done = pixels / width;
       c.in_h = c.out_h = done;
       c.in_w = c.out_w = width;
-      stretches_.emplace_back(c, 1, from, g);
+      stretches_.emplace_back(c, 1, from, g, threads_);
       if (pixels % width != 0) {
         c.in_h = c.out_h = 1;
         c.in_w = c.out_w = pixels % width;
-        stretches_.emplace_back(c, 1, from + done * width * s.in_c, g + done * width * s.out_c);
+        stretches_.emplace_back(c, 1, from + done * width * s.in_c, g + done * width * s.out_c, threads_);
       }
     } else {
-      stretches_.emplace_back(c, s.batch, from, g);
+      stretches_.emplace_back(c, s.batch, from, g, threads_);
     }
     shape_ = stretches_[0].shape;
     kernel_ = kernels.products->weight_grad(shape_);
@@ -185,14 +188,10 @@ class WeightGrad {
         kernel_->read_short(shape_, sums.data, block, rows, count, fresh);
         fresh = false;
       }
-      for (int64_t o = begin; o < end; ++o) {
-        // The next row's values are too far away to be fetched unasked.
-        if (o + 1 < end)
-          for (int64_t j = 0; j < count; j += 16) __builtin_prefetch(result_.values + (o + 1) * row_ + i * taps_ + j, 1);
+      for (int64_t o = begin; o < end; ++o)
         kernels_.products->scale_short_sums(rows + (o - begin) * count, result_.out_factor[o],
                                             factors_.data() + o / shape_.group_out() * row_ + i * taps_,
                                             result_.values + o * row_ + i * taps_, count);
-      }
     }
   }
 

@@ -23,6 +23,25 @@ std::string describe(const ConvShape& s) {
   return text;
 }
 
+// Packs weights in parts, the last first, from an order in which the input channels are outermost and the taps, `step`
+// apart, run backwards; false: this kernel only packs as a whole.
+bool pack_in_parts(const ConvKernel& kernel, const ConvShape& s, const int8_t* codes, const int32_t* pad, Edge edge,
+                   int64_t step, void* packed) {
+  const int64_t parts = kernel.pack_parts == nullptr ? 0 : kernel.pack_parts(s);
+  const int64_t taps = s.kernel_h * s.kernel_w, record = (taps - 1) * step + 1;
+  const int64_t ins = s.group_in(), outs = s.group_out();
+  const Guarded there(s.out_c * ins * record, edge);
+  for (int64_t o = 0; o < s.out_c; ++o)
+    for (int64_t i = 0; i < ins; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        there.get<int8_t>()[((o / outs * ins + i) * outs + o % outs) * record + (taps - 1 - tap) * step] =
+            codes[(o * ins + i) * taps + tap];
+  const WeightCodes w{there.get<int8_t>(), outs * ins * record, record, outs * record,
+                      record - 1,          -s.kernel_w * step,  -step,  record};
+  for (int64_t part = parts - 1; part >= 0; --part) kernel.pack_part(s, w, pad, packed, part);
+  return parts > 0;
+}
+
 void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edge, uint64_t seed,
                 bool saturate = false) {
   Random random(seed, saturate);
@@ -45,12 +64,21 @@ void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edg
   kernel.run(s, packed.get(), rows, out.get<int32_t>(), cut, s.out_h);
   kernel.run(s, packed.get(), rows, out.get<int32_t>(), 0, cut);
 
+  const std::string where = describe(s);
+  const Guarded packed_in_parts(kernel.packed_bytes(s), edge, 64), again(out_count * 4, edge, 4);
+  if (pack_in_parts(kernel, s, codes.get<int8_t>(), pad.get<int32_t>(), edge, 1 + static_cast<int64_t>(seed % 2),
+                    packed_in_parts.get())) {
+    kernel.stage(s, packed_in_parts.get(), image.get(), staged.get(), 0, s.padded_h());
+    kernel.run(s, packed_in_parts.get(), rows, again.get<int32_t>(), 0, s.out_h);
+    for (int64_t i = 0; i < out_count; ++i)
+      expect_equal(row.isa, "packing in parts", where.c_str(), i, again.get<int32_t>()[i], out.get<int32_t>()[i]);
+  }
+
   const auto input = [&](int64_t y, int64_t x, int64_t c) -> int64_t {
     if (y < 0 || x < 0 || y >= s.in_h || x >= s.in_w) return pad.get<int32_t>()[c];
     const int64_t at = (y * s.in_w + x) * s.in_c + c;
     return range.dtype == DType::u8 ? image.get<uint8_t>()[at] : image.get<int8_t>()[at];
   };
-  const std::string where = describe(s);
   for (int64_t i = 0; i < out_count; ++i) {
     const int64_t o = i % s.out_c, x = i / s.out_c % s.out_w, y = i / s.out_c / s.out_w;
     int64_t sum = 0;
@@ -125,6 +153,7 @@ void test_large_convs(const Kernels& row) {
     int64_t h, w, in, out, groups, kernel_h, kernel_w, stride, dilation, pad;
   };
   const Large shapes[] = {
+      {4, 70, 3, 16, 1, 3, 3, 1, 1, 1},   {5, 31, 20, 7, 2, 2, 3, 1, 1, 1},   {3, 29, 66, 81, 1, 3, 3, 1, 1, 1},
       {3, 70, 3, 17, 1, 3, 3, 1, 1, 1},   {9, 41, 4, 49, 1, 3, 3, 1, 1, 1},   {2, 5, 5, 65, 1, 2, 2, 1, 1, 0},
       {2, 7, 8, 144, 1, 3, 1, 2, 1, 1},   {3, 5, 16, 80, 1, 1, 1, 1, 1, 0},   {5, 6, 12, 33, 1, 1, 1, 2, 1, 0},
       {7, 1, 20, 9, 1, 1, 1, 1, 1, 0},    {5, 5, 1, 1, 64, 3, 3, 1, 1, 1},    {4, 9, 1, 1, 65, 3, 3, 1, 1, 1},

@@ -121,7 +121,7 @@ def main() -> None:
         surfaces = {name: rows[name] for name in SETTINGS if name in rows}
         axes = {name: np.array(row["axis"]) for name, row in surfaces.items()}
         drawn = {n: Landscape(axes[n], axes[n], np.array(row["loss"], dtype=float)) for n, row in surfaces.items()}
-        plot_landscape(drawn, args.picture)
+        plot_landscape(drawn, args.picture, dpi=90)
 
 
 if __name__ == "__main__":

@@ -118,3 +118,142 @@ def product_kernels(
     isa: str, size: Pair, channels: Pair, kernel: Pair, groups: int, range: Pair, weights: Pair
 ) -> tuple[str, str]:
     """Names of the kernels of a product and of its weight gradient."""
+
+# Quantization and normalization of a training step (bindings/training.cc, bindings/norm.h). A tensor is rows of
+# channels: float32, bfloat16 as int16 where a function takes it, or int32 with `scale`, (channels,) float32. noise:
+# seed and stream of stochastic rounding, None to round to nearest. What is not finite gives NaN or False, not an error.
+Noise = tuple[int, int] | None
+
+def channel_ranges(x: Array, isa: str, threads: int) -> NDArray[np.float32]:
+    """The largest magnitude of each channel of a float32 or bfloat16 tensor: (channels,); NaN if not finite."""
+
+def pack_codes(codes: Array, width: int, out: Array, isa: str, threads: int) -> None: ...
+def unpack_codes(packed: Array, width: int, signed: bool, out: Array, isa: str, threads: int) -> None: ...
+def weight_codes(
+    weight: Array, groups: int, bits: int, by_output: bool, codes: Array, scale: Array, isa: str, threads: int
+) -> bool:
+    """Codes and scales of a weight (out, in / groups, taps); whether it is finite."""
+
+def shift_codes(
+    x: Array, bits: int, groups: int, signed: bool, absorb: bool, noise: Noise, out: Array, isa: str, threads: int
+) -> tuple[float, NDArray[np.uint8]]:
+    """Codes to `out`; their scale and the channels' exponents."""
+
+def join(
+    x: Array, scale: Array | None, add: Array | None, bits: Array | None, out: Array, isa: str, threads: int
+) -> NDArray[np.float32]:
+    """x, plus `add`, 0 where bits are 0, to `out`; each channel's largest magnitude."""
+
+class Norm:
+    """The quantized normalization of one batch: `forward`, then what reads its codes; `backward`, then gradients."""
+
+    def __init__(
+        self,
+        rows: int,
+        channels: int,
+        bits: int,
+        l2: bool,
+        eps: float,
+        factor: float,
+        weight: Array | None,
+        bias: Array | None,
+        isa: str,
+        threads: int,
+    ) -> None: ...
+    def forward(self, x: Array, scale: Array | None, least: Array | None, most: Array | None, codes: Array) -> bool: ...
+    def to_codes(
+        self,
+        codes: Array,
+        rectify: bool,
+        bits: int,
+        groups: int,
+        signed: bool,
+        absorb: bool,
+        noise: Noise,
+        out: Array,
+    ) -> tuple[float, NDArray[np.uint8]]: ...
+    def to_f32(
+        self, codes: Array, rectify: bool, add: Array | None, out: Array, bits: Array | None
+    ) -> NDArray[np.float32]: ...
+    def backward(
+        self,
+        gradient: Array,
+        scale: Array | None,
+        range: float | None,
+        codes: Array,
+        rectify: bool,
+        noise: Noise,
+        out: Array,
+    ) -> bool: ...
+    def gradient_f32(self, gradient: Array, codes: Array, out: Array) -> None: ...
+    def gradient_codes(
+        self, gradient: Array, codes: Array, bits: int, groups: int, absorb: bool, noise: Noise, out: Array
+    ) -> tuple[float, NDArray[np.uint8]]: ...
+    @property
+    def mean(self) -> NDArray[np.float32]: ...
+    @property
+    def deviation(self) -> NDArray[np.float32]: ...
+    @property
+    def weight_gradient(self) -> NDArray[np.float32]: ...
+    @property
+    def bias_gradient(self) -> NDArray[np.float32]: ...
+
+class ConvNorm:
+    """A convolution with its normalization as one operation (bindings/conv_norm.cc), for batches of any size."""
+
+    def __init__(
+        self,
+        stride: Pair,
+        dilation: Pair,
+        padding: Pair,
+        groups: int,
+        weight_bits: int,
+        one_scale: bool,
+        norm_bits: int,
+        l2: bool,
+        eps: float,
+        factor: float,
+    ) -> None: ...
+    def forward(
+        self,
+        x: Array,
+        range: Pair,
+        unit: float,
+        shift: Array | None,
+        weight: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        acc: Array,
+        codes: Array,
+        isa: str,
+        threads: int,
+    ) -> tuple[Norm | None, str]:
+        """The normalization, or None and what was not finite: "weight", "norm" or "product"."""
+
+    def backward(
+        self,
+        norm: Norm,
+        codes: Array,
+        gradient: Array,
+        scale: Array | None,
+        range: float | None,
+        rectified: bool,
+        noise: Noise,
+        bits: int,
+        groups: int,
+        absorb: bool,
+        product_noise: Noise,
+        x: Array,
+        x_range: Pair,
+        x_shift: Array | None,
+        x_channel: Array,
+        weight: Array,
+        scratch: Array,
+        product_scratch: Array,
+        input: Array | None,
+        input_factor: Array | None,
+        weight_gradient: Array | None,
+        isa: str,
+        threads: int,
+    ) -> str:
+        """What was not finite: "weight", "norm" or "product"; "" for nothing."""

@@ -349,5 +349,6 @@ def test_fold_of_a_constant_channel_without_eps():
 
 
 def test_a_fully_quantized_form_does_not_fold():
-    with pytest.raises(TypeError, match=r"fold: QuantizedL1BatchNorm1d quantizes .* no affine map; freeze_ the model first, or use L1"):
+    text = r"fold: QuantizedL1BatchNorm1d quantizes .* no affine map; freeze_ the model first, or use L1"
+    with pytest.raises(TypeError, match=text):
         fold(QuantizedL1BatchNorm1d(3))

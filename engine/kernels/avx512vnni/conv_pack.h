@@ -64,7 +64,7 @@ class SetPacker {
   void pack() {
     const bool rows = w_.taps == 1 && w_.in_step == 1, columns = w_.taps == 1 && w_.out_step == 1 && !rows;
     // Neighbours in memory come one after the other, as far as the vectors of the set allow it.
-    const int64_t together = w_.in_step < w_.out_step ? 16 : 1;
+    const int64_t together = rows || w_.in_step < w_.out_step ? 16 : 1;
     for (int64_t tap = 0; tap < w_.taps; tap += kTogether) {
       if (!place_taps(tap)) continue;
       for (int64_t four = 0; four < fours_; four += together)

@@ -204,8 +204,8 @@ def quantized_norm_codes(
     """The fully quantized normalization, every tensor on a dynamic symmetric grid of its own, rounded to nearest.
 
     In this order: x; its mean, from the sum of integer codes; the deviation of x from the quantized mean, from integer
-    sums too, eps included, its codes at least 1; (x - mean)/deviation of the quantized three; weight; bias. All sums are
-    of integers, all else is elementwise in x's dtype, so the result does not depend on the order of summation; the
+    sums too, eps included, its codes at least 1; (x - mean)/deviation of the quantized three; weight; bias. All sums
+    are of integers, all else is elementwise in x's dtype, so the result does not depend on the order of summation; the
     engine's kernels compute the same.
 
     Args:
@@ -351,9 +351,7 @@ def _less_statistics(  # noqa: PLR0917
         constant = slope.mean - of_h * wide * together
         return (grad - constant.to(grad.dtype)) - h.to(grad.dtype) * (wide * together).to(grad.dtype)
     signs = h.sign().double().mean(dims, keepdim=True)
-    negative, zero, positive = (
-        (slope.mean + (s - signs) * factor * together).to(grad.dtype) for s in (-1.0, 0.0, 1.0)
-    )
+    negative, zero, positive = ((slope.mean + (s - signs) * factor * together).to(grad.dtype) for s in (-1.0, 0.0, 1.0))
     return grad - torch.where(h < 0, negative, torch.where(h > 0, positive, zero))
 
 

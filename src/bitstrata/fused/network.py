@@ -57,8 +57,8 @@ class FusedNetwork(nn.Module):
             return self.model(x)
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(
-                f"fused network: the input must be (N, C, H, W) in float32 on the CPU, got {tuple(x.shape)} of {x.dtype} "
-                f"on {x.device}"
+                f"fused network: the input must be (N, C, H, W) in float32 on the CPU, got {tuple(x.shape)} of "
+                f"{x.dtype} on {x.device}"
             )
         if x.numel() == 0:
             return self.model(x)
@@ -167,7 +167,7 @@ class _Step(torch.autograd.Function):
 
 
 def fuse(model: nn.Module) -> FusedNetwork:
-    """A network that trains in integers, with its convolutions, normalizations and rectifiers fused; see `FusedNetwork`.
+    """A network that trains in integers with convolutions, normalizations and rectifiers fused; see `FusedNetwork`.
 
     Args:
         model: after `integer_`, on the CPU. It is used, not copied or changed.

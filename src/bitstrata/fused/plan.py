@@ -188,9 +188,8 @@ class Planner:
                 reads = tuple(n.name for n in node.all_input_nodes)
                 inplace = self._writes(node, module)
                 if inplace and len(node.all_input_nodes[0].users) > 1:
-                    raise FuseError(
-                        f"fuse: {node.name!r} writes into {node.all_input_nodes[0].name!r}, which other operations read too"
-                    )
+                    written = node.all_input_nodes[0].name
+                    raise FuseError(f"fuse: {node.name!r} writes into {written!r}, which other operations read too")
                 self.units.append(TorchOp(reads, node.name, node, module, tuple(owner), inplace))
         if not self.fused:
             raise FuseError(
@@ -201,7 +200,8 @@ class Planner:
 
     def _add_conv_norm(self, conv: fx.Node, norm: fx.Node, last: fx.Node | None) -> None:
         layer, normalization = self._module(conv), self._module(norm)
-        assert isinstance(layer, IntegerConv2d) and isinstance(normalization, QuantizedL1BatchNorm)
+        assert isinstance(layer, IntegerConv2d)
+        assert isinstance(normalization, QuantizedL1BatchNorm)
         source = conv.args[0]
         assert isinstance(source, fx.Node)
         self._done.update(n for n in (conv, norm, last) if n is not None)

@@ -57,8 +57,8 @@ def random_bits(seed: int, stream: int, start: int, count: int, device: torch.de
     """Random bits of elements start..start + count - 1 of a stream: int64 (count,), each in 0..2^16 - 1.
 
     Those of element i are half h of word w of Philox4x32-7 at counter (j low, j high, stream low, stream high), each of
-    32 bits, under the key (seed low, seed high), with j = i div 128 * 16 + i mod 32 div 2, w = i div 32 mod 4, and h = i
-    mod 2, half 0 being the low one: an order that suits vectors.
+    32 bits, under the key (seed low, seed high), with j = i div 128 * 16 + i mod 32 div 2, w = i div 32 mod 4, and
+    h = i mod 2, half 0 being the low one: an order that suits vectors.
 
     Raises:
         ValueError: seed or stream outside 0..2^64 - 1, or a negative start or count.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .groups import channel_ranges, check_groups, group_exponents, pack_bits, pack_groups, unpack_bits, unpack_groups
 from . import engine_codes
+from .groups import channel_ranges, check_groups, group_exponents, pack_bits, pack_groups, unpack_bits, unpack_groups
 from .rounding import CounterGenerator, check_rounding, round_codes
 
 SMALLEST_SCALE = 2.0**-118  # so that 2^7 / scale, the largest factor that a group has, is finite
