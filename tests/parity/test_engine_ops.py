@@ -249,6 +249,17 @@ def test_conv_small_groups(groups: int, x_range: tuple[int, int]) -> None:
         conv_case(3, channels=channels, groups=groups, x_range=x_range, form=(2, 1))
 
 
+@pytest.mark.parametrize("width", range(1, 41))
+def test_conv_of_few_outputs(width: int) -> None:
+    """At most one vector of output channels, and kernels of three columns: blocks of one row's pixels, and its rest."""
+    wide = {"hw": (4, width), "kernel": (3, 3)}
+    conv_case(width, channels=(16, 1 + width % 16), **wide)
+    conv_case(width, channels=(1 + width % 9, 16), dtype="s8", x_range=(-128, 127), padding=(1, 0, 2, 2), **wide)
+    conv_case(width, channels=(3, 1 + 7 * width % 16), groups=2, bits=4, threads=2, **wide)
+    conv_case(width, channels=(6, 5), form=(2, 1), dilation=(2, 1), padding=(2, 1, 2, 1), **wide)
+    conv_case(width, hw=(7, width), channels=(5, 12), stride=(2, 1), kernel=(4, 3), padding=(2, 1, 1, 1))
+
+
 @pytest.mark.parametrize("out", [47, 48, 49, 63, 64, 65, 80, 129, 144])
 def test_conv_many_outputs(out: int) -> None:
     """More vectors of output channels than a block holds, and more pixels than a tile."""

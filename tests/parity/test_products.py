@@ -196,11 +196,23 @@ def test_products_equal_int64_long(isa: str, case: Case) -> None:
         Conv(700, (1, 1), 100, 130, (1, 1)),
         Conv(1, (1, 2000), 6, 10, (1, 5), padding=(0, 2, 0, 2)),
         Conv(40, (3, 3), 65, 33, (3, 3), padding=(1, 1, 1, 1)),  # several images in one block
+        Conv(3, (2, 2), 160, 200, (3, 3), padding=(1, 1, 1, 1)),  # weights that threads pack together
+        Conv(2, (5, 4), 150, 140, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
+        Conv(3, (1, 1), 1050, 1100, (1, 1)),  # and in which they look for the largest together
+        Conv(5, (1, 1), 600, 1, (1, 1)),
+        Conv(5, (1, 1), 1, 600, (1, 1)),
     ],
 )
 def test_larger_maps(isa: str, conv: Conv) -> None:
     for bits, groups in ((4, 4), (8, 4)):
         check(Case(conv, bits, 4, groups, False, "random", bits), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_outputs_of_every_width(isa: str) -> None:
+    for width in range(1, 41):
+        conv = Conv(2, (3, width), 1 + 5 * width % 16, 1 + width % 16, (3, 3), padding=(1, 1, 1, 1))
+        check(Case(conv, 4 + width % 5, 4, 1 + width % 2, width % 3 == 0, "random", width), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)

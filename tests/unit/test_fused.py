@@ -68,6 +68,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8, nearest": {"w": None, "a": None, "g": None, "method": "int8_naive"},
     "int8, stochastic": {"w": None, "a": None, "g": None, "method": "int8_sr"},
     "nearest": {"grad_rounding": "nearest"},
+    "unsigned": {"unsigned_nonneg": True},
+    "unsigned, eight bits": {"w": 8, "a": 8, "g": 8, "groups": 3, "unsigned_nonneg": True},
     "plain mean deviation": {"l1_scale": "1"},
 }
 

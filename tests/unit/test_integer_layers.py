@@ -359,7 +359,9 @@ def test_packed_operands_are_what_backward_reads() -> None:
     """Unpacked from what is kept, the operand equals the one that was packed."""
     x = shift_quantize(gauss(3, 5, 2, 2).relu(), 4, 4, unsigned_nonneg=True)
     packed = x.pack()
-    back = PackedShift(packed.codes, packed.exponents, packed.scale, (3, 5, 2, 2), 4, 1, 4, False).unpack()
+    back = PackedShift(
+        packed.codes, packed.exponents, packed.scale, (3, 5, 2, 2), 4, 1, 4, False, packed.channels_last
+    ).unpack()
     assert isinstance(back, ShiftQuantized)
     assert same((x.codes, x.exponents, x.scale), (back.codes, back.exponents, back.scale))
     weight = gauss(4, 3)

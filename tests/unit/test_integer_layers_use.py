@@ -263,7 +263,7 @@ def test_shapes_that_do_not_fit() -> None:
         ({"act_rounding": "up"}, "act_rounding must be one of nearest, stochastic, got 'up'"),
         ({"grad_rounding": "up"}, "grad_rounding must be one of nearest, stochastic, got 'up'"),
         ({"method": "row"}, "method must be one of shift, tensor, got 'row'"),
-        ({"form": "fast"}, "form must be one of shift, float64, grouped, absorbed, got 'fast'"),
+        ({"form": "fast"}, "form must be one of shift, float64, grouped, absorbed, engine, got 'fast'"),
         ({"on_nonfinite": "pass"}, "on_nonfinite must be one of error, skip, got 'pass'"),
     ],
 )

@@ -40,7 +40,7 @@ class FusedNetwork(nn.Module):
         self._units = Planner(model, self._graph).plan()
         self._input = next(n for n in self._graph.nodes if n.op == "placeholder").name
         output = next(n for n in self._graph.nodes if n.op == "output").args[0]
-        self._output = output.name  # type: ignore[union-attr]
+        self._output = output.name
         self._last_reads = _last_reads(self._units, self._output)
         self._pool = Pool()
         self.fused = tuple(_name(model, unit.conv) for unit in self._units if isinstance(unit, ConvNorm))

@@ -75,7 +75,7 @@ def _products_fit(layer: IntegerConv2d, rule: IntegerRule) -> bool:
     inner_in, inner_out = layer.weight.shape[1] * taps, layer.weight.shape[0] // layer.groups * taps
     groups = rule.shift_groups
     return (
-        headroom(rule.a, groups, inner_in, other_bits=rule.w).fits
+        headroom(rule.a, groups, inner_in, other_bits=rule.w, signed=not rule.unsigned_nonneg).fits
         and headroom(rule.g, groups, inner_out, other_bits=rule.w).fits
     )
 
@@ -91,7 +91,6 @@ def _fusable_conv(module: nn.Module) -> bool:
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
         and rule.act_rounding == "nearest"
-        and not rule.unsigned_nonneg
         and _products_fit(module, rule)
     )
 
@@ -181,7 +180,7 @@ class Planner:
                 other = next(a for a in node.args if a is not own)
                 last = self._only(node, self._rectifies)
                 self._done.update(n for n in (node, last) if n is not None)
-                self.units.append(Join((own.name, other.name), (last or node).name, last is not None))  # type: ignore[union-attr]
+                self.units.append(Join((own.name, other.name), (last or node).name, last is not None))
             else:
                 module = self._module(node)
                 owner = module.parameters() if module is not None else ()

@@ -97,7 +97,9 @@ class ConvNorm(Unit):
         unit, _, geometry = self._unit()
         layer, norm, pool = self.conv, self.norm, step.pool
         try:
-            codes = x.codes(Format(layer.rule.a, layer.rule.shift_groups))
+            signed = not (layer.rule.unsigned_nonneg and x.never_negative())
+            form = Format(layer.rule.a, layer.rule.shift_groups, signed)
+            codes = x.codes(form)
         except NotFiniteError as error:
             raise NotFiniteError(f"{layer.state.name}: {error}") from error
         weight = layer.weight.contiguous()
@@ -124,9 +126,9 @@ class ConvNorm(Unit):
         step.statistics.append((norm, made))
         value = Normed(made, inputs, self.rectified, shape, pool)
         step.env[self.result] = value
-        step.tape.append(lambda s: self._backward(s, x, value))
+        step.tape.append(lambda s: self._backward(s, x, form, value))
 
-    def _backward(self, step: Step, x: Value, value: Normed) -> None:
+    def _backward(self, step: Step, x: Value, inputs: Format, value: Normed) -> None:
         if not value.gradient:
             value.release()
             return
@@ -136,7 +138,7 @@ class ConvNorm(Unit):
         real, scale = single if single is not None else (value.gradient.total(pool)[0], None)
         known = None if self.rectified or single is None else value.gradient.range
         form = Format(layer.rule.g, layer.rule.shift_groups)
-        codes = x.codes(Format(layer.rule.a, layer.rule.shift_groups))
+        codes = x.codes(inputs)
         scratch, products = pool.take(value.rows, torch.int8), pool.take(value.shape, torch.uint8)
         sums = pool.take(x.shape, torch.int32) if x.wanted else None
         factor = torch.empty(x.shape[3]) if x.wanted else None
@@ -201,7 +203,7 @@ class Join(Unit):
         out = pool.take(normed.rows, torch.float32)
         bits = pool.take(((count + 7) // 8,), torch.uint8) if self.rectified else None
         normed.norm.to_f32(array(normed.inputs), self.rectified, array(other.real()), array(out), array(bits))
-        value = Real(out, normed.shape, pool, escaped=False)
+        value = Real(out, normed.shape, pool, escaped=False, rectified=self.rectified)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value, bits))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from bitstrata_runtime import _engine
 
 from ..integer.engine_codes import array, best_isa
+from ..integer.shiftquant import largest_code
 from .pool import Pool
 
 Shape = tuple[int, int, int, int]
@@ -30,10 +31,11 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """What codes a product takes: ShiftQuant of `bits` in `groups`."""
+    """What codes a product takes: ShiftQuant of `bits` in `groups`; 0..2^bits - 1 if not signed."""
 
     bits: int
     groups: int
+    signed: bool = True
 
     @property
     def absorbed(self) -> bool:
@@ -43,7 +45,7 @@ class Format:
     @property
     def largest(self) -> int:
         """The largest magnitude of a code as it is stored."""
-        return ((1 << (self.bits - 1)) - 1) << (self.groups - 1 if self.absorbed else 0)
+        return largest_code(self.bits, self.signed) << (self.groups - 1 if self.absorbed else 0)
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,10 @@ class Value(ABC):
         self.gradient.release(self.pool)
 
     @abstractmethod
+    def never_negative(self) -> bool:
+        """Whether no element is below 0."""
+
+    @abstractmethod
     def _make_codes(self, form: Format) -> Codes: ...
 
     @abstractmethod
@@ -189,9 +195,15 @@ class Value(ABC):
 class Real(Value):
     """An activation that is given as floats: float32 (rows, channels)."""
 
-    def __init__(self, real: Tensor, shape: Shape, pool: Pool, *, escaped: bool) -> None:
+    def __init__(self, real: Tensor, shape: Shape, pool: Pool, *, escaped: bool, rectified: bool = False) -> None:
         super().__init__(shape, pool)
         self._real, self.escaped = real, escaped
+        self._rectified = rectified
+
+    def never_negative(self) -> bool:
+        if not self._rectified and self._real is not None:
+            self._rectified = bool(self._real.amin() >= 0)
+        return self._rectified
 
     def _make_codes(self, form: Format) -> Codes:
         out = self.pool.take(self.shape, torch.uint8)
@@ -199,7 +211,7 @@ class Real(Value):
             array(self.real()),
             form.bits,
             form.groups,
-            True,
+            form.signed,
             form.absorbed,
             None,
             array(out.view(self.rows)),
@@ -208,7 +220,7 @@ class Real(Value):
         )
         if math.isnan(scale):
             raise NotFiniteError("its activation contains NaN or infinity")
-        return Codes(out.view(torch.int8), scale, exponents, form)
+        return Codes(out.view(torch.int8) if form.signed else out, scale, exponents, form)
 
     def _make_real(self) -> Tensor:
         raise AssertionError("its floats were dropped")
@@ -224,6 +236,9 @@ class Normed(Value):
         super().__init__(shape, pool)
         self.norm, self.inputs, self.rectified = norm, inputs, rectified
 
+    def never_negative(self) -> bool:
+        return self.rectified or bool(self.real().amin() >= 0)
+
     def _make_codes(self, form: Format) -> Codes:
         out = self.pool.take(self.shape, torch.uint8)
         scale, exponents = self.norm.to_codes(
@@ -231,12 +246,13 @@ class Normed(Value):
             self.rectified,
             form.bits,
             form.groups,
-            True,
+            form.signed,
             form.absorbed,
             None,
             array(out.view(self.rows)),
         )
-        return Codes(out if self.rectified else out.view(torch.int8), scale, exponents, form)
+        unsigned = self.rectified or not form.signed
+        return Codes(out if unsigned else out.view(torch.int8), scale, exponents, form)
 
     def _make_real(self) -> Tensor:
         out = self.pool.take(self.rows, torch.float32)
@@ -266,6 +282,9 @@ class Plain(Value):
     def add_gradient(self, gradient: Tensor) -> None:
         """Add to what has arrived."""
         self.arrived = gradient if self.arrived is None else self.arrived + gradient
+
+    def never_negative(self) -> bool:
+        return bool(self.tensor.amin() >= 0)
 
     def _make_codes(self, form: Format) -> Codes:
         raise AssertionError("a tensor of another shape than (N, C, H, W) has no codes")

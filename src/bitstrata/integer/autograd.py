@@ -208,7 +208,7 @@ class _IntegerProduct(torch.autograd.Function):
         if call.differentiated and ctx.needs_input_grad[1]:
             packed = xq.pack()
             kept = [packed.codes, packed.exponents, packed.scale]
-            ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed)
+            ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed, packed.channels_last)
         ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
         return y if bias is None else y + bias.to(dtype)
 

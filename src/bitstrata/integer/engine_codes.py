@@ -27,7 +27,7 @@ def best_isa() -> str:
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels take x, not empty."""
-    return x.device.type == "cpu" and x.dtype in MEMORY and x.numel() > 0 and not torch.jit.is_tracing()
+    return x.device.type == "cpu" and x.dtype in MEMORY and x.numel() > 0 and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def array(x: Tensor | None) -> NDArray[Any] | None:

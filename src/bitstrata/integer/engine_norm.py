@@ -33,9 +33,9 @@ class NormRule:
 
     def start(self, rows: int, channels: int, weight: Tensor | None, bias: Tensor | None) -> Any:
         """The engine's normalization of one batch of `rows` positions."""
-        affine = (None if t is None else t.detach().float() for t in (weight, bias))
+        w, b = (None if t is None else t.detach().float() for t in (weight, bias))
         threads = torch.get_num_threads()
-        return _engine.Norm(rows, channels, self.bits, self.l2, self.eps, self.factor, *affine, best_isa(), threads)
+        return _engine.Norm(rows, channels, self.bits, self.l2, self.eps, self.factor, w, b, best_isa(), threads)
 
     def noise(self) -> tuple[int, int] | None:
         """Seed and stream for the next gradient."""
@@ -49,7 +49,7 @@ class _Normalized(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = rows_of(x, 1)
         flat = rows.view(-1, rows.shape[-1])
-        norm = rule.start(*flat.shape, weight, bias)
+        norm = rule.start(flat.shape[0], flat.shape[1], weight, bias)
         codes = torch.empty(flat.shape, dtype=torch.int8)
         like = rows.movedim(-1, 1)
         out = torch.empty_strided(like.shape, like.stride())  # no view, so that what follows may write into it

@@ -113,9 +113,11 @@ class ShiftQuantized:
         return (self.codes.to(wide) * along(steps, self.axis, self.codes.dim())).to(dtype)
 
     def pack(self) -> PackedShift:
-        """The same, in as few bytes as the widths allow."""
+        """The same, in as few bytes as the widths allow; in the order of the memory, if its channels are last."""
+        rows = self.codes.movedim(self.axis, -1)
+        channels_last = rows.is_contiguous() and not self.codes.is_contiguous()
         return PackedShift(
-            pack_codes(self.codes, self.bits, self.signed),
+            _packed(rows if channels_last else self.codes, self.bits),
             pack_groups(self.exponents, self.groups),
             self.scale,
             tuple(self.codes.shape),
@@ -123,6 +125,7 @@ class ShiftQuantized:
             self.axis,
             self.groups,
             self.signed,
+            channels_last,
         )
 
 
@@ -132,6 +135,7 @@ class PackedShift:
 
     Attributes:
         codes, exponents: uint8, packed. scale: float32 (). shape: of the codes. bits, axis, groups, signed: as there.
+        channels_last: whether codes were packed in the order with `axis` last.
     """
 
     codes: Tensor
@@ -142,6 +146,7 @@ class PackedShift:
     axis: int
     groups: int
     signed: bool = True
+    channels_last: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +155,11 @@ class PackedShift:
 
     def unpack(self) -> ShiftQuantized:
         """The ShiftQuantized that was packed, equal to the last bit."""
-        codes = unpack_codes(self.codes, self.bits, self.shape, self.signed)
+        shape = self.shape
+        if self.channels_last:
+            shape = (*shape[: self.axis], *shape[self.axis + 1 :], shape[self.axis])
+        codes = unpack_codes(self.codes, self.bits, shape, self.signed)
+        codes = codes.movedim(-1, self.axis) if self.channels_last else codes
         exponents = unpack_groups(self.exponents, self.groups, self.shape[self.axis])
         return ShiftQuantized(codes, exponents, self.scale, self.bits, self.axis, self.groups, self.signed)
 
@@ -247,6 +256,10 @@ def pack_codes(codes: Tensor, bits: int, signed: bool = True) -> Tensor:
         raise ValueError(
             f"pack_codes: {bits}-bit codes must be in {lo}..{hi}, got {int(codes.min())}..{int(codes.max())}"
         )
+    return _packed(codes, bits)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
     if codes.device.type == "cpu" and codes.element_size() == 1 and codes.numel():
         return engine_codes.pack(codes, bits)
     digits = codes.reshape(-1).contiguous()
