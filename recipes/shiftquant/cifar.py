@@ -16,6 +16,7 @@ from bitstrata import data, zoo
 FOUR = {"w": 4, "a": 4, "g": 4}
 SETTINGS = {
     **settings(4),
+    "unsigned": {**FOUR, "unsigned_nonneg": True},
     "groups 1": {**FOUR, "groups": 1},
     "groups 2": {**FOUR, "groups": 2},
     "groups 6": {**FOUR, "groups": 6},

@@ -260,6 +260,22 @@ def test_gradients_that_are_not_finite_inside():
         step(fused, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
 
 
+def test_skipping_what_is_not_finite():
+    torch.manual_seed(0)
+    model, _ = pair(Block(), on_nonfinite="skip")
+    fused = bs.fuse(model)
+    broken = torch.randn(2, 3, 12, 12)
+    broken[0, 0, 0, 0] = torch.nan
+    assert fused(broken).isnan().any()
+    handle = model.biased.register_full_backward_hook(lambda m, gi, go: (torch.full_like(gi[0], torch.nan),))
+    step(fused, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
+    assert all(not p.grad.any() for p in model.parameters())
+    assert model.one.state.skipped == 1
+    handle.remove()
+    step(fused, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
+    assert model.one.weight.grad.any()
+
+
 def test_a_step_runs_backward_once():
     model, _ = pair(Block())
     loss = bs.fuse(model)(torch.randn(2, 3, 12, 12)).sum()

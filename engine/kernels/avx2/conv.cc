@@ -97,44 +97,61 @@ int64_t staged_row_bytes(const ConvShape& s) {
   return Packed<kWide>(s).stage.row_bytes;
 }
 
+// Channels [begin, end) of one output channel's weights (channel, tap); `pitch`: from step to step of its vector.
+// Returns the sum of the codes.
+template <bool kWide>
+int64_t pack_channels(const Packed<kWide>& p, const int8_t* codes, int64_t taps, int64_t begin, int64_t end,
+                      int64_t pitch, typename Packed<kWide>::Weight* weights) {
+  constexpr int64_t kStep = Packed<kWide>::kStep;
+  int64_t sum = 0;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int32_t c = codes[i * taps + tap];
+      const int64_t at = tap * p.stage.lanes + i;
+      weights[at / kStep * pitch + at % kStep] =
+          static_cast<typename Packed<kWide>::Weight>(p.form.pack_mul * c + p.form.pack_add);
+      sum += c;
+    }
+  return sum;
+}
+
 // Vectors come in pairs, interleaved by step, a last odd one alone: the weights of vector v of a group start at
 // (v & ~1) * steps, and follow each other at 2 vectors' distance, or 1.
 template <bool kWide>
 void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
   using P = Packed<kWide>;
   using Weight = typename P::Weight;
+  constexpr int64_t kTogether = 16;  // channels whose packed weights for a pair of vectors stay in the L1 cache
   const P p(s);
   uint8_t* base = static_cast<uint8_t*>(packed);
   std::memset(packed, 0, static_cast<size_t>(p.bytes));
   stage_padding(s, p.stage, pad, reinterpret_cast<typename P::Staged*>(base + p.padding_at));
   int32_t* correction = reinterpret_cast<int32_t*>(base + p.correction_at);
+  const int64_t taps = s.kernel_h * s.kernel_w, row = s.group_in() * taps;
   int64_t largest_pair = 1;
-  for (int64_t o = 0; o < s.out_c; ++o) {
-    const int64_t group = o / s.group_out(), within = o % s.group_out();
-    const int64_t v = within / kLanes, lane = within % kLanes;
-    const int64_t together = v + 1 < p.vectors || v % 2 == 1 ? 2 : 1;
-    Weight* w = reinterpret_cast<Weight*>(base + p.weights_at + (group * p.vectors + v / 2 * 2) * p.steps * 32);
-    uint32_t sum = 0;  // of the full weights
-    int64_t k = 0;     // element of the window
-    for (int64_t ky = 0; ky < s.kernel_h; ++ky)
-      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-        for (int64_t i = 0; i < s.group_in(); ++i) {
-          const int32_t c = codes[((o * s.group_in() + i) * s.kernel_h + ky) * s.kernel_w + kx];
-          const int64_t at = k + i, step = at / P::kStep * together + v % 2;
-          w[(step * kLanes + lane) * P::kStep + at % P::kStep] =
-              static_cast<Weight>(p.form.pack_mul * c + p.form.pack_add);
-          sum += static_cast<uint32_t>(s.mul * c + s.add);
-        }
-        k += p.stage.lanes;
+  for (int64_t group = 0; group < s.groups; ++group)
+    for (int64_t v = 0; v < p.vectors; v += 2) {
+      const int64_t pitch = (v + 1 < p.vectors ? 2 : 1) * kLanes * P::kStep;
+      const int64_t first = v * kLanes, last = min64(first + 2 * kLanes, s.group_out());
+      Weight* weights = reinterpret_cast<Weight*>(base + p.weights_at + (group * p.vectors + v) * p.steps * 32);
+      const int8_t* of_group = codes + group * s.group_out() * row;
+      int64_t sums[2 * kLanes] = {};
+      for (int64_t i = 0; i < s.group_in(); i += kTogether)
+        for (int64_t o = first; o < last; ++o)
+          sums[o - first] += pack_channels<kWide>(p, of_group + o * row, taps, i, min64(i + kTogether, s.group_in()),
+                                                  pitch, weights + (o - first) * P::kStep);
+      for (int64_t o = first; o < last; ++o) {
+        const uint32_t sum = static_cast<uint32_t>(sums[o - first]) * static_cast<uint32_t>(s.mul) +
+                             static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
+        correction[group * p.vectors * kLanes + o] = static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
       }
-    correction[group * p.vectors * kLanes + within] = static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
-    if (kWide) continue;
-    for (int64_t pair = 0; pair < k; pair += 2) {
-      const Weight* two = w + ((pair / P::kStep * together + v % 2) * kLanes + lane) * P::kStep + pair % P::kStep;
-      const int64_t low = min64(two[0], 0) + min64(two[1], 0), high = max64(two[0], 0) + max64(two[1], 0);
-      largest_pair = max64(largest_pair, max64(-low, high) * p.form.largest_input);
+      if (kWide) continue;
+      for (int64_t two = 0; two < p.steps * pitch; two += 2) {  // what is left out is 0
+        const int64_t low = min64(weights[two], 0) + min64(weights[two + 1], 0);
+        const int64_t high = max64(weights[two], 0) + max64(weights[two + 1], 0);
+        largest_pair = max64(largest_pair, max64(-low, high) * p.form.largest_input);
+      }
     }
-  }
   // Any partial sum of `chunk` pairs is within +-32767: each lies between its negative and its positive part's sum.
   *static_cast<int64_t*>(packed) = INT16_MAX / largest_pair;
 }

@@ -25,6 +25,9 @@ class FusedNetwork(nn.Module):
     else the network does, stay in float32. Results, gradients, running statistics and random bits equal those of
     `model` itself to the last bit.
 
+    Under on_nonfinite "skip" a gradient that is not finite makes all gradients of the step 0 (in `model`, those of its
+    layer and of what lies before it); a forward pass with values that are not finite is `model`'s.
+
     In evaluation mode, or where a part of the model is, `model` runs. Hooks on fused modules do not run; a module that
     had some when it was fused is not fused. The result is differentiable once, and its backward pass runs once.
 
@@ -63,7 +66,12 @@ class FusedNetwork(nn.Module):
         if x.numel() == 0:
             return self.model(x)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        return _Step.apply(x, self, parameters, *parameters)
+        try:
+            return _Step.apply(x, self, parameters, *parameters)
+        except NotFiniteError:
+            if self._skips():
+                return self.model(x)
+            raise
 
     def _run(self, x: Tensor, *, record: bool) -> tuple[Step, Value]:
         step = Step(self._pool)
@@ -83,8 +91,15 @@ class FusedNetwork(nn.Module):
         _track(step)
         return step, step.env[self._output]
 
-    def _skip(self) -> bool:
+    def _skips(self) -> bool:
         return any(layer.rule.on_nonfinite == "skip" for layer in self.modules() if isinstance(layer, IntegerLayer))
+
+    def _skipped(self, ctx: Any) -> tuple[Tensor | None, ...]:
+        for layer in self.modules():
+            if isinstance(layer, IntegerLayer):
+                layer.state.skipped += 1
+        gx = torch.zeros(ctx.entry.shape).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        return gx, None, None, *(torch.zeros_like(p) for p in ctx.parameters)
 
     def extra_repr(self) -> str:
         return f"{len(self.fused)} convolutions fused"
@@ -155,8 +170,10 @@ class _Step(torch.autograd.Function):
             try:
                 while step.tape:
                     step.tape.pop()(step)
-            except BaseException:
+            except BaseException as error:
                 step.pool.forget()
+                if isinstance(error, NotFiniteError) and ctx.network._skips():
+                    return ctx.network._skipped(ctx)
                 raise
             if ctx.needs_input_grad[0] and ctx.entry.gradient:
                 total, _ = ctx.entry.gradient.total(step.pool)
