@@ -220,7 +220,7 @@ def test_pool():
     address = a.data_ptr()
     pool.give(a)
     assert pool.take((9,), torch.int8).data_ptr() != address  # far too large for it
-    b = pool.take((4, 4), torch.uint8)
+    b = pool.take((4, 8), torch.uint8)
     assert b.data_ptr() == address
     pool.share(b, 2)
     pool.give(b)

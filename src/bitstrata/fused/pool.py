@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-LOOSE = 4  # a block serves what takes at least this fraction of it
+LOOSE = 2  # a block serves what takes at least this part of it, one in LOOSE
 
 
 class Pool:
@@ -29,6 +29,10 @@ class Pool:
     def share(self, tensor: Tensor, holders: int) -> None:
         """A taken tensor that so many will give back before the backward pass ends."""
         self._holders[tensor.data_ptr()] = holders
+
+    def sole(self, tensor: Tensor) -> bool:
+        """Whether nobody else holds it."""
+        return self._holders.get(tensor.data_ptr(), 1) == 1
 
     def give(self, tensor: Tensor) -> None:
         """Back, as it was taken; its giver reads it no more."""

@@ -115,10 +115,13 @@ class Gradient:
         """Its value, 0 where bits are 0, and the largest magnitude: float32 (rows, channels) taken from the pool."""
         summands: list[tuple[Tensor, Tensor | None]] = [*self.products, *((s, None) for s in self.sums)]
         (first, scale), rest = summands[0], summands[1:]
-        out = pool.take(tuple(first.shape), torch.float32)
         add = self.sums[-1] if rest and self.sums else None
         if add is not None:
             rest = rest[:-1]
+        if add is not None and pool.sole(add):
+            out = self.sums.pop()
+        else:
+            out = pool.take(tuple(first.shape), torch.float32)
         isa, threads = best_isa(), torch.get_num_threads()
         to, keep = array(out), array(bits)
         ranges = _engine.join(array(first), array(scale), array(add), None if rest else keep, to, isa, threads)
