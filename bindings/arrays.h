@@ -100,5 +100,4 @@ inline const Noise* pointer(const std::optional<Noise>& noise) { return noise.ha
 
 inline Grid grid_of(const ShiftGrid& g) { return {g.scale, array(g.exponents)}; }
 
-
 }  // namespace bindings

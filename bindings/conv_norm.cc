@@ -26,10 +26,14 @@ using Shift = std::optional<In<uint8_t, 1>>;
 
 const char* text_of(Status s) {
   switch (s) {
-    case Status::kDone: return "";
-    case Status::kWeight: return "weight";
-    case Status::kNorm: return "norm";
-    default: return "product";
+    case Status::kDone:
+      return "";
+    case Status::kWeight:
+      return "weight";
+    case Status::kNorm:
+      return "norm";
+    default:
+      return "product";
   }
 }
 
@@ -38,7 +42,9 @@ class ConvNorm {
  public:
   ConvNorm(Pair stride, Pair dilation, Pair padding, int64_t groups, int weight_bits, bool one_scale, int norm_bits,
            bool l2, double eps, double factor)
-      : groups_(groups), weight_bits_(weight_bits), scales_(one_scale ? WeightScales::kTensor : WeightScales::kChannel) {
+      : groups_(groups),
+        weight_bits_(weight_bits),
+        scales_(one_scale ? WeightScales::kTensor : WeightScales::kChannel) {
     std::tie(shape_.stride_h, shape_.stride_w) = stride;
     std::tie(shape_.dilation_h, shape_.dilation_w) = dilation;
     std::tie(shape_.pad_top, shape_.pad_left) = padding;
@@ -81,11 +87,13 @@ class ConvNorm {
                        const std::string& isa, int threads) {
     const ProductShape s = shape(x, product_scratch, weight);
     const Rows& rows = norm.norm().rows();
-    if (rows.rows != s.batch * s.out_h * s.out_w || rows.channels != s.out_c) fail("the normalization is of another batch");
+    if (rows.rows != s.batch * s.out_h * s.out_w || rows.channels != s.out_c)
+      fail("the normalization is of another batch");
     check_size("codes", codes, rows);
     check_size("gradient", gradient, rows);
     check_size("scratch", scratch, rows);
-    if (x_channel.shape(0) != static_cast<size_t>(s.in_c)) fail("x_channel must have one element for each input channel");
+    if (x_channel.shape(0) != static_cast<size_t>(s.in_c))
+      fail("x_channel must have one element for each input channel");
     if (input.has_value() != input_factor.has_value()) fail("input and input_factor must be given together");
     if (input.has_value())
       for (size_t d = 0; d < 4; ++d)
@@ -98,9 +106,8 @@ class ConvNorm {
     const auto first = noise_of(noise), second = noise_of(product_noise);
     const RealTensor real = bindings::real(gradient, scale);
     if (real.bf16 != nullptr) fail("the gradient must be float32 or int32");
-    const ConvNormGradient g{real,           range.has_value() ? &*range : nullptr,
-                             rectified,      pointer(first),
-                             format(bits, groups, true, absorb), pointer(second)};
+    const ConvNormGradient g{real,           range.has_value() ? &*range : nullptr, rectified,
+                             pointer(first), format(bits, groups, true, absorb),    pointer(second)};
     const ScaledCodes in{product_codes(x, x_range, x_shift), 0.0, x_channel.data()};
     const ConvNormResult out{scratch.data(), product_scratch.data(), input.has_value() ? input->data() : nullptr,
                              input_factor.has_value() ? input_factor->data() : nullptr,

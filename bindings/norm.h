@@ -69,7 +69,8 @@ class BoundNorm {
     return array(ranges);
   }
 
-  bool backward(Matrix gradient, Vector scale, std::optional<float> range, In<int8_t, 2> codes, bool rectify, NoiseKey key, Out<int8_t, 2> out) {
+  bool backward(Matrix gradient, Vector scale, std::optional<float> range, In<int8_t, 2> codes, bool rectify,
+                NoiseKey key, Out<int8_t, 2> out) {
     check(codes);
     check_size("gradient", gradient, norm_.rows());
     check_size("out", out, norm_.rows());
@@ -77,7 +78,8 @@ class BoundNorm {
     if (t.bf16 != nullptr) fail("the gradient must be float32 or int32");
     const auto noise = noise_of(key);
     nb::gil_scoped_release unlocked;
-    differentiated_ = norm_.backward(t, range.has_value() ? &*range : nullptr, codes.data(), rectify, pointer(noise), out.data());
+    differentiated_ =
+        norm_.backward(t, range.has_value() ? &*range : nullptr, codes.data(), rectify, pointer(noise), out.data());
     return differentiated_;
   }
 

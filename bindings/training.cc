@@ -109,8 +109,8 @@ void bind_training(nb::module_& m) {
         "threads"_a);
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
-  m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a,
-        "noise"_a.none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "noise"_a.none(),
+        "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("join", &join, "x"_a.noconvert(), "scale"_a.noconvert().none(), "add"_a.noconvert().none(),
         "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
   nb::class_<BoundNorm>(m, "Norm")
@@ -123,18 +123,18 @@ void bind_training(nb::module_& m) {
            "absorb"_a, "noise"_a.none(), "out"_a.noconvert())
       .def("to_f32", &BoundNorm::to_f32, "codes"_a.noconvert(), "rectify"_a, "add"_a.noconvert().none(),
            "out"_a.noconvert(), "bits"_a.noconvert().none())
-      .def("backward", &BoundNorm::backward, "gradient"_a.noconvert(), "scale"_a.noconvert().none(),
-           "range"_a.none(), "codes"_a.noconvert(), "rectify"_a, "noise"_a.none(), "out"_a.noconvert())
+      .def("backward", &BoundNorm::backward, "gradient"_a.noconvert(), "scale"_a.noconvert().none(), "range"_a.none(),
+           "codes"_a.noconvert(), "rectify"_a, "noise"_a.none(), "out"_a.noconvert())
       .def("gradient_f32", &BoundNorm::gradient_f32, "gradient"_a.noconvert(), "codes"_a.noconvert(),
            "out"_a.noconvert())
       .def("gradient_codes", &BoundNorm::gradient_codes, "gradient"_a.noconvert(), "codes"_a.noconvert(), "bits"_a,
            "groups"_a, "absorb"_a, "noise"_a.none(), "out"_a.noconvert())
-      .def_prop_ro("mean", [](const BoundNorm& n) { return array(n.norm().mean()); },
-                   nb::rv_policy::move)
-      .def_prop_ro("deviation", [](const BoundNorm& n) { return array(n.norm().deviation()); },
-                   nb::rv_policy::move)
-      .def_prop_ro("weight_gradient", [](const BoundNorm& n) { return array(n.norm().weight_gradient()); },
-                   nb::rv_policy::move)
-      .def_prop_ro("bias_gradient", [](const BoundNorm& n) { return array(n.norm().bias_gradient()); },
-                   nb::rv_policy::move);
+      .def_prop_ro(
+          "mean", [](const BoundNorm& n) { return array(n.norm().mean()); }, nb::rv_policy::move)
+      .def_prop_ro(
+          "deviation", [](const BoundNorm& n) { return array(n.norm().deviation()); }, nb::rv_policy::move)
+      .def_prop_ro(
+          "weight_gradient", [](const BoundNorm& n) { return array(n.norm().weight_gradient()); }, nb::rv_policy::move)
+      .def_prop_ro(
+          "bias_gradient", [](const BoundNorm& n) { return array(n.norm().bias_gradient()); }, nb::rv_policy::move);
 }

@@ -36,7 +36,8 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, con
   result.lo = least.data();
   result.hi = most.data();
   conv_forward(kernels, threads, s, x.codes, w.codes.data(), result);
-  auto norm = std::make_unique<Norm>(Rows{kernels, threads, s.batch * s.out_h * s.out_w, s.out_c}, options, gamma, beta);
+  auto norm =
+      std::make_unique<Norm>(Rows{kernels, threads, s.batch * s.out_h * s.out_w, s.out_c}, options, gamma, beta);
   RealTensor sums;
   sums.i32 = acc;
   sums.scale = scale.data();
@@ -77,7 +78,8 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
     result.values = out.weight;
     result.out_factor = channel.data();
     result.in_factor = x.channel;
-    conv_weight_grad(kernels, threads, s, static_cast<const int8_t*>(gradient.data), x.codes.data, x.codes.dtype, result);
+    conv_weight_grad(kernels, threads, s, static_cast<const int8_t*>(gradient.data), x.codes.data, x.codes.dtype,
+                     result);
   }
   return Status::kDone;
 }

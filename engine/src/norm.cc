@@ -135,8 +135,8 @@ std::vector<float> Norm::spread(const int8_t* codes, const std::vector<int64_t>&
   for (size_t i = 0; i < c; ++i) {
     const double mu = center[i];
     if (options_.l2) {
-      const double square = step * step * static_cast<double>(sums[0][i]) -
-                            2.0 * mu * step * static_cast<double>(sum[i]) + n * mu * mu;
+      const double square =
+          step * step * static_cast<double>(sums[0][i]) - 2.0 * mu * step * static_cast<double>(sum[i]) + n * mu * mu;
       deviation_[i] = static_cast<float>(std::sqrt(std::max(square / n, 0.0)));
       const double wide_deviation = deviation_[i];
       out[i] = static_cast<float>(std::sqrt(wide_deviation * wide_deviation + options_.eps));
@@ -339,7 +339,7 @@ void Norm::gradient_constants(float step, const std::vector<int64_t>& sum_g, con
     const float unit = step * inverse_[i];
     coefficient[i] = weight_.empty() ? unit : unit * weight.value(i);
     const double a = coefficient[i];
-    const double mean = a * g / n;               // of the gradient of the normalized input, over its spread
+    const double mean = a * g / n;                // of the gradient of the normalized input, over its spread
     const double together = a * gh / n * h_step;  // of its product with the normalized input
     const double of_h = static_cast<double>(h_sum_[i]) / n;
     if (options_.l2) {
@@ -359,8 +359,8 @@ void Norm::gradient_f32(const int8_t* gradient, const int8_t* codes, float* out)
   const Training& k = *rows_.kernels.training;
   for_blocks(rows_, [&](int64_t at, int64_t count) {
     if (options_.l2)
-      k.l2_gradient(gradient + at, codes + at, count, period_, {coefficient_.data(), constant_[1].data(), slope_.data()},
-                    out + at);
+      k.l2_gradient(gradient + at, codes + at, count, period_,
+                    {coefficient_.data(), constant_[1].data(), slope_.data()}, out + at);
     else
       k.l1_gradient(gradient + at, codes + at, count, period_,
                     {coefficient_.data(), {constant_[0].data(), constant_[1].data(), constant_[2].data()}}, out + at);

@@ -124,7 +124,8 @@ bool weight_codes(const Kernels& kernels, int threads, const float* weight, cons
     const int64_t grain = std::max<int64_t>((1 << 15) / inner, 1);
     parallel_for(threads, s.out, grain, [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o)
-        if (!row_codes(*kernels.training, weight + o * inner, inner, largest, to + o * inner, scale + o)) finite = false;
+        if (!row_codes(*kernels.training, weight + o * inner, inner, largest, to + o * inner, scale + o))
+          finite = false;
     });
     return finite;
   }

@@ -33,19 +33,19 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels&, int threads, const Produ
                                         int32_t* acc, int8_t* codes, Status* status);
 
 struct ConvNormGradient {
-  RealTensor real;       // of the result
-  const float* range;    // its largest magnitude, or null
-  bool rectified;        // the result was
-  const Noise* noise;    // of its codes; null for nearest
-  ShiftFormat format;    // of the products' gradient
+  RealTensor real;     // of the result
+  const float* range;  // its largest magnitude, or null
+  bool rectified;      // the result was
+  const Noise* noise;  // of its codes; null for nearest
+  ShiftFormat format;  // of the products' gradient
   const Noise* product_noise;
 };
 
 // Where it goes; input and weight may be null if nobody asks for them.
 struct ConvNormResult {
-  int8_t* gradient;       // (rows, out), scratch
+  int8_t* gradient;        // (rows, out), scratch
   uint8_t* product_codes;  // likewise
-  int32_t* input;         // (batch, in_h, in_w, in_c): sums, which stand for sum * input_factor[c]
+  int32_t* input;          // (batch, in_h, in_w, in_c): sums, which stand for sum * input_factor[c]
   float* input_factor;
   float* weight;
 };

@@ -51,9 +51,9 @@ void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count
 void unpack_codes(const Kernels&, int threads, const uint8_t* packed, int64_t count, int width, bool is_signed,
                   uint8_t* out);
 
-// A weight, (out, in / groups, taps), as symmetric codes to nearest with a scale for each output channel, (out,), or, if
-// not `by_output`, for each input channel, (in,); all scales are the same if there is one for the tensor. False if it is
-// not finite; then codes and scales are of no use.
+// A weight, (out, in / groups, taps), as symmetric codes to nearest with a scale for each output channel, (out,), or,
+// if not `by_output`, for each input channel, (in,); all scales are the same if there is one for the tensor. False if
+// it is not finite; then codes and scales are of no use.
 enum class WeightScales { kChannel, kTensor };
 struct WeightShape {
   int64_t out, in, taps, groups;  // in: of a group
@@ -116,9 +116,9 @@ class Norm {
   float step_ = 1, h_step_ = 1;       // of the input's and of the normalized input's codes
   std::vector<float> mean_, deviation_, weight_gradient_, bias_gradient_, inverse_;  // (channels,)
   std::vector<int32_t> least_, most_;                                                // h of each channel
-  std::vector<int64_t> h_sum_;               // of h, or, without l2, of its signs, (channels,)
-  std::vector<float> scale_, offset_;        // (period,)
-  std::vector<int8_t> pass_[2], whole_[2];   // first and last code that a rectifier lets pass; all codes; (period,)
+  std::vector<int64_t> h_sum_;              // of h, or, without l2, of its signs, (channels,)
+  std::vector<float> scale_, offset_;       // (period,)
+  std::vector<int8_t> pass_[2], whole_[2];  // first and last code that a rectifier lets pass; all codes; (period,)
   std::vector<float> coefficient_, slope_, constant_[3];  // of the gradient, (period,)
   std::vector<int8_t> least_g_[3], most_g_[3];            // by the sign of h, (channels,)
 };

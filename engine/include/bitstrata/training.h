@@ -78,8 +78,8 @@ struct Training {
   void (*unpack)(const uint8_t* packed, int64_t count, int width, bool is_signed, uint8_t* out);
 
   // code = clamp(round((x * scale[c]) * inverse), -bound, bound), scale null for 1; sums and ranges of the codes.
-  void (*norm_codes_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
-                         int8_t* out, int64_t* sum, int32_t* least, int32_t* most);
+  void (*norm_codes_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, float inverse,
+                         float bound, int8_t* out, int64_t* sum, int32_t* least, int32_t* most);
   void (*norm_codes_f32)(const float* x, int64_t count, int64_t period, const float* scale, float inverse, float bound,
                          int8_t* out, int64_t* sum, int32_t* least, int32_t* most);
   // Numbers of codes below and above the mean, and the sum of those above.

@@ -203,7 +203,8 @@ inline void norm_sides(const int8_t* x, int64_t count, int64_t period, const Sid
   const int8_t *under = a.below, *up_to = a.up_to;
   each_stage(count, period, [=](int64_t at, int64_t n) {
     const int8_t* from = x + at;
-    sum_up<1, int16_t>(n, period, below, [=](int64_t i, int64_t c) { return static_cast<int8_t>(from[i] <= under[c]); });
+    sum_up<1, int16_t>(n, period, below,
+                       [=](int64_t i, int64_t c) { return static_cast<int8_t>(from[i] <= under[c]); });
     sum_up<1, int16_t>(n, period, above, [=](int64_t i, int64_t c) { return static_cast<int8_t>(from[i] > up_to[c]); });
     sum_up<128, int16_t>(n, period, sum_above, [=](int64_t i, int64_t c) {
       return static_cast<int8_t>(from[i] & -static_cast<int8_t>(from[i] > up_to[c]));
@@ -228,7 +229,8 @@ inline void norm_center(int8_t* x, int64_t count, int64_t period, const CenterAr
     });
     const int8_t* h = x + first;
     if (signs)
-      sum_up<1, int16_t>(size, period, sum, [=](int64_t i, int64_t) { return static_cast<int8_t>((h[i] > 0) - (h[i] < 0)); });
+      sum_up<1, int16_t>(size, period, sum,
+                         [=](int64_t i, int64_t) { return static_cast<int8_t>((h[i] > 0) - (h[i] < 0)); });
     else
       sum_codes_up(h, size, period, sum);
   });
@@ -441,9 +443,8 @@ inline void gradient_sums(const int8_t* g, const int8_t* h, int64_t count, int64
 template <bool kNoisy, typename In>
 void gradient_codes_by(const In* g, const int8_t* x, int64_t count, int64_t period, const float* scale, float inverse,
                        float bound, const Noise* noise, const PassArgs& p, int8_t* out) {
-  scale == nullptr
-      ? gradient_codes_with<kNoisy, false>(g, x, count, period, scale, inverse, bound, noise, p, out)
-      : gradient_codes_with<kNoisy, true>(g, x, count, period, scale, inverse, bound, noise, p, out);
+  scale == nullptr ? gradient_codes_with<kNoisy, false>(g, x, count, period, scale, inverse, bound, noise, p, out)
+                   : gradient_codes_with<kNoisy, true>(g, x, count, period, scale, inverse, bound, noise, p, out);
 }
 
 template <typename In>
@@ -487,7 +488,8 @@ inline void l2_gradient(const int8_t* g, const int8_t* h, int64_t count, int64_t
     float* to = out + at;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j)
-      to[j] = (coefficient[j] * static_cast<float>(gradient[j]) - constant[j]) - static_cast<float>(codes[j]) * slope[j];
+      to[j] =
+          (coefficient[j] * static_cast<float>(gradient[j]) - constant[j]) - static_cast<float>(codes[j]) * slope[j];
   });
 }
 
