@@ -1,6 +1,7 @@
 // A fixed set of threads that share loops.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -26,9 +27,9 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable start_, done_;
   const std::function<void(int)>* body_ = nullptr;
-  uint64_t generation_ = 0;
-  int pending_ = 0;
-  bool stop_ = false;
+  std::atomic<uint64_t> generation_{0};  // changes with the mutex held
+  std::atomic<int> pending_{0};
+  std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
 };
 
