@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -12,7 +13,7 @@ from ..nn.integer_layers import IntegerLayer
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .plan import Planner, trace
 from .pool import Pool
-from .units import ConvNorm, Step, Unit
+from .units import ConvNorm, Step, Unit, as_map
 from .values import NotFiniteError, Plain, Real, Value
 
 
@@ -77,7 +78,7 @@ class FusedNetwork(nn.Module):
         step = Step(self._pool)
         n, c, h, w = x.shape
         rows = x.detach().permute(0, 2, 3, 1).contiguous().view(n * h * w, c)
-        entry = Real(rows, (n, h, w, c), self._pool, escaped=True)
+        entry = Real(rows.numpy(), (n, h, w, c), self._pool, escaped=True)
         entry.wanted = x.requires_grad
         step.env[self._input] = entry
         for i, unit in enumerate(self._units):
@@ -148,9 +149,8 @@ class _Step(torch.autograd.Function):
         step.env = {}
         if isinstance(value, Plain):
             return value.tensor.detach()
-        result = value.real().view(value.shape).permute(0, 3, 1, 2)
         value.escaped = True
-        return result
+        return as_map(value.real(), value.shape)
 
     @staticmethod
     @once_differentiable
@@ -164,8 +164,8 @@ class _Step(torch.autograd.Function):
             if isinstance(value, Plain):
                 value.add_gradient(gradient)
             else:
-                rows = step.pool.take(value.rows, torch.float32)
-                rows.view(value.shape).copy_(gradient.permute(0, 2, 3, 1))
+                rows = step.pool.take(value.rows, np.float32)
+                as_map(rows, value.shape).copy_(gradient)
                 value.gradient.append(rows)
             try:
                 while step.tape:
@@ -177,7 +177,7 @@ class _Step(torch.autograd.Function):
                 raise
             if ctx.needs_input_grad[0] and ctx.entry.gradient:
                 total, _ = ctx.entry.gradient.total(step.pool)
-                gx = total.clone().view(ctx.entry.shape).permute(0, 3, 1, 2)
+                gx = as_map(total.copy(), ctx.entry.shape)
                 step.pool.give(total)
             ctx.entry.release()
         return gx, None, None, *(step.gradients.get(id(p)) for p in ctx.parameters)

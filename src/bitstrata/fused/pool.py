@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 LOOSE = 2  # a block serves what takes at least this part of it, one in LOOSE
+
+
+def _size(block: NDArray[np.uint8]) -> int:
+    return block.nbytes
 
 
 class Pool:
     """Blocks of memory. What is not given back is simply freed with its last reference."""
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []  # blocks, by size
-        self._holders: dict[int, int] = {}
+        self._free: list[NDArray[np.uint8]] = []  # blocks, by size
+        self._holders: dict[int, int] = {}  # of a block, by its identity
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor on the CPU; its elements are arbitrary."""
-        size = math.prod(shape) * dtype.itemsize
-        at = bisect.bisect_left(self._free, size, key=Tensor.numel)
-        fits = at < len(self._free) and self._free[at].numel() <= LOOSE * size
-        block = self._free.pop(at) if fits else torch.empty(size, dtype=torch.uint8)
-        return block[:size].view(dtype).view(shape)
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A contiguous array; its elements are arbitrary."""
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        at = bisect.bisect_left(self._free, size, key=_size)
+        fits = at < len(self._free) and self._free[at].nbytes <= LOOSE * size
+        block = self._free.pop(at) if fits else np.empty(size, np.uint8)
+        return block[:size].view(kind).reshape(shape)
 
-    def share(self, tensor: Tensor, holders: int) -> None:
-        """A taken tensor that so many will give back before the backward pass ends."""
-        self._holders[tensor.data_ptr()] = holders
+    def share(self, array: NDArray[Any], holders: int) -> None:
+        """A taken array that so many will give back before the backward pass ends."""
+        self._holders[id(array.base)] = holders
 
-    def sole(self, tensor: Tensor) -> bool:
+    def sole(self, array: NDArray[Any]) -> bool:
         """Whether nobody else holds it."""
-        return self._holders.get(tensor.data_ptr(), 1) == 1
+        return self._holders.get(id(array.base), 1) == 1
 
-    def give(self, tensor: Tensor) -> None:
-        """Back, as it was taken; its giver reads it no more."""
-        address = tensor.data_ptr()
-        left = self._holders.pop(address, 1) - 1
+    def give(self, array: NDArray[Any]) -> None:
+        """Back, as it was taken or reshaped; its giver reads it no more."""
+        block = array.base
+        assert isinstance(block, np.ndarray)
+        left = self._holders.pop(id(block), 1) - 1
         if left:
-            self._holders[address] = left
+            self._holders[id(block)] = left
             return
-        block = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-        bisect.insort(self._free, block, key=Tensor.numel)
+        bisect.insort(self._free, block, key=_size)
 
     def forget(self) -> None:
         """A backward pass broke off: nobody will give back what was shared."""
@@ -51,4 +57,4 @@ class Pool:
     @property
     def nbytes(self) -> int:
         """Bytes that wait."""
-        return sum(block.numel() for block in self._free)
+        return sum(block.nbytes for block in self._free)

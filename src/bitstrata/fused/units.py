@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from bitstrata_runtime import _engine
@@ -105,18 +107,18 @@ class ConvNorm(Unit):
         weight = layer.weight.contiguous()
         height, width = geometry.output(x.shape[1:3], (weight.shape[2], weight.shape[3]))
         shape = (x.shape[0], height, width, weight.shape[0])
-        acc = pool.take(shape, torch.int32)
-        inputs = pool.take((shape[0] * height * width, shape[3]), torch.int8)
+        acc = pool.take(shape, np.int32)
+        inputs = pool.take((shape[0] * height * width, shape[3]), np.int8)
         made, lost = unit.forward(
-            array(codes.data),
+            codes.data,
             codes.range,
             codes.unit,
             codes.shift,
             array(weight),
             array(norm.weight),
             array(norm.bias),
-            array(acc),
-            array(inputs),
+            acc,
+            inputs,
             best_isa(),
             torch.get_num_threads(),
         )
@@ -139,15 +141,15 @@ class ConvNorm(Unit):
         known = None if self.rectified or single is None else value.gradient.range
         form = Format(layer.rule.g, layer.rule.shift_groups)
         codes = x.codes(inputs)
-        scratch, products = pool.take(value.rows, torch.int8), pool.take(value.shape, torch.uint8)
-        sums = pool.take(x.shape, torch.int32) if x.wanted else None
-        factor = torch.empty(x.shape[3]) if x.wanted else None
+        scratch, products = pool.take(value.rows, np.int8), pool.take(value.shape, np.uint8)
+        sums = pool.take(x.shape, np.int32) if x.wanted else None
+        factor = np.empty(x.shape[3], np.float32) if x.wanted else None
         of_weight = torch.empty(layer.weight.shape) if layer.weight.requires_grad else None
         lost = unit.backward(
             value.norm,
-            array(value.inputs),
-            array(real),
-            array(scale),
+            value.inputs,
+            real,
+            scale,
             known,
             self.rectified,
             rule.noise(),
@@ -155,15 +157,15 @@ class ConvNorm(Unit):
             form.groups,
             form.absorbed,
             noise_of(layer.rule.grad_rounding, layer.state.noise),
-            array(codes.data),
+            codes.data,
             codes.range,
             codes.shift,
             codes.channel_scales(),
             array(layer.weight.contiguous()),
-            array(scratch),
-            array(products),
-            array(sums),
-            array(factor),
+            scratch,
+            products,
+            sums,
+            factor,
             array(of_weight),
             best_isa(),
             torch.get_num_threads(),
@@ -181,7 +183,7 @@ class ConvNorm(Unit):
             if parameter is not None and parameter.requires_grad:
                 step.add(parameter, torch.from_numpy(gradient))
         if sums is not None and factor is not None:
-            x.gradient.products.append((sums.view(x.rows), factor))
+            x.gradient.products.append((sums.reshape(x.rows), factor))
         if of_weight is not None:
             step.add(layer.weight, of_weight)
 
@@ -200,15 +202,15 @@ class Join(Unit):
         if normed.shape != other.shape:
             raise ValueError(f"fused sum {self.result!r}: shapes {normed.shape} and {other.shape} differ")
         pool, count = step.pool, normed.rows[0] * normed.rows[1]
-        out = pool.take(normed.rows, torch.float32)
-        bits = pool.take(((count + 7) // 8,), torch.uint8) if self.rectified else None
-        normed.norm.to_f32(array(normed.inputs), self.rectified, array(other.real()), array(out), array(bits))
+        out = pool.take(normed.rows, np.float32)
+        bits = pool.take(((count + 7) // 8,), np.uint8) if self.rectified else None
+        normed.norm.to_f32(normed.inputs, self.rectified, other.real(), out, bits)
         value = Real(out, normed.shape, pool, escaped=False, rectified=self.rectified)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value, bits))
 
     @staticmethod
-    def _backward(step: Step, normed: Normed, other: Value, value: Real, bits: Tensor | None) -> None:
+    def _backward(step: Step, normed: Normed, other: Value, value: Real, bits: NDArray[np.uint8] | None) -> None:
         if value.gradient:
             total, largest = value.gradient.total(step.pool, bits)
             receivers = [v for v in (normed, other) if v.wanted]
@@ -276,12 +278,17 @@ class TorchOp(Unit):
             value.release()
 
 
+def as_map(rows: NDArray[np.float32], shape: tuple[int, int, int, int]) -> Tensor:
+    """Rows of channels as (N, C, H, W), channels last in memory: the same memory."""
+    return torch.from_numpy(rows).view(shape).permute(0, 3, 1, 2)
+
+
 def _as_leaf(value: Value) -> Tensor:
     if isinstance(value, Plain):
         return value.tensor.detach().requires_grad_(value.wanted)
     value.real()
     value.escaped = True
-    return value.real().view(value.shape).permute(0, 3, 1, 2).detach().requires_grad_(value.wanted)
+    return as_map(value.real(), value.shape).requires_grad_(value.wanted)
 
 
 def _from_torch(result: Tensor, pool: Pool) -> Value:
@@ -289,7 +296,7 @@ def _from_torch(result: Tensor, pool: Pool) -> Value:
         return Plain(result, pool)
     n, c, h, w = result.shape
     rows = result.detach().permute(0, 2, 3, 1).contiguous().view(n * h * w, c)
-    value = Real(rows, (n, h, w, c), pool, escaped=True)
+    value = Real(rows.numpy(), (n, h, w, c), pool, escaped=True)
     value.wanted = result.requires_grad
     return value
 
@@ -300,7 +307,7 @@ def _arrived(value: Value, result: Tensor) -> Tensor | None:
     if not value.gradient:
         return None
     total, _ = value.gradient.total(value.pool)
-    own = total.clone().view(value.shape).permute(0, 3, 1, 2)  # torch may keep it longer than the pool lends it
+    own = as_map(total.copy(), value.shape)  # torch may keep it longer than the pool lends it
     value.pool.give(total)
     return own
 
@@ -309,6 +316,6 @@ def _deliver(value: Value, gradient: Tensor) -> None:
     if isinstance(value, Plain):
         value.add_gradient(gradient)
         return
-    rows = value.pool.take(value.rows, torch.float32)
-    rows.view(value.shape).copy_(gradient.permute(0, 2, 3, 1))
+    rows = value.pool.take(value.rows, np.float32)
+    as_map(rows, value.shape).copy_(gradient)
     value.gradient.append(rows)

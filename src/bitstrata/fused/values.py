@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitstrata_runtime import _engine
 
-from ..integer.engine_codes import array, best_isa
+from ..integer.engine_codes import best_isa
 from ..integer.shiftquant import largest_code
 from .pool import Pool
 
@@ -56,7 +56,7 @@ class Codes:
     exponents: (channels,).
     """
 
-    data: Tensor
+    data: NDArray[Any]
     scale: float
     exponents: NDArray[np.uint8]
     format: Format
@@ -77,7 +77,7 @@ class Codes:
     def range(self) -> tuple[int, int]:
         """Bounds of the codes as they are stored."""
         top = self.format.largest
-        return (0 if self.data.dtype == torch.uint8 else -top, top)
+        return (0 if self.data.dtype == np.uint8 else -top, top)
 
     def channel_scales(self) -> NDArray[np.float64]:
         """What 1 of each channel's stored code stands for: float64 (channels,)."""
@@ -93,27 +93,30 @@ class Gradient:
     sums: float32 (rows, channels), not to be written. products: int32 (rows, channels) with float32 (channels,).
     """
 
-    sums: list[Tensor] = field(default_factory=list)
+    sums: list[NDArray[np.float32]] = field(default_factory=list)
     range: float | None = None  # largest magnitude in the last of the sums, where known
-    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    products: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.sums or self.products)
 
-    def append(self, summand: Tensor, largest: float | None = None) -> None:
+    def append(self, summand: NDArray[np.float32], largest: float | None = None) -> None:
         """Add floats, and their largest magnitude where it is known."""
         self.sums.append(summand)
         self.range = largest
 
-    def single(self) -> tuple[Tensor, Tensor | None] | None:
+    def single(self) -> tuple[NDArray[Any], NDArray[np.float32] | None] | None:
         """The only summand and its scale, if there is but one."""
         if len(self.sums) + len(self.products) != 1:
             return None
         return self.products[0] if self.products else (self.sums[0], None)
 
-    def total(self, pool: Pool, bits: Tensor | None = None) -> tuple[Tensor, float]:
+    def total(self, pool: Pool, bits: NDArray[np.uint8] | None = None) -> tuple[NDArray[np.float32], float]:
         """Its value, 0 where bits are 0, and the largest magnitude: float32 (rows, channels) taken from the pool."""
-        summands: list[tuple[Tensor, Tensor | None]] = [*self.products, *((s, None) for s in self.sums)]
+        summands: list[tuple[NDArray[Any], NDArray[np.float32] | None]] = [
+            *self.products,
+            *((s, None) for s in self.sums),
+        ]
         (first, scale), rest = summands[0], summands[1:]
         add = self.sums[-1] if rest and self.sums else None
         if add is not None:
@@ -121,13 +124,13 @@ class Gradient:
         if add is not None and pool.sole(add):
             out = self.sums.pop()
         else:
-            out = pool.take(tuple(first.shape), torch.float32)
+            out = pool.take(tuple(first.shape), np.float32)
         isa, threads = best_isa(), torch.get_num_threads()
-        to, keep = array(out), array(bits)
-        ranges = _engine.join(array(first), array(scale), array(add), None if rest else keep, to, isa, threads)
+        to, keep = out, bits
+        ranges = _engine.join(first, scale, add, None if rest else keep, to, isa, threads)
         for i, (other, factor) in enumerate(rest):
             last = i + 1 == len(rest)
-            ranges = _engine.join(array(other), array(factor), to, keep if last else None, to, isa, threads)
+            ranges = _engine.join(other, factor, to, keep if last else None, to, isa, threads)
         return out, float(ranges.max())
 
     def release(self, pool: Pool) -> None:
@@ -151,7 +154,7 @@ class Value(ABC):
         self.gradient = Gradient()
         self.wanted, self.escaped = True, False
         self._codes: dict[Format, Codes] = {}
-        self._real: Tensor | None = None
+        self._real: NDArray[np.float32] | None = None
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -165,7 +168,7 @@ class Value(ABC):
             self._codes[form] = self._make_codes(form)
         return self._codes[form]
 
-    def real(self) -> Tensor:
+    def real(self) -> NDArray[np.float32]:
         """float32 (rows, channels)."""
         if self._real is None:
             self._real = self._make_real()
@@ -192,40 +195,42 @@ class Value(ABC):
     def _make_codes(self, form: Format) -> Codes: ...
 
     @abstractmethod
-    def _make_real(self) -> Tensor: ...
+    def _make_real(self) -> NDArray[np.float32]: ...
 
 
 class Real(Value):
     """An activation that is given as floats: float32 (rows, channels)."""
 
-    def __init__(self, real: Tensor, shape: Shape, pool: Pool, *, escaped: bool, rectified: bool = False) -> None:
+    def __init__(
+        self, real: NDArray[np.float32], shape: Shape, pool: Pool, *, escaped: bool, rectified: bool = False
+    ) -> None:
         super().__init__(shape, pool)
         self._real, self.escaped = real, escaped
         self._rectified = rectified
 
     def never_negative(self) -> bool:
         if not self._rectified and self._real is not None:
-            self._rectified = bool(self._real.amin() >= 0)
+            self._rectified = bool(self._real.min() >= 0)
         return self._rectified
 
     def _make_codes(self, form: Format) -> Codes:
-        out = self.pool.take(self.shape, torch.uint8)
+        out = self.pool.take(self.shape, np.uint8)
         scale, exponents = _engine.shift_codes(
-            array(self.real()),
+            self.real(),
             form.bits,
             form.groups,
             form.signed,
             form.absorbed,
             None,
-            array(out.view(self.rows)),
+            out.reshape(self.rows),
             best_isa(),
             torch.get_num_threads(),
         )
         if math.isnan(scale):
             raise NotFiniteError("its activation contains NaN or infinity")
-        return Codes(out.view(torch.int8) if form.signed else out, scale, exponents, form)
+        return Codes(out.view(np.int8) if form.signed else out, scale, exponents, form)
 
-    def _make_real(self) -> Tensor:
+    def _make_real(self) -> NDArray[np.float32]:
         raise AssertionError("its floats were dropped")
 
 
@@ -235,31 +240,31 @@ class Normed(Value):
     norm: the engine's. inputs: int8 (rows, channels), taken from the pool. rectified: max(0, .) of it.
     """
 
-    def __init__(self, norm: Any, inputs: Tensor, rectified: bool, shape: Shape, pool: Pool) -> None:
+    def __init__(self, norm: Any, inputs: NDArray[np.int8], rectified: bool, shape: Shape, pool: Pool) -> None:
         super().__init__(shape, pool)
         self.norm, self.inputs, self.rectified = norm, inputs, rectified
 
     def never_negative(self) -> bool:
-        return self.rectified or bool(self.real().amin() >= 0)
+        return self.rectified or bool(self.real().min() >= 0)
 
     def _make_codes(self, form: Format) -> Codes:
-        out = self.pool.take(self.shape, torch.uint8)
+        out = self.pool.take(self.shape, np.uint8)
         scale, exponents = self.norm.to_codes(
-            array(self.inputs),
+            self.inputs,
             self.rectified,
             form.bits,
             form.groups,
             form.signed,
             form.absorbed,
             None,
-            array(out.view(self.rows)),
+            out.reshape(self.rows),
         )
         unsigned = self.rectified or not form.signed
-        return Codes(out if unsigned else out.view(torch.int8), scale, exponents, form)
+        return Codes(out if unsigned else out.view(np.int8), scale, exponents, form)
 
-    def _make_real(self) -> Tensor:
-        out = self.pool.take(self.rows, torch.float32)
-        self.norm.to_f32(array(self.inputs), self.rectified, None, array(out), None)
+    def _make_real(self) -> NDArray[np.float32]:
+        out = self.pool.take(self.rows, np.float32)
+        self.norm.to_f32(self.inputs, self.rectified, None, out, None)
         return out
 
     def forget(self) -> None:
@@ -292,5 +297,5 @@ class Plain(Value):
     def _make_codes(self, form: Format) -> Codes:
         raise AssertionError("a tensor of another shape than (N, C, H, W) has no codes")
 
-    def _make_real(self) -> Tensor:
+    def _make_real(self) -> NDArray[np.float32]:
         raise AssertionError("a tensor of another shape than (N, C, H, W) has no rows")
