@@ -105,7 +105,7 @@ def test_integer_gradients_train_other_recipes_as_well_as_float_ones(
         bs.quantize_(model, recipe, x[:4])
         bs.calibrate_(model, [x[:64], x[64:128]])
         distill = recipe.objective.distill
-        train(model, lambda a, b: bs.joint_backward(model, a, b, distill=distill), steps=80, lr=0.05)  # noqa: B023
+        train(model, lambda a, b: bs.joint_backward(model, a, b, distill=distill), steps=120, lr=0.02)  # noqa: B023
         found[integer] = {}
         for p in bs.precisions(model):
             with bs.precision(model, p):

@@ -17,7 +17,7 @@ from bitstrata.lowering import LowerError
 from bitstrata.nn import QuantizedLayer
 
 R = bs.recipes
-NAMES = R.names()
+NAMES = tuple(name for name in R.names() if not R.get(name).integers)  # what trains in integers is tested by itself
 X = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
 Y = torch.tensor([0, 1, 0, 1, 1])
