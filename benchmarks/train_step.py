@@ -50,7 +50,7 @@ _CLEAR = Path("/proc/self/clear_refs")  # of Linux: written to, it makes the pea
 
 @dataclass(frozen=True)
 class Case:
-    """A zoo network on random images (3, side, side), and the widths of ours."""
+    """A zoo network on random images (3, side, side), and the widths of ours. ResNet-20 has projections (the paper)."""
 
     name: str
     network: str
@@ -58,6 +58,7 @@ class Case:
     batch: int
     bits: tuple[int, ...]
     fused: bool
+    options: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -68,7 +69,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("resnet20", "resnet20", 32, 128, (4,), True),
+        Case("resnet20", "resnet20", 32, 128, (4,), True, (("shortcut", "B"),)),
         Case("resnet18", "resnet18", 224, 8, (4,), True),
         Case("vit", "vit_cifar", 32, 64, (6, 4), False),
     )
@@ -85,7 +86,7 @@ class Contestant:
 
     def __init__(self, case: Case, who: str) -> None:
         torch.manual_seed(0)
-        model = bs.zoo.create(case.network, classes=10).train()
+        model = bs.zoo.create(case.network, classes=10, **dict(case.options)).train()
         images = torch.randn(case.batch, 3, case.side, case.side)
         self.x = images.contiguous(memory_format=torch.channels_last)
         self.targets = torch.arange(case.batch) % 10
