@@ -37,7 +37,6 @@ from torch import Tensor, nn
 import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.fused import fuse
-from bitstrata.integer.engine_codes import best_isa
 from bitstrata.prepare.integer_training import integer_
 from bitstrata_runtime import _engine
 
@@ -158,7 +157,9 @@ def _measured(case: Case, threads: int, arguments: argparse.Namespace, profiles:
     for bits in case.bits:
         for peer in PEERS:
             memory = _memory_columns(peaks, f"ours-{bits}", peer)
-            yield Row.of(Setting(case.title, threads, best_isa(), str(bits)), times, f"ours-{bits}", peer, **memory)
+            yield Row.of(
+                Setting(case.title, threads, _engine.Graph("", 1).isa, str(bits)), times, f"ours-{bits}", peer, **memory
+            )
 
 
 # Memory

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from bitstrata_runtime import _engine
 
 from ..integer.convolution import Geometry
-from ..integer.engine_codes import array, best_isa, noise_of
+from ..integer.engine_codes import FASTEST, array, noise_of
 from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
@@ -119,7 +119,7 @@ class ConvNorm(Unit):
             array(norm.bias),
             acc,
             inputs,
-            best_isa(),
+            FASTEST,
             torch.get_num_threads(),
         )
         pool.give(acc)
@@ -167,7 +167,7 @@ class ConvNorm(Unit):
             sums,
             factor,
             array(of_weight),
-            best_isa(),
+            FASTEST,
             torch.get_num_threads(),
         )
         if single is None:

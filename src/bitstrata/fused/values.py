@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitstrata_runtime import _engine
 
-from ..integer.engine_codes import best_isa
+from ..integer.engine_codes import FASTEST
 from ..integer.shiftquant import largest_code
 from .pool import Pool
 
@@ -125,7 +125,7 @@ class Gradient:
             out = self.sums.pop()
         else:
             out = pool.take(tuple(first.shape), np.float32)
-        isa, threads = best_isa(), torch.get_num_threads()
+        isa, threads = FASTEST, torch.get_num_threads()
         to, keep = out, bits
         ranges = _engine.join(first, scale, add, None if rest else keep, to, isa, threads)
         for i, (other, factor) in enumerate(rest):
@@ -223,7 +223,7 @@ class Real(Value):
             form.absorbed,
             None,
             out.reshape(self.rows),
-            best_isa(),
+            FASTEST,
             torch.get_num_threads(),
         )
         if math.isnan(scale):

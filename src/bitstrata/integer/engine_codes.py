@@ -5,7 +5,6 @@ What the kernels take: tensors on the CPU, float32 or bfloat16, as rows of chann
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,13 +15,9 @@ from bitstrata_runtime import _engine
 
 from .rounding import CounterGenerator
 
+FASTEST = ""  # as an instruction set: the engine takes the one BITSTRATA_ISA names, else the fastest
 Noise = tuple[int, int] | None  # seed and stream
 MEMORY = {torch.float32: torch.float32, torch.bfloat16: torch.int16}  # how the kernels are handed a dtype
-
-
-def best_isa() -> str:
-    """The instruction set in use: what the environment variable BITSTRATA_ISA names, else the fastest."""
-    return os.environ.get("BITSTRATA_ISA", "") or str(_engine.available_isas()[-1])
 
 
 def takes(x: Tensor) -> bool:
@@ -53,7 +48,7 @@ def shift_codes(
     flat = rows.reshape(-1, rows.shape[-1]).view(MEMORY[x.dtype])
     out = torch.empty(flat.shape, dtype=torch.uint8)
     scale, exponents = _engine.shift_codes(
-        flat, bits, groups, signed, False, noise, out, best_isa(), torch.get_num_threads()
+        flat, bits, groups, signed, False, noise, out, FASTEST, torch.get_num_threads()
     )
     codes = out.view(rows.shape).movedim(-1, axis)
     kept = codes if not signed and bits == 8 else codes.view(torch.int8)
@@ -67,7 +62,7 @@ def weight_codes(weight: Tensor, bits: int, by_output: bool, conv_groups: int) -
     scale = torch.empty(w.shape[0] if by_output else w.shape[1] * conv_groups)
     shape = (w.shape[0], w.shape[1], -1)
     finite = _engine.weight_codes(
-        w.reshape(shape), conv_groups, bits, by_output, codes.view(shape), scale, best_isa(), torch.get_num_threads()
+        w.reshape(shape), conv_groups, bits, by_output, codes.view(shape), scale, FASTEST, torch.get_num_threads()
     )
     return (codes, scale) if finite else None
 
@@ -76,12 +71,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """`pack_codes` of bytes on the CPU that hold codes of `bits` bits: uint8 (ceil(count * bits / 8),)."""
     flat = codes.detach().reshape(-1).view(torch.uint8)
     out = torch.empty((flat.numel() * bits + 7) // 8, dtype=torch.uint8)
-    _engine.pack_codes(array(flat), bits, array(out), best_isa(), torch.get_num_threads())
+    _engine.pack_codes(array(flat), bits, array(out), FASTEST, torch.get_num_threads())
     return out
 
 
 def unpack(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tensor:
     """The inverse of `pack`: uint8 (count,), two's complement if signed."""
     out = torch.empty(count, dtype=torch.uint8)
-    _engine.unpack_codes(array(packed), bits, signed, array(out), best_isa(), torch.get_num_threads())
+    _engine.unpack_codes(array(packed), bits, signed, array(out), FASTEST, torch.get_num_threads())
     return out

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bitstrata_runtime import _engine
 
-from .engine_codes import best_isa, noise_of, rows_of, takes
+from .engine_codes import FASTEST, noise_of, rows_of, takes
 from .rounding import CounterGenerator
 
 
@@ -35,7 +35,7 @@ class NormRule:
         """The engine's normalization of one batch of `rows` positions."""
         w, b = (None if t is None else t.detach().float() for t in (weight, bias))
         threads = torch.get_num_threads()
-        return _engine.Norm(rows, channels, self.bits, self.l2, self.eps, self.factor, w, b, best_isa(), threads)
+        return _engine.Norm(rows, channels, self.bits, self.l2, self.eps, self.factor, w, b, FASTEST, threads)
 
     def noise(self) -> tuple[int, int] | None:
         """Seed and stream for the next gradient."""
