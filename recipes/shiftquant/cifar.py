@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import bitstrata
 from bitstrata import data, zoo
+from bitstrata.recipes import Part
 
 FOUR = {"w": 4, "a": 4, "g": 4}
 SETTINGS = {
@@ -23,6 +25,8 @@ SETTINGS = {
     "quantized l2": {**FOUR, "norm": "l2_quantized"},
     "float l1": {**FOUR, "norm": "l1"},
     "float l2": {**FOUR, "norm": "batch"},
+    "uniq 4/4/4": {"forward": "uniq"},
+    "uniq 4/4/4, l1": {"forward": "uniq", "norm": "l1"},
 }
 
 
@@ -32,7 +36,11 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
     augmented = data.Compose((data.RandomCrop(32, 4), data.RandomHorizontalFlip()))
     torch.manual_seed(seed)
     model = zoo.create("resnet20", shortcut="B").to(memory_format=torch.channels_last)
-    converted(model, data.normalize(train.batch(range(8))[0], train.mean, train.std), options, seed, args)
+    example = data.normalize(train.batch(range(128))[0], train.mean, train.std)
+    if options is not None and "forward" in options:
+        composed(model, example, seed, **options)
+    else:
+        converted(model, example, options, seed, args)
     stepped = _fused(model)
     loader = data.Loader(train, args.batch, train=True, transform=augmented, seed=seed)
     total = args.epochs * (len(train) // args.batch)
@@ -59,6 +67,14 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
         with torch.no_grad():
             right += int((model(data.normalize(images, train.mean, train.std)).argmax(1) == labels).sum())
     return {"accuracy": 100 * right / len(test), "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4)}
+
+
+def composed(model: nn.Module, example: torch.Tensor, seed: int, forward: str, norm: str = "batch") -> None:
+    """Weights and activations by another recipe's quantizers at 4 bits, gradients by ShiftQuant at 4."""
+    gradient = Part("shiftquant", "gradient", {"g": 4, "groups": 4, "edge_bits": 8, "seed": seed})
+    recipe = dataclasses.replace(getattr(bitstrata.recipes, forward)(4), gradient=gradient, norm=norm)
+    bitstrata.quantize_(model, recipe, example)
+    bitstrata.calibrate_(model, [example])
 
 
 def _fused(model: nn.Module) -> nn.Module:
