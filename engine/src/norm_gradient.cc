@@ -1,0 +1,154 @@
+#include <cmath>
+#include <mutex>
+
+#include "bitstrata/quantize.h"
+#include "norm_parts.h"
+
+namespace bitstrata {
+
+float Norm::gradient_range(const RealTensor& g, const float* scale, const int8_t* codes, bool rectify) const {
+  const Training& k = *rows_.kernels.training;
+  const auto& pass = rectify ? pass_ : whole_;
+  std::mutex mutex;
+  float top = 0;
+  for_blocks(rows_, [&](int64_t at, int64_t count) {
+    std::vector<float> part(static_cast<size_t>(period_), 0.0f);
+    const PassArgs by{pass[0].data(), pass[1].data()};
+    if (g.i32 != nullptr)
+      k.gradient_range_i32(g.i32 + at, codes + at, count, period_, scale, by, part.data());
+    else
+      k.gradient_range_f32(g.f32 + at, codes + at, count, period_, scale, by, part.data());
+    std::lock_guard<std::mutex> lock(mutex);
+    for (float v : part) top = larger(top, v);
+  });
+  return top;
+}
+
+bool Norm::backward(const RealTensor& gradient, const float* range, const int8_t* codes, bool rectify,
+                    const Noise* noise, int8_t* out) {
+  const Training& k = *rows_.kernels.training;
+  const size_t wide = static_cast<size_t>(period_);
+  const auto& pass = rectify ? pass_ : whole_;
+  std::vector<float> scale;
+  if (gradient.scale != nullptr)
+    scale = repeated(std::vector<float>(gradient.scale, gradient.scale + rows_.channels), period_);
+  const float* by = scale.empty() ? nullptr : scale.data();
+  const float top = range ? *range : gradient_range(gradient, by, codes, rectify);
+  if (!std::isfinite(top)) return false;
+  const float step = Symmetric::step_of(top, bound()), inverse = 1.0f / step;
+  std::vector<int64_t> sums[2];
+  for (auto& s : sums) s.assign(wide, 0);
+  for (int s = 0; s < 3; ++s) {
+    least_g_[s].assign(wide, 127);
+    most_g_[s].assign(wide, -128);
+  }
+  std::mutex mutex;
+  for_blocks(rows_, [&](int64_t at, int64_t count) {
+    std::vector<int64_t> part[2];
+    for (auto& s : part) s.assign(wide, 0);
+    std::vector<int8_t> low[3], high[3];
+    GradientSums to{part[0].data(), part[1].data(), {}, {}};
+    for (int s = 0; s < 3; ++s) {
+      low[s].assign(wide, 127);
+      high[s].assign(wide, -128);
+      to.least[s] = low[s].data();
+      to.most[s] = high[s].data();
+    }
+    const Noise from = moved(noise, at);
+    const Noise* with = noise ? &from : nullptr;
+    const PassArgs passes{pass[0].data(), pass[1].data()};
+    if (gradient.i32 != nullptr)
+      k.gradient_codes_i32(gradient.i32 + at, codes + at, count, period_, by, inverse, bound(), with, passes, out + at,
+                           to);
+    else
+      k.gradient_codes_f32(gradient.f32 + at, codes + at, count, period_, by, inverse, bound(), with, passes, out + at,
+                           to);
+    std::lock_guard<std::mutex> lock(mutex);
+    add_to(sums[0], part[0]);
+    add_to(sums[1], part[1]);
+    for (int s = 0; s < 3; ++s) {
+      least_of(least_g_[s], low[s]);
+      most_of(most_g_[s], high[s]);
+    }
+  });
+  for (int s = 0; s < 3; ++s) {
+    least_g_[s] = folded_least(least_g_[s], rows_.channels);
+    most_g_[s] = folded_most(most_g_[s], rows_.channels);
+  }
+  gradient_constants(step, folded_sum(sums[0], rows_.channels), folded_sum(sums[1], rows_.channels));
+  return true;
+}
+
+void Norm::gradient_constants(float step, const std::vector<int64_t>& sum_g, const std::vector<int64_t>& sum_gh) {
+  const size_t c = static_cast<size_t>(rows_.channels);
+  const double n = static_cast<double>(rows_.rows), h_step = h_step_, by = step;
+  const Symmetric weight(weight_, bound());
+  weight_gradient_.resize(c);
+  bias_gradient_.resize(c);
+  std::vector<float> coefficient(c), slope(c), constant[3];
+  for (auto& v : constant) v.resize(c);
+  for (size_t i = 0; i < c; ++i) {
+    const double g = static_cast<double>(sum_g[i]), gh = static_cast<double>(sum_gh[i]);
+    weight_gradient_[i] = static_cast<float>(gh * by * h_step);
+    bias_gradient_[i] = static_cast<float>(g * by);
+    const float unit = step * inverse_[i];
+    coefficient[i] = weight_.empty() ? unit : unit * weight.value(i);
+    const double a = coefficient[i];
+    const double mean = a * g / n;                // of the gradient of the normalized input, over its spread
+    const double together = a * gh / n * h_step;  // of its product with the normalized input
+    const double of_h = static_cast<double>(h_sum_[i]) / n;
+    if (options_.l2) {
+      constant[1][i] = static_cast<float>(mean - of_h * h_step * together);
+      slope[i] = static_cast<float>(h_step * together);
+    } else {
+      for (int s = 0; s < 3; ++s)
+        constant[s][i] = static_cast<float>(mean + (s - 1.0 - of_h) * options_.factor * together);
+    }
+  }
+  coefficient_ = repeated(coefficient, period_);
+  slope_ = repeated(slope, period_);
+  for (int s = 0; s < 3; ++s) constant_[s] = repeated(constant[s], period_);
+}
+
+void Norm::gradient_f32(const int8_t* gradient, const int8_t* codes, float* out) const {
+  const Training& k = *rows_.kernels.training;
+  for_blocks(rows_, [&](int64_t at, int64_t count) {
+    if (options_.l2)
+      k.l2_gradient(gradient + at, codes + at, count, period_,
+                    {coefficient_.data(), constant_[1].data(), slope_.data()}, out + at);
+    else
+      k.l1_gradient(gradient + at, codes + at, count, period_,
+                    {coefficient_.data(), {constant_[0].data(), constant_[1].data(), constant_[2].data()}}, out + at);
+  });
+}
+
+ShiftGrid Norm::gradient_codes(const int8_t* gradient, const int8_t* codes, const ShiftFormat& f, const Noise* noise,
+                               uint8_t* out) const {
+  const Training& k = *rows_.kernels.training;
+  if (options_.l2) {  // its range does not follow from the sums: once through memory
+    std::vector<float> x(static_cast<size_t>(rows_.elements()));
+    gradient_f32(gradient, codes, x.data());
+    RealTensor real;
+    real.f32 = x.data();
+    return shift_codes(rows_, real, f, noise, out);
+  }
+  std::vector<float> ranges(static_cast<size_t>(rows_.channels), 0.0f);
+  for (size_t i = 0; i < ranges.size(); ++i)
+    for (int s = 0; s < 3; ++s) {
+      if (most_g_[s][i] == -128) continue;  // no h of this sign
+      for (int8_t g : {least_g_[s][i], most_g_[s][i]})
+        ranges[i] = larger(ranges[i], std::fabs(coefficient_[i] * static_cast<float>(g) - constant_[s][i]));
+    }
+  const ShiftGrid grid = shift_grid(ranges, f);
+  if (std::isnan(grid.scale)) return grid;
+  const CodeTables tables(grid, f, period_);
+  for_blocks(rows_, [&](int64_t at, int64_t count) {
+    const Noise from = moved(noise, at);
+    k.l1_gradient_codes(gradient + at, codes + at, count, period_,
+                        {coefficient_.data(), {constant_[0].data(), constant_[1].data(), constant_[2].data()}},
+                        tables.args(noise ? &from : nullptr), out + at);
+  });
+  return grid;
+}
+
+}  // namespace bitstrata
