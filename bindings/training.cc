@@ -12,8 +12,9 @@ using namespace bindings;
 namespace {
 
 Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, NoiseKey key, Out<uint8_t, 2> out,
-                 const std::string& isa, int threads) {
+                 Vector ranges, const std::string& isa, int threads) {
   const Rows rows = rows_of(isa, threads, x);
+  const float* known = channels_or_null("ranges", ranges, x.shape(1));
   const ShiftFormat f = format(bits, groups, is_signed, absorb);
   check_size("out", out, rows);
   const RealTensor t = real(x, std::nullopt);
@@ -22,7 +23,7 @@ Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, No
   ShiftGrid grid;
   {
     nb::gil_scoped_release unlocked;
-    grid = bitstrata::shift_codes(rows, t, f, pointer(noise), out.data());
+    grid = bitstrata::shift_codes(rows, t, f, pointer(noise), out.data(), known);
   }
   return grid_of(grid);
 }
@@ -110,7 +111,7 @@ void bind_training(nb::module_& m) {
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "noise"_a.none(),
-        "out"_a.noconvert(), "isa"_a, "threads"_a);
+        "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a);
   m.def("join", &join, "x"_a.noconvert(), "scale"_a.noconvert().none(), "add"_a.noconvert().none(),
         "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
   nb::class_<BoundNorm>(m, "Norm")

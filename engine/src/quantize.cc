@@ -43,9 +43,11 @@ std::vector<float> channel_ranges(const Rows& r, const RealTensor& x) {
   return folded_range(wide, r.channels);
 }
 
-ShiftGrid shift_codes(const Rows& r, const RealTensor& x, const ShiftFormat& f, const Noise* noise, uint8_t* out) {
+ShiftGrid shift_codes(const Rows& r, const RealTensor& x, const ShiftFormat& f, const Noise* noise, uint8_t* out,
+                      const float* ranges) {
   const Training& k = *r.kernels.training;
-  const ShiftGrid grid = shift_grid(channel_ranges(r, x), f);
+  const ShiftGrid grid =
+      shift_grid(ranges != nullptr ? std::vector<float>(ranges, ranges + r.channels) : channel_ranges(r, x), f);
   if (std::isnan(grid.scale)) return grid;
   const int64_t period = period_of(r.channels);
   const CodeTables tables(grid, f, period);

@@ -135,9 +135,19 @@ def weight_codes(
     """Codes and scales of a weight (out, in / groups, taps); whether it is finite."""
 
 def shift_codes(
-    x: Array, bits: int, groups: int, signed: bool, absorb: bool, noise: Noise, out: Array, isa: str, threads: int
+    x: Array,
+    bits: int,
+    groups: int,
+    signed: bool,
+    absorb: bool,
+    noise: Noise,
+    out: Array,
+    ranges: Array | None,
+    isa: str,
+    threads: int,
 ) -> tuple[float, NDArray[np.uint8]]:
-    """Codes to `out`; their scale and the channels' exponents."""
+    """Codes to `out`; their scale and the channels' exponents. ranges: float32 (channels,), what `channel_ranges`
+    returns, where that is known."""
 
 def join(
     x: Array, scale: Array | None, add: Array | None, bits: Array | None, out: Array, isa: str, threads: int

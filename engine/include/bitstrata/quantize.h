@@ -44,7 +44,9 @@ struct ShiftGrid {
 
 ShiftGrid shift_grid(const std::vector<float>& ranges, const ShiftFormat&);
 std::vector<float> channel_ranges(const Rows&, const RealTensor&);
-ShiftGrid shift_codes(const Rows&, const RealTensor&, const ShiftFormat&, const Noise*, uint8_t* out);
+// ranges: what channel_ranges returns, if it is known, or null.
+ShiftGrid shift_codes(const Rows&, const RealTensor&, const ShiftFormat&, const Noise*, uint8_t* out,
+                      const float* ranges = nullptr);
 
 // Codes as one stream of bits and back; see Training::pack.
 void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out);

@@ -7,7 +7,7 @@
 namespace bitstrata {
 namespace {
 
-constexpr int64_t kPartOfWords = 1 << 12, kPartOfBytes = 1 << 14;  // elements that stay in the L1 cache
+constexpr int64_t kPartOfWords = 1 << 13, kPartOfBytes = 1 << 14;  // elements that stay in the L1 cache
 
 // Least and greatest of a block's codes over rows.
 struct Extremes {

@@ -15,7 +15,7 @@ namespace bitstrata {
 namespace {
 
 constexpr int64_t kNoiseBlock = 128;   // elements that sixteen counters serve
-constexpr int64_t kNoiseChunk = 4096;  // elements at a time
+constexpr int64_t kNoiseChunk = 8192;  // elements at a time
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 

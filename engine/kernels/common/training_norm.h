@@ -178,9 +178,9 @@ void norm_to_f32_with(const int8_t* x, int64_t count, int64_t period, const Affi
     for (int64_t j = 0; j < n; ++j) {
       float y = static_cast<float>(from[j]) * scale[j] + offset[j];
       if (kAdds) y = y + other[j];
-      y = greater(y, floor);
+      y = y < floor ? floor : y;  // NaN stays
       to[j] = y;
-      top[j] = greater(magnitude(y), top[j]);
+      top[j] = from_bits(greater(magnitude_bits(y), magnitude_bits(top[j])));  // as in `range`
     }
   });
 }

@@ -40,6 +40,7 @@ class FusedNetwork(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._parts = tuple(model.modules())
         self._graph = trace(model)
         self._units = Planner(model, self._graph).plan()
         self._input = next(n for n in self._graph.nodes if n.op == "placeholder").name
@@ -57,7 +58,7 @@ class FusedNetwork(nn.Module):
             ValueError: x is not float32 on the CPU in training mode; whatever the model raises, also for NaN or
                 infinity under on_nonfinite "error".
         """
-        if not self.training or any(not m.training for m in self.model.modules()):
+        if not self.training or not all(part.training for part in self._parts):
             return self.model(x)
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(
@@ -66,7 +67,8 @@ class FusedNetwork(nn.Module):
             )
         if x.numel() == 0:
             return self.model(x)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        found = {id(p): p for part in self._parts for p in part._parameters.values() if p is not None}
+        parameters = [p for p in found.values() if p.requires_grad]
         try:
             return _Step.apply(x, self, parameters, *parameters)
         except NotFiniteError:

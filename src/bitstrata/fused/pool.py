@@ -12,24 +12,24 @@ from numpy.typing import DTypeLike, NDArray
 LOOSE = 2  # a block serves what takes at least this part of it, one in LOOSE
 
 
-def _size(block: NDArray[np.uint8]) -> int:
-    return block.nbytes
-
-
 class Pool:
     """Blocks of memory. What is not given back is simply freed with its last reference."""
 
     def __init__(self) -> None:
         self._free: list[NDArray[np.uint8]] = []  # blocks, by size
+        self._sizes: list[int] = []  # theirs
         self._holders: dict[int, int] = {}  # of a block, by its identity
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """A contiguous array; its elements are arbitrary."""
         kind = np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
-        at = bisect.bisect_left(self._free, size, key=_size)
-        fits = at < len(self._free) and self._free[at].nbytes <= LOOSE * size
-        block = self._free.pop(at) if fits else np.empty(size, np.uint8)
+        at = bisect.bisect_left(self._sizes, size)
+        if at < len(self._sizes) and self._sizes[at] <= LOOSE * size:
+            block = self._free.pop(at)
+            self._sizes.pop(at)
+        else:
+            block = np.empty(size, np.uint8)
         return block[:size].view(kind).reshape(shape)
 
     def share(self, array: NDArray[Any], holders: int) -> None:
@@ -48,7 +48,9 @@ class Pool:
         if left:
             self._holders[id(block)] = left
             return
-        bisect.insort(self._free, block, key=_size)
+        at = bisect.bisect_right(self._sizes, block.nbytes)
+        self._sizes.insert(at, block.nbytes)
+        self._free.insert(at, block)
 
     def forget(self) -> None:
         """A backward pass broke off: nobody will give back what was shared."""
@@ -57,4 +59,4 @@ class Pool:
     @property
     def nbytes(self) -> int:
         """Bytes that wait."""
-        return sum(block.nbytes for block in self._free)
+        return sum(self._sizes)

@@ -204,8 +204,8 @@ class Join(Unit):
         pool, count = step.pool, normed.rows[0] * normed.rows[1]
         out = pool.take(normed.rows, np.float32)
         bits = pool.take(((count + 7) // 8,), np.uint8) if self.rectified else None
-        normed.norm.to_f32(normed.inputs, self.rectified, other.real(), out, bits)
-        value = Real(out, normed.shape, pool, escaped=False, rectified=self.rectified)
+        ranges = normed.norm.to_f32(normed.inputs, self.rectified, other.real(), out, bits)
+        value = Real(out, normed.shape, pool, escaped=False, rectified=self.rectified, ranges=ranges)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value, bits))
 

@@ -199,14 +199,24 @@ class Value(ABC):
 
 
 class Real(Value):
-    """An activation that is given as floats: float32 (rows, channels)."""
+    """An activation that is given as floats: float32 (rows, channels).
+
+    ranges: the channels' largest magnitudes, float32 (channels,), where they are known.
+    """
 
     def __init__(
-        self, real: NDArray[np.float32], shape: Shape, pool: Pool, *, escaped: bool, rectified: bool = False
+        self,
+        real: NDArray[np.float32],
+        shape: Shape,
+        pool: Pool,
+        *,
+        escaped: bool,
+        rectified: bool = False,
+        ranges: NDArray[np.float32] | None = None,
     ) -> None:
         super().__init__(shape, pool)
         self._real, self.escaped = real, escaped
-        self._rectified = rectified
+        self._rectified, self._ranges = rectified, ranges
 
     def never_negative(self) -> bool:
         if not self._rectified and self._real is not None:
@@ -223,6 +233,7 @@ class Real(Value):
             form.absorbed,
             None,
             out.reshape(self.rows),
+            self._ranges,
             FASTEST,
             torch.get_num_threads(),
         )

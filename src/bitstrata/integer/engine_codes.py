@@ -48,7 +48,7 @@ def shift_codes(
     flat = rows.reshape(-1, rows.shape[-1]).view(MEMORY[x.dtype])
     out = torch.empty(flat.shape, dtype=torch.uint8)
     scale, exponents = _engine.shift_codes(
-        flat, bits, groups, signed, False, noise, out, FASTEST, torch.get_num_threads()
+        array(flat), bits, groups, signed, False, noise, array(out), None, FASTEST, torch.get_num_threads()
     )
     codes = out.view(rows.shape).movedim(-1, axis)
     kept = codes if not signed and bits == 8 else codes.view(torch.int8)
@@ -62,7 +62,14 @@ def weight_codes(weight: Tensor, bits: int, by_output: bool, conv_groups: int) -
     scale = torch.empty(w.shape[0] if by_output else w.shape[1] * conv_groups)
     shape = (w.shape[0], w.shape[1], -1)
     finite = _engine.weight_codes(
-        w.reshape(shape), conv_groups, bits, by_output, codes.view(shape), scale, FASTEST, torch.get_num_threads()
+        array(w.reshape(shape)),
+        conv_groups,
+        bits,
+        by_output,
+        array(codes.view(shape)),
+        array(scale),
+        FASTEST,
+        torch.get_num_threads(),
     )
     return (codes, scale) if finite else None
 

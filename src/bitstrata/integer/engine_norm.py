@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bitstrata_runtime import _engine
 
-from .engine_codes import FASTEST, noise_of, rows_of, takes
+from .engine_codes import FASTEST, array, noise_of, rows_of, takes
 from .rounding import CounterGenerator
 
 
@@ -33,7 +33,7 @@ class NormRule:
 
     def start(self, rows: int, channels: int, weight: Tensor | None, bias: Tensor | None) -> Any:
         """The engine's normalization of one batch of `rows` positions."""
-        w, b = (None if t is None else t.detach().float() for t in (weight, bias))
+        w, b = (None if t is None else array(t.float()) for t in (weight, bias))
         threads = torch.get_num_threads()
         return _engine.Norm(rows, channels, self.bits, self.l2, self.eps, self.factor, w, b, FASTEST, threads)
 
@@ -49,13 +49,14 @@ class _Normalized(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = rows_of(x, 1)
         flat = rows.view(-1, rows.shape[-1])
-        norm = rule.start(flat.shape[0], flat.shape[1], weight, bias)
-        codes = torch.empty(flat.shape, dtype=torch.int8)
+        shape = flat.shape
+        norm = rule.start(shape[0], shape[1], weight, bias)
+        codes = torch.empty(shape, dtype=torch.int8)
         like = rows.movedim(-1, 1)
         out = torch.empty_strided(like.shape, like.stride())  # no view, so that what follows may write into it
-        ctx.finite = norm.forward(flat, None, None, None, codes)
+        ctx.finite = norm.forward(array(flat), None, None, None, array(codes))
         if ctx.finite:
-            norm.to_f32(codes, False, None, out.movedim(1, -1).view(flat.shape), None)
+            norm.to_f32(array(codes), False, None, array(out.movedim(1, -1).view(shape)), None)
             mean, deviation = torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation)
         else:
             out.fill_(torch.nan)
@@ -73,8 +74,10 @@ class _Normalized(torch.autograd.Function):
         flat = rows.view(codes.shape)
         gradient = torch.empty(codes.shape, dtype=torch.int8)
         out = torch.empty_like(rows)
-        if ctx.finite and ctx.norm.backward(flat, None, None, codes, False, ctx.rule.noise(), gradient):
-            ctx.norm.gradient_f32(gradient, codes, out.view(codes.shape))
+        if ctx.finite and ctx.norm.backward(
+            array(flat), None, None, array(codes), False, ctx.rule.noise(), array(gradient)
+        ):
+            ctx.norm.gradient_f32(array(gradient), array(codes), array(out.view(codes.shape)))
             affine = [torch.from_numpy(g) for g in (ctx.norm.weight_gradient, ctx.norm.bias_gradient)]
         else:
             out.fill_(torch.nan)

@@ -245,14 +245,19 @@ class QuantizedL1BatchNorm(L1BatchNorm):
         self.freeze_(f"{prefix}frozen" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As of `L1BatchNorm`; a training batch of float32 on the CPU by the engine's kernels."""
+        rule = self.engine_rule() if self.training and norm_applies(x, self.weight) else None
+        if rule is None:
+            return super().forward(x)
+        self._check(x)
+        y, mean, deviation = batch_norm(x, self.weight, self.bias, rule)
+        self._track(mean, deviation)
+        return y
+
     def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.is_frozen and not self.training:
             return self._frozen(x, weight, bias)
-        rule = self.engine_rule()
-        if self.training and rule is not None and norm_applies(x, self.weight):
-            y, mean, deviation = batch_norm(x, self.weight, self.bias, rule)
-            self._track(mean, deviation)
-            return y
         y, mean, deviation = quantized_norm(
             x,
             weight,

@@ -97,6 +97,9 @@ class RunningNorm(nn.Module):
         self.num_batches_tracked += 1
         share: Any = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         for running, batch in ((self.running_mean, mean), (getattr(self, self.spread), spread)):
+            if running.dtype == batch.dtype:
+                running.mul_(1 - share).add_(share * batch.view(-1))
+                continue
             running.copy_((1 - share) * running.to(batch.dtype) + share * batch.view(-1))
 
     def _take_over(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
