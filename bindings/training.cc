@@ -3,6 +3,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include "arrays.h"
+#include "bitstrata/threads.h"
 #include "norm.h"
 
 namespace nb = nanobind;
@@ -104,6 +105,7 @@ nb::ndarray<nb::numpy, float> join(Matrix x, Vector scale, std::optional<In<floa
 
 void bind_training(nb::module_& m) {
   nb::set_leak_warnings(false);  // a graph of gradients that outlives the interpreter holds a Norm
+  m.def("use_openmp", &bitstrata::use_openmp, "library"_a);
   m.def("channel_ranges", &channel_ranges, "x"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("pack_codes", &pack_codes, "codes"_a.noconvert(), "width"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("unpack_codes", &unpack_codes, "packed"_a.noconvert(), "width"_a, "signed"_a, "out"_a.noconvert(), "isa"_a,

@@ -10,6 +10,9 @@ Triple = tuple[int, int, int]
 Sides = tuple[int, int, int, int]
 
 def available_isas() -> list[str]: ...
+def use_openmp(library: str) -> bool:
+    """Share the loops of training among the threads of an OpenMP runtime that is loaded; whether the file is one."""
+
 
 class Graph:
     """Methods that add an operation return the index of its result; the input is 0."""
