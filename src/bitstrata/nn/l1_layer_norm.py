@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.l1norm import Rounding, l1_factor, l1_normalize, quantized_norm
+from ..integer.engine_layer_norm import layer_norm
+from ..integer.engine_norm import NormRule, norm_applies
 from .l1_norm import check_quantized, wide
 
 
@@ -96,7 +98,7 @@ class QuantizedL1LayerNorm(L1LayerNorm):
     """L1 layer normalization with everything in it quantized, as in `QuantizedL1BatchNorm`.
 
     Means and deviations of all samples share one grid each. There are no running statistics: evaluation computes what
-    training does.
+    training does. Rounding sees the gradient as rows, (samples, elements normalized together).
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, l1_scale: as for `L1LayerNorm`.
@@ -122,19 +124,29 @@ class QuantizedL1LayerNorm(L1LayerNorm):
         self.bits = bits
         self.l2 = l2
 
+    def engine_rule(self) -> NormRule | None:
+        """What the engine's kernels compute, or None if they do not know how the gradient is rounded."""
+        factor = l1_factor(self.l1_scale, type(self).__name__)
+        return NormRule.of(self.rounding, bits=self.bits, l2=self.l2, eps=self.eps, factor=factor)
+
     def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+        features = math.prod(self.normalized_shape)
+        weight, bias = (None if t is None else t.reshape(1, features) for t in (weight, bias))
+        rule = self.engine_rule()
+        if rule is not None and norm_applies(x, weight):
+            return layer_norm(x, *(None if t is None else t[0] for t in (weight, bias)), features, rule)
         y, _, _ = quantized_norm(
-            x,
+            x.reshape(-1, features),
             weight,
             bias,
-            dims,
+            (1,),
             bits=self.bits,
             eps=self.eps,
             l1_scale=self.l1_scale,
             l2=self.l2,
             rounding=self.rounding,
         )
-        return y
+        return y.view(x.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}{', l2=True' if self.l2 else ''}"
