@@ -27,11 +27,15 @@ inline int64_t cached_rows(int64_t features) {
   return rows >= 8 ? rows / 8 * 8 : std::max<int64_t>(rows, 1);
 }
 
-// Calls body(first, number of rows) for such pieces of [first, last).
+// Calls body(first, number of rows) for such pieces of [first, last), backwards: what the pass before read last is
+// still in the cache.
 template <typename Body>
 void for_cached_rows(int64_t first, int64_t last, int64_t features, const Body& body) {
   const int64_t most = cached_rows(features);
-  for (int64_t r = first; r < last; r += most) body(r, std::min(most, last - r));
+  for (int64_t piece = (last - first - 1) / most; piece >= 0; --piece) {
+    const int64_t r = first + piece * most;
+    body(r, std::min(most, last - r));
+  }
 }
 
 // The largest code that stands for less than the mean, and the largest that stands for no more.

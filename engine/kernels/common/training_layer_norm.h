@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bitstrata/layer_kernels.h"
+#include "layer_rows_bytes.h"
 #include "training_loops.h"
 
 namespace bitstrata {
@@ -15,45 +16,47 @@ inline float layer_range(const float* x, int64_t count) {
   return from_bits(most);
 }
 
-template <bool kNoisy>
-inline void layer_codes_with(const float* x, int64_t count, float inverse, float bound, const uint16_t* bits,
-                             int8_t* out) {
+// x + 1.5 * 2^23: round(x) is this less 1.5 * 2^23, and, in two's complement, its low byte where |x| < 127.5, which all
+// that is divided by its own step is.
+constexpr float kRounder = 12582912.0f;
+inline int8_t low_byte(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<int8_t>(bits);
+}
+
+inline void layer_codes_nearest(const float* x, int64_t count, float inverse, int8_t* out) {
   BITSTRATA_INDEPENDENT
-  for (int64_t j = 0; j < count; ++j)
-    out[j] = static_cast<int8_t>(code_of<kNoisy>(x[j] * inverse, -bound, bound, kNoisy ? bits[j] : 0));
+  for (int64_t j = 0; j < count; ++j) out[j] = low_byte(x[j] * inverse + kRounder);
+}
+
+inline void layer_codes_noisy(const float* x, int64_t count, float inverse, float bound, const uint16_t* bits,
+                              int8_t* out) {
+  const int16_t lo = static_cast<int16_t>(128 - bound), hi = static_cast<int16_t>(128 + bound);
+  BITSTRATA_INDEPENDENT
+  for (int64_t j = 0; j < count; ++j) {
+    const int32_t fixed = static_cast<int32_t>((x[j] * inverse + 128.0f) * 65536.0f) + bits[j];
+    const int16_t whole = static_cast<int16_t>(fixed >> 16);  // short, so that a vector holds more of them
+    const int16_t from = whole > lo ? whole : lo, code = from < hi ? from : hi;
+    out[j] = static_cast<int8_t>(code - 128);
+  }
 }
 
 inline void layer_codes(const float* x, int64_t count, float inverse, float bound, const Noise* noise, int8_t* out) {
-  if (noise == nullptr) return layer_codes_with<false>(x, count, inverse, bound, nullptr, out);
+  if (noise == nullptr) return layer_codes_nearest(x, count, inverse, out);
   uint16_t buffer[kNoiseBuffer];
   for (int64_t at = 0; at < count; at += kNoiseChunk) {
     const int64_t n = least(kNoiseChunk, count - at);
-    layer_codes_with<true>(x + at, n, inverse, bound, noise_bits(*noise, noise->start + at, n, buffer), out + at);
+    layer_codes_noisy(x + at, n, inverse, bound, noise_bits(*noise, noise->start + at, n, buffer), out + at);
   }
-}
-
-// Sums of value(j) for j below count. |value| <= kLargest: int32 over pieces in which it cannot overflow.
-template <int64_t kLargest, typename Value>
-inline int64_t layer_total(int64_t count, const Value& value) {
-  constexpr int64_t kPiece = 0x7FFFFFFF / kLargest;
-  int64_t total = 0;
-  for (int64_t at = 0; at < count; at += kPiece) {
-    const int64_t end = least(count, at + kPiece);
-    int32_t part = 0;
-    for (int64_t j = at; j < end; ++j) part += value(j);
-    total += part;
-  }
-  return total;
 }
 
 inline void layer_sums(const int8_t* x, int64_t rows, int64_t features, const LayerSums& to) {
   for (int64_t r = 0; r < rows; ++r, x += features) {
-    int8_t low = 127, high = -128;
-    for (int64_t j = 0; j < features; ++j) low = x[j] < low ? x[j] : low;
-    for (int64_t j = 0; j < features; ++j) high = x[j] > high ? x[j] : high;
-    to.least[r] = low;
-    to.most[r] = high;
-    to.sum[r] = layer_total<128>(features, [=](int64_t j) { return x[j]; });
+    const RowBounds bounds = row_bounds(x, features);
+    to.sum[r] = bounds.sum;
+    to.least[r] = bounds.least;
+    to.most[r] = bounds.most;
     if (to.squares != nullptr)
       to.squares[r] = layer_total<128 * 128>(features, [=](int64_t j) { return static_cast<int16_t>(x[j] * x[j]); });
   }
@@ -62,11 +65,10 @@ inline void layer_sums(const int8_t* x, int64_t rows, int64_t features, const La
 inline void layer_sides(const int8_t* x, int64_t rows, int64_t features, const LayerSides& a, int64_t* below,
                         int64_t* above, int64_t* sum_above) {
   for (int64_t r = 0; r < rows; ++r, x += features) {
-    const int8_t under = a.below[r], up_to = a.up_to[r];
-    below[r] = layer_total<1>(features, [=](int64_t j) { return static_cast<int8_t>(x[j] <= under); });
-    above[r] = layer_total<1>(features, [=](int64_t j) { return static_cast<int8_t>(x[j] > up_to); });
-    sum_above[r] =
-        layer_total<128>(features, [=](int64_t j) { return static_cast<int8_t>(x[j] > up_to ? x[j] : int8_t{0}); });
+    const RowSides sides = row_sides(x, features, a.below[r], a.up_to[r]);
+    below[r] = sides.below;
+    above[r] = sides.above;
+    sum_above[r] = sides.sum_above;
   }
 }
 
@@ -76,9 +78,9 @@ inline void layer_result(int8_t* x, int64_t rows, int64_t features, const LayerR
     const float mean = a.mean[r], gain = a.gain[r];
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < features; ++j) {
-      const float h = round_even((static_cast<float>(x[j]) * step - mean) * gain);
-      x[j] = static_cast<int8_t>(static_cast<int32_t>(h));
-      out[j] = h * scale[j] + offset[j];
+      const float shifted = (static_cast<float>(x[j]) * step - mean) * gain + kRounder;
+      x[j] = low_byte(shifted);
+      out[j] = (shifted - kRounder) * scale[j] + offset[j];
     }
   }
 }
@@ -112,15 +114,12 @@ inline void layer_feature_sums(const int8_t* g, const int8_t* h, int64_t rows, i
 
 inline void layer_gradient_sums(const int8_t* g, const int8_t* h, int64_t rows, int64_t features,
                                 const LayerGradientSums& to) {
-  const int8_t* weight = to.weight;
   for (int64_t r = 0; r < rows; ++r) {
-    const int8_t *from = g + r * features, *with = h + r * features;
-    to.p[r] = layer_total<127 * 127>(features, [=](int64_t j) { return static_cast<int16_t>(from[j] * weight[j]); });
-    to.ph[r] = layer_total<127 * 127 * 127>(
-        features, [=](int64_t j) { return static_cast<int16_t>(from[j] * weight[j]) * static_cast<int16_t>(with[j]); });
-    to.h[r] = to.signs ? layer_total<1>(features,
-                                        [=](int64_t j) { return static_cast<int8_t>((with[j] > 0) - (with[j] < 0)); })
-                       : layer_total<128>(features, [=](int64_t j) { return with[j]; });
+    const int8_t* with = h + r * features;
+    const RowProducts sums = row_products(g + r * features, with, to.weight, features);
+    to.p[r] = sums.p;
+    to.ph[r] = sums.ph;
+    to.h[r] = to.signs ? row_signs(with, features) : layer_total<128>(features, [=](int64_t j) { return with[j]; });
   }
   layer_feature_sums(g, h, rows, features, to.feature_g, to.feature_gh);
 }

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitstrata_runtime import _engine
 
-from .engine_codes import FASTEST, array
+from .engine_codes import FASTEST
 from .engine_norm import NormRule
 
 
@@ -23,31 +24,41 @@ class _Normalized(torch.autograd.Function):
     def forward(  # noqa: PLR0917
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, features: int, rule: NormRule
     ) -> Tensor:
-        flat = x.contiguous().view(-1, features)
-        affine = (None if t is None else array(t.contiguous()) for t in (weight, bias))
+        rows = x.numel() // features
+        affine = (None if t is None else t.detach().float().numpy().reshape(-1) for t in (weight, bias))
         options = (rule.bits, rule.l2, rule.eps, rule.factor)
-        norm = _engine.LayerNorm(*flat.shape, *options, *affine, FASTEST, torch.get_num_threads())
-        codes = torch.empty(flat.shape, dtype=torch.int8)
-        out = torch.empty(x.shape)
-        ctx.finite = norm.forward(array(flat), array(codes), array(out.view(flat.shape)))
+        norm = _engine.LayerNorm(rows, features, *options, *affine, FASTEST, torch.get_num_threads())
+        codes, out = torch.empty((rows, features), dtype=torch.int8), torch.empty(x.shape)
+        ctx.finite = norm.forward(_rows(x, features), codes.numpy(), _rows(out, features))
         if not ctx.finite:
             out.fill_(torch.nan)
         ctx.save_for_backward(codes)
-        ctx.norm, ctx.rule = norm, rule
+        ctx.norm, ctx.rule, ctx.shape = norm, rule, None if weight is None else weight.shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
-        flat = grad.contiguous().view(codes.shape)
-        out = torch.empty(grad.shape)
-        if ctx.finite and ctx.norm.backward(array(flat), array(codes), ctx.rule.noise(), array(out.view(codes.shape))):
-            affine = [torch.from_numpy(g) for g in (ctx.norm.weight_gradient, ctx.norm.bias_gradient)]
-        else:
+        features, wanted = codes.shape[1], ctx.needs_input_grad
+        out, noise = torch.empty(grad.shape), ctx.rule.noise()
+        found = ctx.finite and ctx.norm.backward(_rows(grad, features), codes.numpy(), noise, _rows(out, features))
+        if not found:
             out.fill_(torch.nan)
-            affine = [torch.full((codes.shape[1],), torch.nan) for _ in range(2)]
-        return *(g if need else None for g, need in zip((out, *affine), ctx.needs_input_grad, strict=False)), None, None
+        affine = (
+            _vector(sums if found else None, features).view(ctx.shape) if want else None
+            for sums, want in ((ctx.norm.weight_gradient, wanted[1]), (ctx.norm.bias_gradient, wanted[2]))
+        )
+        return out if wanted[0] else None, *affine, None, None
+
+
+def _rows(x: Tensor, features: int) -> NDArray[Any]:
+    """As an array (rows, features), C-contiguous; the same memory if x is."""
+    return x.detach().contiguous().numpy().reshape(-1, features)
+
+
+def _vector(values: NDArray[Any] | None, features: int) -> Tensor:
+    return torch.full((features,), torch.nan) if values is None else torch.from_numpy(values)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, features: int, rule: NormRule) -> Tensor:
@@ -57,6 +68,6 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, features: 
 
     Args:
         x: float32 on the CPU, not empty; normalized over its last dimensions, which hold `features` elements.
-        weight, bias: (features,) float32, or None.
+        weight, bias: `features` elements each, float32, of one shape, or None; no bias without a weight.
     """
     return _Normalized.apply(x, weight, bias, features, rule)

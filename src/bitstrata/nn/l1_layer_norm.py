@@ -75,17 +75,14 @@ class L1LayerNorm(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: input must end in {self.normalized_shape}, got shape {tuple(x.shape)}"
             )
-        w = wide(x)
-        lead = [1] * (x.dim() - dims)
-        weight, bias = (
-            None if t is None else t.to(w.dtype).view(*lead, *self.normalized_shape) for t in (self.weight, self.bias)
-        )
-        return self._normalized(w, weight, bias, tuple(range(x.dim() - dims, x.dim()))).to(x.dtype)
+        return self._normalized(wide(x)).to(x.dtype)
 
-    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-        y, _, _ = l1_normalize(x, dims, eps=self.eps, l1_scale=self.l1_scale)
-        y = y if weight is None else y * weight
-        return y if bias is None else y + bias
+    def _normalized(self, x: Tensor) -> Tensor:
+        """The result for x in float32 or float64."""
+        lead = x.dim() - len(self.normalized_shape)
+        y, _, _ = l1_normalize(x, tuple(range(lead, x.dim())), eps=self.eps, l1_scale=self.l1_scale)
+        y = y if self.weight is None else y * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -129,12 +126,11 @@ class QuantizedL1LayerNorm(L1LayerNorm):
         factor = l1_factor(self.l1_scale, type(self).__name__)
         return NormRule.of(self.rounding, bits=self.bits, l2=self.l2, eps=self.eps, factor=factor)
 
-    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-        features = math.prod(self.normalized_shape)
-        weight, bias = (None if t is None else t.reshape(1, features) for t in (weight, bias))
-        rule = self.engine_rule()
-        if rule is not None and norm_applies(x, weight):
-            return layer_norm(x, *(None if t is None else t[0] for t in (weight, bias)), features, rule)
+    def _normalized(self, x: Tensor) -> Tensor:
+        features, rule = math.prod(self.normalized_shape), self.engine_rule()
+        if rule is not None and norm_applies(x, self.weight):
+            return layer_norm(x, self.weight, self.bias, features, rule)
+        weight, bias = (None if t is None else t.reshape(1, features) for t in (self.weight, self.bias))
         y, _, _ = quantized_norm(
             x.reshape(-1, features),
             weight,
