@@ -44,10 +44,13 @@ inline void layer_codes_noisy(const float* x, int64_t count, float inverse, floa
 
 inline void layer_codes(const float* x, int64_t count, float inverse, float bound, const Noise* noise, int8_t* out) {
   if (noise == nullptr) return layer_codes_nearest(x, count, inverse, out);
-  uint16_t buffer[kNoiseBuffer];
-  for (int64_t at = 0; at < count; at += kNoiseChunk) {
-    const int64_t n = least(kNoiseChunk, count - at);
-    layer_codes_noisy(x + at, n, inverse, bound, noise_bits(*noise, noise->start + at, n, buffer), out + at);
+  constexpr int64_t kPart = 8 * kNoiseBlock;  // little: x comes from memory while bits are computed
+  uint16_t buffer[kPart];
+  for (int64_t at = 0, n; at < count; at += n) {
+    const int64_t element = noise->start + at, inside = element % kNoiseBlock;
+    n = least(kPart - inside, count - at);
+    const uint16_t* bits = noise_bits(*noise, element, n, buffer);
+    layer_codes_noisy(x + at, n, inverse, bound, bits, out + at);
   }
 }
 
@@ -132,8 +135,9 @@ inline void layer_l1_gradient(const int8_t* g, const int8_t* h, int64_t rows, in
                 positive = a.constant[2][r];
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < features; ++j) {
-      const float side = static_cast<float>(h[j]);
-      const float constant = side < 0 ? negative : side > 0 ? positive : zero;
+      const int32_t side = h[j];
+      const float unless_over = side < 0 ? negative : zero;  // two choices in a row become two selections
+      const float constant = side > 0 ? positive : unless_over;
       out[j] = by * (static_cast<float>(g[j]) * weight[j]) - constant;
     }
   }

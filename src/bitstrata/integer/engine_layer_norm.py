@@ -24,10 +24,9 @@ class _Normalized(torch.autograd.Function):
     def forward(  # noqa: PLR0917
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, features: int, rule: NormRule
     ) -> Tensor:
-        rows = x.numel() // features
-        affine = (None if t is None else t.detach().float().numpy().reshape(-1) for t in (weight, bias))
-        options = (rule.bits, rule.l2, rule.eps, rule.factor)
-        norm = _engine.LayerNorm(rows, features, *options, *affine, FASTEST, torch.get_num_threads())
+        rows, threads = x.numel() // features, torch.get_num_threads()
+        w, b = (None if t is None else t.detach().float().numpy().reshape(-1) for t in (weight, bias))
+        norm = _engine.LayerNorm(rows, features, rule.bits, rule.l2, rule.eps, rule.factor, w, b, FASTEST, threads)
         codes, out = torch.empty((rows, features), dtype=torch.int8), torch.empty(x.shape)
         ctx.finite = norm.forward(_rows(x, features), codes.numpy(), _rows(out, features))
         if not ctx.finite:
