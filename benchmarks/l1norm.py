@@ -1,9 +1,9 @@
-"""Time of the quantized L1 batch normalization, forward and backward, against torch's batch normalization.
+"""Time of the quantized L1 normalizations, of batches and of layers, forward and backward, against torch's.
 
     python benchmarks/l1norm.py --json benchmarks/results/l1norm.json
 
-Three forms of every shape, all in training mode, channels last, running statistics updated, with the gradients of the
-input, weight and bias:
+Three forms of every shape of a batch normalization, all in training mode, channels last, running statistics updated,
+with the gradients of the input, weight and bias:
 
 SHAPE: `QuantizedL1BatchNorm2d` as `integer_` makes it, from a float32 tensor to a float32 tensor and back, eight bits
     inside, gradients rounded stochastically. Torch: `BatchNorm2d` of float32, or of bfloat16 with float32 parameters.
@@ -15,6 +15,10 @@ SHAPE-fused: what a fused step computes between two convolutions. Ours, forward:
     product's gradient codes. Torch: batch normalization and an in-place ReLU from float to float; it makes no codes for
     what comes next, and its convolutions would need none. `bits` is the width of the codes for the products.
 
+Two forms of every shape of a layer normalization, whose names end in -ln and -ln-l2: `QuantizedL1LayerNorm` over the
+last dimension, from float32 to float32 and back, rounded as above, against torch's `LayerNorm` of float32, or of
+bfloat16 with float32 parameters.
+
 See benchmarks/README.md for how rows are read.
 """
 
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +42,7 @@ from bitstrata.integer import shift_quantize
 from bitstrata.integer.engine_codes import array
 from bitstrata.integer.engine_norm import NormRule, batch_norm
 from bitstrata.integer.rounding import CounterGenerator, CounterRounding
-from bitstrata.nn import QuantizedL1BatchNorm2d
+from bitstrata.nn import QuantizedL1BatchNorm2d, QuantizedL1LayerNorm
 
 QUICK, FULL = Effort(rounds=3, turn_s=0.02), Effort(rounds=9, turn_s=0.1)
 DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16}
@@ -62,7 +66,23 @@ class Case:
         return self.batch * self.size * self.size, self.channels
 
 
-CASES = {
+@dataclass(frozen=True)
+class LayerCase:
+    """A tensor (batch, tokens, width), normalized over its width."""
+
+    name: str
+    batch: int
+    tokens: int
+    width: int
+
+    def random(self, seed: int) -> Tensor:
+        """Gaussian, float32, tokens of different size."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.batch, self.tokens, self.width)
+        return torch.randn(shape, generator=generator) * (torch.rand((*shape[:2], 1), generator=generator) + 0.5)
+
+
+CASES: dict[str, Case | LayerCase] = {
     case.name: case
     for case in (
         Case("resnet18-64x112x112", 8, 64, 112),
@@ -73,6 +93,9 @@ CASES = {
         Case("resnet20-16x32x32", 128, 16, 32),
         Case("resnet20-32x16x16", 128, 32, 16),
         Case("resnet20-64x8x8", 128, 64, 8),
+        LayerCase("vit-64x65x192-ln", 64, 65, 192),
+        LayerCase("vit-8x197x768-ln", 8, 197, 768),
+        LayerCase("text-32x128x512-ln", 32, 128, 512),
     )
 }
 
@@ -105,15 +128,17 @@ def main() -> None:
     arguments = _arguments()
     rows: list[Row] = []
     for name in arguments.cases:
-        _verify(CASES[name], arguments.bits)
+        case = CASES[name]
+        _verify(case, arguments.bits) if isinstance(case, Case) else _verify_layer(case)
         for threads in arguments.threads:
             with step(f"{name}, {threads} threads"):
-                rows += _measured(CASES[name], threads, arguments)
+                torch.set_num_threads(threads)
+                measured = _measured if isinstance(case, Case) else _measured_layer
+                rows += measured(case, threads, arguments)
     finish(arguments, rows, (), engine_isas=list(runtime.available_isas()), groups=GROUPS)
 
 
 def _measured(case: Case, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
-    torch.set_num_threads(threads)
     x, gradient = Sums.random(case.rows, 0), Sums.random(case.rows, 1)
     for form in arguments.forms:
         fused = form == "fused"
@@ -124,12 +149,37 @@ def _measured(case: Case, threads: int, arguments: argparse.Namespace) -> Iterat
                 run = _fused(x, gradient, bits) if fused else _module(case, x, gradient, l2=form == "l2")
                 ours[isa, bits] = _on(isa, run)
         peers = {name: _torch(case, x, gradient, dtype, rectify=fused) for name, dtype in DTYPES.items()}
-        contestants = {f"{isa} {bits}": clock(run) for (isa, bits), run in ours.items()}
-        contestants |= {name: clock(run) for name, run in peers.items()}
-        times = interleave(contestants, effort(arguments, QUICK, FULL))
-        for isa, bits in ours:
-            for peer in peers:
-                yield Row.of(Setting(title, threads, isa, str(bits)), times, f"{isa} {bits}", peer)
+        yield from _compared(title, threads, ours, peers, arguments)
+
+
+def _measured_layer(case: LayerCase, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
+    x, gradient = case.random(0), case.random(1)
+    for form in arguments.forms:
+        if form == "fused":
+            continue
+        norm = _layer_norm(case.width, l2=form == "l2")
+        run = _there_and_back(norm, x, gradient, rectify=False)
+        ours = {(isa, 8): _on(isa, run) for isa in arguments.isas}
+        peers = {
+            name: _there_and_back(nn.LayerNorm(case.width), x.to(dtype), gradient.to(dtype), rectify=False)
+            for name, dtype in DTYPES.items()
+        }
+        yield from _compared(case.name if form == "l1" else f"{case.name}-{form}", threads, ours, peers, arguments)
+
+
+def _compared(
+    title: str,
+    threads: int,
+    ours: Mapping[tuple[str, int], Work],
+    peers: Mapping[str, Work],
+    arguments: argparse.Namespace,
+) -> Iterator[Row]:
+    contestants = {f"{isa} {bits}": clock(run) for (isa, bits), run in ours.items()}
+    contestants |= {name: clock(run) for name, run in peers.items()}
+    times = interleave(contestants, effort(arguments, QUICK, FULL))
+    for isa, bits in ours:
+        for peer in peers:
+            yield Row.of(Setting(title, threads, isa, str(bits)), times, f"{isa} {bits}", peer)
 
 
 def _on(isa: str, run: Work) -> Work:
@@ -146,6 +196,12 @@ def _norm(channels: int, *, l2: bool) -> QuantizedL1BatchNorm2d:
     """As `integer_` makes it, with a generator of its own."""
     rounding = CounterRounding(CounterGenerator(0))
     return QuantizedL1BatchNorm2d(channels, l1_scale="1" if l2 else "sqrt(pi/2)", l2=l2, rounding=rounding)
+
+
+def _layer_norm(width: int, *, l2: bool) -> QuantizedL1LayerNorm:
+    """With a generator of its own for the gradient's rounding."""
+    rounding = CounterRounding(CounterGenerator(0))
+    return QuantizedL1LayerNorm(width, l1_scale="1" if l2 else "sqrt(pi/2)", l2=l2, rounding=rounding)
 
 
 def _there_and_back(norm: nn.Module, x: Tensor, gradient: Tensor, *, rectify: bool) -> Work:
@@ -228,6 +284,21 @@ def _verify(case: Case, widths: tuple[int, ...]) -> None:
                 raise SystemExit(f"{case.name}, {bits} bits: the fused {name} differs from that of its parts")
 
 
+def _verify_layer(case: LayerCase) -> None:
+    """SystemExit unless both of our forms give what the definition does, result and gradients."""
+    few = LayerCase(case.name, 2, case.tokens, case.width)
+    rows, gradient = (few.random(seed).view(-1, case.width) for seed in range(2))
+    for l2 in (False, True):
+        norm = _layer_norm(case.width, l2=l2)
+        found = _there_and_back(norm, rows, gradient, rectify=False)()
+        leaf, *affine = (t.detach().clone().requires_grad_() for t in (rows, norm.weight[None], norm.bias[None]))
+        rounding = CounterRounding(CounterGenerator(0))
+        y, _, _ = quantized_norm(leaf, *affine, (1,), l1_scale=norm.l1_scale, l2=l2, rounding=rounding)
+        expected = (y, *torch.autograd.grad(y, (leaf, *affine), gradient))
+        if not all(torch.equal(a, b.view(a.shape)) for a, b in zip(found, expected, strict=True)):
+            raise SystemExit(f"{case.name}: the normalization (l2={l2}) differs from its definition")
+
+
 def _by_parts(case: Case, x: Tensor, gradient: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantized result and gradient of normalization and rectifier, each computed apart: float64 (rows, channels)."""
     leaf, norm = x.clone().requires_grad_(), _norm(case.channels, l2=False)
@@ -256,8 +327,8 @@ def _values(stored: Tensor, scale: float, exponents: Any, bits: int) -> Tensor:
 
 def _arguments() -> argparse.Namespace:
     made = parser(__doc__)
-    made.add_argument("--cases", type=names, help=f"default all: {','.join(CASES)}; with --quick three of them")
-    made.add_argument("--forms", type=names, default=FORMS, help="default all: l1,l2,fused")
+    made.add_argument("--cases", type=names, help=f"default all: {','.join(CASES)}; with --quick four of them")
+    made.add_argument("--forms", type=names, default=FORMS, help="default all: l1,l2,fused (not of layers)")
     made.add_argument("--threads", type=numbers, help="default 1,2 as far as there are cores; with --quick 1")
     made.add_argument("--bits", type=numbers, default=(4,), help="of the products' codes in the fused form, default 4")
     made.add_argument("--isas", type=names, help="of the engine, default the fastest")
@@ -265,7 +336,7 @@ def _arguments() -> argparse.Namespace:
     available = runtime.available_isas()
     if not available:
         raise SystemExit("l1norm: the engine is not built here")
-    quick = ("resnet18-64x56x56", "resnet18-512x7x7", "resnet20-16x32x32")
+    quick = ("resnet18-64x56x56", "resnet18-512x7x7", "resnet20-16x32x32", "vit-64x65x192-ln")
     arguments.cases = arguments.cases or (quick if arguments.quick else tuple(CASES))
     arguments.threads = arguments.threads or ((1,) if arguments.quick else (1, 2)[: usable_cores()])
     arguments.isas = arguments.isas or available[-1:]

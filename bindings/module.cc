@@ -108,6 +108,7 @@ NB_MODULE(_engine, m) {
   bind_products(m);
   bind_training(m);
   bind_conv_norm(m);
+  bind_layer_norm(m);
   m.def("available_isas", &bitstrata::available_isas);
   nb::class_<Graph>(m, "Graph")
       .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)

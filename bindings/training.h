@@ -7,3 +7,6 @@ void bind_training(nanobind::module_& m);
 
 // A convolution with its normalization as one operation.
 void bind_conv_norm(nanobind::module_& m);
+
+// The layer normalization.
+void bind_layer_norm(nanobind::module_& m);

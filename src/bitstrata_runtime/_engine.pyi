@@ -211,6 +211,34 @@ class Norm:
     @property
     def bias_gradient(self) -> NDArray[np.float32]: ...
 
+class LayerNorm:
+    """The quantized layer normalization of rows of features (bindings/layer_norm.cc): `forward`, then `backward` of the
+    same codes. All arrays (rows, features), C-contiguous, float32 but for the codes, int8."""
+
+    def __init__(
+        self,
+        rows: int,
+        features: int,
+        bits: int,
+        l2: bool,
+        eps: float,
+        factor: float,
+        weight: Array | None,
+        bias: Array | None,
+        isa: str,
+        threads: int,
+    ) -> None: ...
+    def forward(self, x: Array, codes: Array, out: Array) -> bool:
+        """The result to `out`; False if x, weight or bias are not finite."""
+
+    def backward(self, gradient: Array, codes: Array, noise: Noise, out: Array) -> bool:
+        """The gradient of x to `out`; False if that of the result is not finite."""
+
+    @property
+    def weight_gradient(self) -> NDArray[np.float32]: ...
+    @property
+    def bias_gradient(self) -> NDArray[np.float32]: ...
+
 class ConvNorm:
     """A convolution with its normalization as one operation (bindings/conv_norm.cc), for batches of any size."""
 

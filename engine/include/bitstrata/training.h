@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "bitstrata/layer_kernels.h"
+
 namespace bitstrata {
 
 // Stochastic rounding of a float z in [-128, 384): (int32((z + 128) * 2^16) + k >> 16) - 128, with k 16 random bits.
@@ -120,6 +122,8 @@ struct Training {
                       float* out);
   void (*l1_gradient_codes)(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs&,
                             const CodeArgs&, uint8_t* out);
+
+  LayerKernels layer;  // of the layer normalization
 };
 
 }  // namespace bitstrata

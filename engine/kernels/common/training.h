@@ -4,6 +4,7 @@
 #pragma once
 
 #include "training_gradient.h"
+#include "training_layer_norm.h"
 
 namespace bitstrata {
 namespace {
@@ -31,6 +32,7 @@ constexpr Training kTraining = {
     l1_gradient,
     l2_gradient,
     l1_gradient_codes,
+    kLayerKernels,
 };
 
 }  // namespace

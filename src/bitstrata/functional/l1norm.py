@@ -288,8 +288,8 @@ class _QuantizedNorm(torch.autograd.Function):
         fixed = setting.statistics is not None
         out = quantized_norm_codes(x, weight, bias, setting.dims, statistics=setting.statistics, **setting.options)
         inverse = out.deviation.value.reciprocal()
-        gamma = None if out.weight is None else out.weight.value
-        ctx.save_for_backward(out.normalized.codes.to(torch.int8), out.normalized.step, inverse, gamma)
+        gamma = (None, None) if out.weight is None else (out.weight.codes, out.weight.step)
+        ctx.save_for_backward(out.normalized.codes.to(torch.int8), out.normalized.step, inverse, *gamma)
         ctx.shapes = [None if t is None else t.shape for t in (weight, bias)]
         ctx.setting = (fixed, setting.dims, setting.rounding, setting.options)
         mean, deviation = out.batch_mean.clone(), out.batch_deviation.clone()
@@ -299,15 +299,14 @@ class _QuantizedNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        h, step, inverse, gamma = ctx.saved_tensors
+        h, step, inverse, gamma, gamma_step = ctx.saved_tensors
         fixed, dims, rounding, options = ctx.setting
         gq = symmetric_dynamic(grad, options["bits"], rounding)
         of_weight, of_bias = ctx.shapes
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            unit = gq.step * inverse
-            slope = _coefficient(unit if gamma is None else unit * gamma, gq.codes, h, dims)
-            grad_x = slope.factor * gq.codes
+            slope = _slope(gq.step * inverse, gq.codes, h, None if gamma is None else Codes(gamma, gamma_step), dims)
+            grad_x = slope.factor * slope.codes
             if not fixed:
                 factor = None if options["l2"] else L1_SCALES[options["l1_scale"]]
                 grad_x = _less_statistics(grad_x, h, step, slope, dims, factor)
@@ -321,22 +320,24 @@ class _QuantizedNorm(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Slope:
-    """factor: of the gradient's codes, towards x; mean, together: of factor * codes, and of its product with the codes
-    h of the normalized x, both over `dims` in float64."""
+    """factor * codes: the gradient of the normalized x, over the deviation; mean, together: of it, and of its product
+    with the codes h of the normalized x, both over `dims` in float64."""
 
     factor: Tensor
+    codes: Tensor
     mean: Tensor
     together: Tensor
 
 
-def _coefficient(factor: Tensor, g: Tensor, h: Tensor, dims: tuple[int, ...]) -> _Slope:
-    wide = factor.double()
-    if all(factor.dim() == 0 or factor.shape[d] == 1 for d in dims):  # sums of integers, then one product
-        total = g.double().sum(dims, keepdim=True)
-        count = g.numel() // total.numel()
-        return _Slope(factor, wide * total / count, wide * (g * h).double().sum(dims, keepdim=True) / count)
-    each = wide * g
-    return _Slope(factor, each.mean(dims, keepdim=True), (each * h).mean(dims, keepdim=True))
+def _slope(unit: Tensor, g: Tensor, h: Tensor, weight: Codes | None, dims: tuple[int, ...]) -> _Slope:
+    """A weight that differs over `dims` multiplies by its codes, so that sums over `dims` are of integers."""
+    if weight is not None and any(weight.codes.shape[d] != 1 for d in dims):
+        unit, g = unit * weight.step, g * weight.codes
+    elif weight is not None:
+        unit = unit * weight.value
+    wide, total = unit.double(), g.double().sum(dims, keepdim=True)
+    count = g.numel() // total.numel()
+    return _Slope(unit, g, wide * total / count, wide * (g * h).double().sum(dims, keepdim=True) / count)
 
 
 def _less_statistics(  # noqa: PLR0917

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from bitstrata_runtime import _engine
 
+from ..functional.l1norm import Rounding, nearest
 from .engine_codes import FASTEST, array, noise_of, rows_of, takes
-from .rounding import CounterGenerator
+from .rounding import CounterGenerator, CounterRounding
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class NormRule:
     eps: float
     factor: float
     generator: CounterGenerator | None
+
+    @staticmethod
+    def of(rounding: Rounding, *, bits: int, l2: bool, eps: float, factor: float) -> NormRule | None:
+        """The rule whose gradients are rounded by `rounding`, or None if the engine does not know how that rounds."""
+        if isinstance(rounding, CounterRounding):
+            return NormRule(bits, l2, eps, factor, rounding.generator)
+        return NormRule(bits, l2, eps, factor, None) if rounding is nearest else None
 
     def start(self, rows: int, channels: int, weight: Tensor | None, bias: Tensor | None) -> Any:
         """The engine's normalization of one batch of `rows` positions."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.l1norm import Rounding, l1_factor, l1_normalize, quantized_norm
+from ..integer.engine_layer_norm import layer_norm
+from ..integer.engine_norm import NormRule, norm_applies
 from .l1_norm import check_quantized, wide
 
 
@@ -73,17 +75,14 @@ class L1LayerNorm(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: input must end in {self.normalized_shape}, got shape {tuple(x.shape)}"
             )
-        w = wide(x)
-        lead = [1] * (x.dim() - dims)
-        weight, bias = (
-            None if t is None else t.to(w.dtype).view(*lead, *self.normalized_shape) for t in (self.weight, self.bias)
-        )
-        return self._normalized(w, weight, bias, tuple(range(x.dim() - dims, x.dim()))).to(x.dtype)
+        return self._normalized(wide(x)).to(x.dtype)
 
-    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-        y, _, _ = l1_normalize(x, dims, eps=self.eps, l1_scale=self.l1_scale)
-        y = y if weight is None else y * weight
-        return y if bias is None else y + bias
+    def _normalized(self, x: Tensor) -> Tensor:
+        """The result for x in float32 or float64."""
+        lead = x.dim() - len(self.normalized_shape)
+        y, _, _ = l1_normalize(x, tuple(range(lead, x.dim())), eps=self.eps, l1_scale=self.l1_scale)
+        y = y if self.weight is None else y * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -96,7 +95,7 @@ class QuantizedL1LayerNorm(L1LayerNorm):
     """L1 layer normalization with everything in it quantized, as in `QuantizedL1BatchNorm`.
 
     Means and deviations of all samples share one grid each. There are no running statistics: evaluation computes what
-    training does.
+    training does. Rounding sees the gradient as rows, (samples, elements normalized together).
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, l1_scale: as for `L1LayerNorm`.
@@ -122,19 +121,28 @@ class QuantizedL1LayerNorm(L1LayerNorm):
         self.bits = bits
         self.l2 = l2
 
-    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+    def engine_rule(self) -> NormRule | None:
+        """What the engine's kernels compute, or None if they do not know how the gradient is rounded."""
+        factor = l1_factor(self.l1_scale, type(self).__name__)
+        return NormRule.of(self.rounding, bits=self.bits, l2=self.l2, eps=self.eps, factor=factor)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        features, rule = math.prod(self.normalized_shape), self.engine_rule()
+        if rule is not None and norm_applies(x, self.weight):
+            return layer_norm(x, self.weight, self.bias, features, rule)
+        weight, bias = (None if t is None else t.reshape(1, features) for t in (self.weight, self.bias))
         y, _, _ = quantized_norm(
-            x,
+            x.reshape(-1, features),
             weight,
             bias,
-            dims,
+            (1,),
             bits=self.bits,
             eps=self.eps,
             l1_scale=self.l1_scale,
             l2=self.l2,
             rounding=self.rounding,
         )
-        return y
+        return y.view(x.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}{', l2=True' if self.l2 else ''}"

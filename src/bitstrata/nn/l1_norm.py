@@ -21,7 +21,6 @@ from ..functional.l1norm import (
 )
 from ..functional.ste import with_value
 from ..integer.engine_norm import NormRule, batch_norm, norm_applies
-from ..integer.rounding import CounterRounding
 from .running_norm import RunningNorm
 
 ROUNDINGS: dict[str, Rounding] = {"stochastic": stochastic, "nearest": nearest}
@@ -231,11 +230,8 @@ class QuantizedL1BatchNorm(L1BatchNorm):
 
     def engine_rule(self) -> NormRule | None:
         """What the engine's kernels compute in training, or None if they do not know how the gradient is rounded."""
-        counted = isinstance(self.rounding, CounterRounding)
-        if not counted and self.rounding is not nearest:
-            return None
-        generator = self.rounding.generator if isinstance(self.rounding, CounterRounding) else None
-        return NormRule(self.bits, self.l2, self.eps, l1_factor(self.l1_scale, type(self).__name__), generator)
+        factor = l1_factor(self.l1_scale, type(self).__name__)
+        return NormRule.of(self.rounding, bits=self.bits, l2=self.l2, eps=self.eps, factor=factor)
 
     def track(self, mean: Tensor, deviation: Tensor) -> None:
         """Move the running statistics towards a batch's, (C,)."""
