@@ -74,7 +74,6 @@ class Execution {
         out_row_(m.out_w * m.plan.out_c),
         out_w_(m.out_w),
         result_(m.result),
-        covered_(positions_of(m.plan) == m.out_h * m.out_w),
         rows_(rows_of_unit()),
         units_of_image_((m.out_h + rows_ - 1) / rows_) {}
 
@@ -109,7 +108,7 @@ class Execution {
     if (plan_.phases.size() == 1 && plan_.phases[0].whole()) {
       run_phase(plan_.phases[0], from, begin, end, own, acc);
     } else {
-      if (!covered_) std::memset(rows, 0, static_cast<size_t>((end - begin) * out_row_) * 4);
+      std::memset(rows, 0, static_cast<size_t>((end - begin) * out_row_) * 4);
       for (const Phase& phase : plan_.phases) scatter(phase, from, own, acc);
     }
     const int64_t pixels = (end - begin) * out_w_;
@@ -119,12 +118,6 @@ class Execution {
   }
 
  private:
-  static int64_t positions_of(const Plan& plan) {
-    int64_t positions = 0;
-    for (const Phase& phase : plan.phases) positions += phase.out_h * phase.out_w;
-    return positions;
-  }
-
   int64_t rows_of_unit() const {
     if (plan_.phases.size() != 1 || !plan_.phases[0].whole()) return out_h_;
     const ConvShape& s = plan_.phases[0].parts[0].shape;
@@ -157,20 +150,15 @@ class Execution {
   void scatter(const Phase& phase, const uint8_t* image, Workspace& own, int32_t* out) const {
     int32_t* sums = reinterpret_cast<int32_t*>(own.get(kPartial, 0));
     run_phase(phase, image, 0, phase.out_h, own, sums);
-    constexpr int64_t kTogether = 16;  // a copy without a call
     for (int64_t y = 0; y < phase.out_h; ++y)
-      for (int64_t x = 0; x < phase.out_w; ++x, sums += plan_.out_c) {
-        int32_t* to = out + (phase.y0 + y * phase.stride_h) * out_row_ + (phase.x0 + x * phase.stride_w) * plan_.out_c;
-        int64_t c = 0;
-        for (; c + kTogether <= plan_.out_c; c += kTogether) std::memcpy(to + c, sums + c, kTogether * 4);
-        if (c < plan_.out_c) std::memcpy(to + c, sums + c, static_cast<size_t>(plan_.out_c - c) * 4);
-      }
+      for (int64_t x = 0; x < phase.out_w; ++x, sums += plan_.out_c)
+        std::memcpy(out + (phase.y0 + y * phase.stride_h) * out_row_ + (phase.x0 + x * phase.stride_w) * plan_.out_c,
+                    sums, static_cast<size_t>(plan_.out_c) * 4);
   }
 
   const Plan& plan_;
   int64_t images_, in_size_, out_h_, out_row_, out_w_;
   ProductResult result_;
-  bool covered_;  // each position by a phase
   int64_t rows_, units_of_image_;
 };
 
