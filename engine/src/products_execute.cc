@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "products.h"
 #include "products_plan.h"
 
 namespace bitstrata {
@@ -53,6 +54,8 @@ void run_part(const Kernels& kernels, const Part& part, const uint8_t* packed, c
     prepare(kernels, part, image, map_first, map_last, prepared);
     from = prepared;
   }
+  fetch_ahead(image + (part.crop_y + map_first) * part.map_w * part.map_c,
+              (map_last - map_first) * part.map_w * part.map_c);
   const uint8_t* packed_part = packed + part.packed_at;
   if (part.row_bytes == 0) return part.kernel->run(s, packed_part, from, out, begin, end);
   uint8_t* staged = moved(own.get(kStaged, 0), -first * part.row_bytes);

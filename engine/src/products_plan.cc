@@ -48,6 +48,7 @@ void choose_channels(const Plan& plan, int sum_shift, bool several, Part* part) 
       part->channels.push_back(c);
     }
     factors.push_back(used ? static_cast<uint8_t>(1 << plan.shifts.codes[static_cast<size_t>(c)]) : uint8_t{0});
+    part->weight_factors.push_back(static_cast<uint8_t>(1 << plan.shifts.weights[static_cast<size_t>(c)]));
   }
   if (std::all_of(factors.begin(), factors.end(), [](uint8_t f) { return f == 1; })) return;
   part->period = static_cast<int64_t>(factors.size());
@@ -55,29 +56,30 @@ void choose_channels(const Plan& plan, int sum_shift, bool several, Part* part) 
   for (int64_t i = 0; i < repeats; ++i) part->factors.insert(part->factors.end(), factors.begin(), factors.end());
 }
 
+// (in_c,) of the part, or null: 1.
+const uint8_t* weight_factors(const Plan& plan, const Part& part) {
+  return plan.shifts.most_weights > 0 ? part.weight_factors.data() : nullptr;
+}
+
 // The weights of a part in the kernel's order, or where they are if they lie so already.
 const int8_t* gather(const Plan& plan, const Part& part, int threads) {
   const ConvShape& s = part.shape;
   const WeightCodes& w = part.weights;
   const int64_t ins = s.group_in(), outs = s.group_out(), taps = s.kernel_h * s.kernel_w;
-  const bool shifts = plan.shifts.most_weights > 0;
+  const uint8_t* factors = weight_factors(plan, part);
   constexpr int64_t kTile = 16;  // channels of either side, so that a tile stays in the cache in both orders
-  if (part.channels.empty() && !shifts && w.in_step == taps && w.out_step == ins * taps &&
+  if (part.channels.empty() && factors == nullptr && w.in_step == taps && w.out_step == ins * taps &&
       w.group_step == outs * ins * taps && w.tap_x == 1 && w.tap_y == s.kernel_w && w.first_tap == 0)
     return w.data;
   int8_t* to = reinterpret_cast<int8_t*>(plan.shared.get(kWeightsBuffer, s.out_c * ins * taps));
   const bool all = part.channels.empty();
   parallel_for(threads, s.out_c, std::max<int64_t>(kTile, 65536 / (ins * taps)), [&](int64_t begin, int64_t end) {
-    int8_t factors[kTile];
     for (int64_t first = begin, last; first < end; first = last) {
       const int64_t group = first / outs;
       last = std::min({first + kTile, (group + 1) * outs, end});
       for (int64_t i = 0; i < ins; i += kTile) {
         const int64_t count = std::min(kTile, ins - i);
         const int64_t* channels = all ? nullptr : part.channels.data() + i;
-        for (int64_t j = 0; shifts && j < count; ++j)
-          factors[j] = static_cast<int8_t>(
-              1 << plan.shifts.weights[static_cast<size_t>(all ? group * ins + i + j : channels[j])]);
         for (int64_t tap = 0; tap < taps; ++tap) {
           const int8_t* of_tap =
               w.data + group * w.group_step + w.first_tap + tap / s.kernel_w * w.tap_y + tap % s.kernel_w * w.tap_x;
@@ -88,7 +90,8 @@ const int8_t* gather(const Plan& plan, const Part& part, int threads) {
               for (int64_t j = 0; j < count; ++j) at[j * taps] = from[channels[j] * w.in_step];
             else
               for (int64_t j = 0; j < count; ++j) at[j * taps] = from[(i + j) * w.in_step];
-            for (int64_t j = 0; shifts && j < count; ++j) at[j * taps] = static_cast<int8_t>(at[j * taps] * factors[j]);
+            for (int64_t j = 0; factors != nullptr && j < count; ++j)
+              at[j * taps] = static_cast<int8_t>(at[j * taps] * factors[group * ins + i + j]);
           }
         }
       }
@@ -97,18 +100,19 @@ const int8_t* gather(const Plan& plan, const Part& part, int threads) {
   return to;
 }
 
-// Packs a part's weights from where they are; false: its kernel cannot, or they must be changed first.
+// Packs a part's weights from where they are; false: its kernel cannot, or takes some channels only.
 bool pack_in_place(const Part& part, const Plan& plan, int threads, const int32_t* pad, uint8_t* packed) {
   constexpr int64_t kGrain = 65536;  // weights that are worth a thread
   const ConvKernel& kernel = *part.kernel;
-  if (!part.channels.empty() || plan.shifts.most_weights > 0 || kernel.pack_parts == nullptr) return false;
+  if (!part.channels.empty() || kernel.pack_parts == nullptr) return false;
   const ConvShape& s = part.shape;
   const int64_t parts = kernel.pack_parts(s);
   if (parts == 0) return false;
   const int64_t of_part = s.out_c * s.group_in() * s.kernel_h * s.kernel_w / parts;
   parallel_for(threads, parts, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, of_part)),
                [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) kernel.pack_part(s, part.weights, pad, packed, i);
+                 for (int64_t i = begin; i < end; ++i)
+                   kernel.pack_part(s, part.weights, weight_factors(plan, part), pad, packed, i);
                });
   return true;
 }

@@ -23,9 +23,10 @@ struct Part {
   int64_t packed_at = 0;
   int64_t row_bytes = 0;  // staged; 0: none
   int64_t crop_y = 0, crop_x = 0;
-  int64_t map_w = 0, map_c = 0;   // of the image
-  std::vector<int64_t> channels;  // of the image, those that are convolved; empty: all
-  std::vector<uint8_t> factors;   // of the convolved channels, repeated; empty: none
+  int64_t map_w = 0, map_c = 0;         // of the image
+  std::vector<int64_t> channels;        // of the image, those that are convolved; empty: all
+  std::vector<uint8_t> factors;         // of the convolved channels, repeated; empty: none
+  std::vector<uint8_t> weight_factors;  // of the convolved channels; empty: none
   int64_t period = 0;
   int shift = 0;  // of the sum before this part is added
 

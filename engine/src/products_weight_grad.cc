@@ -144,6 +144,9 @@ class WeightGrad {
     const int64_t image = block / part.blocks_of_image() * part.together;
     const int64_t begin = block % part.blocks_of_image() * part.rows, end = std::min(begin + part.rows, s.out_h);
     const int64_t images = std::min(part.together, part.images - image);
+    fetch_ahead(part.x + (image * s.in_h + begin * s.stride_h) * s.in_w * s.in_c,
+                images * (end - begin) * s.stride_h * s.in_w * s.in_c);
+    fetch_ahead(part.g + (image * s.out_h + begin) * s.out_w * s.out_c, images * (end - begin) * s.out_w * s.out_c);
     kernel_->add(s, part.x + image * s.in_h * s.in_w * s.in_c, part.g + image * s.out_h * s.out_w * s.out_c, images,
                  begin, end, own_[i].get(kScratch, 0), mine.data, fresh);
     mine.pixels += part.block_pixels();

@@ -23,10 +23,18 @@ std::string describe(const ConvShape& s) {
   return text;
 }
 
+// An odd factor of each channel, or 1, and its inverse modulo 2^8.
+uint8_t factor_of(int64_t channel, bool factors) { return static_cast<uint8_t>(factors ? 2 * channel + 3 : 1); }
+uint8_t inverse(uint8_t factor) {
+  uint8_t x = factor;  // right in three bits, and in twice as many after each step
+  for (int i = 0; i < 3; ++i) x = static_cast<uint8_t>(x * (2 - factor * x));
+  return x;
+}
+
 // Packs weights in parts, the last first, from an order in which the input channels are outermost and the taps, `step`
-// apart, run backwards; false: this kernel only packs as a whole.
+// apart, run backwards, with factors that their values take back; false: this kernel only packs as a whole.
 bool pack_in_parts(const ConvKernel& kernel, const ConvShape& s, const int8_t* codes, const int32_t* pad, Edge edge,
-                   int64_t step, void* packed) {
+                   int64_t step, bool factors, void* packed) {
   const int64_t parts = kernel.pack_parts == nullptr ? 0 : kernel.pack_parts(s);
   const int64_t taps = s.kernel_h * s.kernel_w, record = (taps - 1) * step + 1;
   const int64_t ins = s.group_in(), outs = s.group_out();
@@ -35,10 +43,13 @@ bool pack_in_parts(const ConvKernel& kernel, const ConvShape& s, const int8_t* c
     for (int64_t i = 0; i < ins; ++i)
       for (int64_t tap = 0; tap < taps; ++tap)
         there.get<int8_t>()[((o / outs * ins + i) * outs + o % outs) * record + (taps - 1 - tap) * step] =
-            codes[(o * ins + i) * taps + tap];
+            static_cast<int8_t>(codes[(o * ins + i) * taps + tap] * inverse(factor_of(o / outs * ins + i, factors)));
+  std::vector<uint8_t> factor;
+  for (int64_t c = 0; factors && c < s.in_c; ++c) factor.push_back(factor_of(c, factors));
   const WeightCodes w{there.get<int8_t>(), outs * ins * record, record, outs * record,
                       record - 1,          -s.kernel_w * step,  -step,  record};
-  for (int64_t part = parts - 1; part >= 0; --part) kernel.pack_part(s, w, pad, packed, part);
+  for (int64_t part = parts - 1; part >= 0; --part)
+    kernel.pack_part(s, w, factors ? factor.data() : nullptr, pad, packed, part);
   return parts > 0;
 }
 
@@ -67,7 +78,7 @@ void check_conv(const Kernels& row, ConvShape s, Range range, int bits, Edge edg
   const std::string where = describe(s);
   const Guarded packed_in_parts(kernel.packed_bytes(s), edge, 64), again(out_count * 4, edge, 4);
   if (pack_in_parts(kernel, s, codes.get<int8_t>(), pad.get<int32_t>(), edge, 1 + static_cast<int64_t>(seed % 2),
-                    packed_in_parts.get())) {
+                    seed / 2 % 2 == 1, packed_in_parts.get())) {
     kernel.stage(s, packed_in_parts.get(), image.get(), staged.get(), 0, s.padded_h());
     kernel.run(s, packed_in_parts.get(), rows, again.get<int32_t>(), 0, s.out_h);
     for (int64_t i = 0; i < out_count; ++i)

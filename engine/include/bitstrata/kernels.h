@@ -60,8 +60,10 @@ struct ConvKernel {
   void (*run)(const ConvShape&, const void* packed, const void* staged, int32_t* out, int64_t row_begin,
               int64_t row_end);
   // The same as `pack`, in parts that threads may share, of weights in any order. No parts, or null: only `pack`.
+  // factor: (in_c,), what the weights of each input channel are multiplied by, modulo 2^8; null: 1.
   int64_t (*pack_parts)(const ConvShape&) = nullptr;
-  void (*pack_part)(const ConvShape&, const WeightCodes&, const int32_t* pad, void* packed, int64_t part) = nullptr;
+  void (*pack_part)(const ConvShape&, const WeightCodes&, const uint8_t* factor, const int32_t* pad, void* packed,
+                    int64_t part) = nullptr;
 };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.

@@ -108,6 +108,8 @@ template <int kP, int kV>
 void convolve(const Block& b) {
   __m512i sum[kP][kV];
   const bool whole = b.p.form.whole;
+  // Else the sums would wait for the memory they are written to.
+  each<kP>([&](auto i) { each<kV>([&](auto j) { __builtin_prefetch(b.out + i * b.out_pitch + j * kLanes, 1); }); });
   each<kV>([&](auto j) {
     const __m512i first = whole ? _mm512_loadu_si512(b.correction + j * kLanes) : _mm512_setzero_si512();
     each<kP>([&](auto i) { sum[i][j] = first; });

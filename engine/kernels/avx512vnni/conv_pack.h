@@ -48,13 +48,15 @@ struct Packed {
 // once.
 class SetPacker {
  public:
-  SetPacker(const ConvShape& s, const Packed& p, const WeightCodes& w, uint8_t* packed, int64_t part)
+  SetPacker(const ConvShape& s, const Packed& p, const WeightCodes& w, const uint8_t* factor, uint8_t* packed,
+            int64_t part)
       : s_(s),
         p_(p),
         w_(w),
         group_(part / p.sets),
         first_(p.first_vector(part % p.sets)),
         vectors_(p.first_vector(part % p.sets + 1) - first_),
+        factor_(factor != nullptr ? factor + group_ * s.group_in() : nullptr),
         fours_(p.stage.lanes / kStep),
         weights_(reinterpret_cast<__m512i*>(packed + p.weights_at) + (group_ * p.vectors + first_) * p.steps),
         correction_(reinterpret_cast<int32_t*>(packed) + (group_ * p.vectors + first_) * kLanes) {
@@ -110,8 +112,19 @@ class SetPacker {
   int64_t outs(int64_t v) const { return s_.group_out() - (first_ + v) * kLanes; }  // that are left
 
   void store(int64_t v, int64_t tap, int64_t four, __m512i x) {
+    if (factor_ != nullptr) x = multiplied(x, four);
     _mm512_store_si512(weights_ + (tap * fours_ + four) * vectors_ + v, x);
     sum_[v] = _mm512_dpbusd_epi32(sum_[v], _mm512_set1_epi8(1), x);
+  }
+
+  // Each lane's four bytes times the factors of their channels: even bytes and odd ones as halves of 16 bits.
+  __m512i multiplied(__m512i x, int64_t four) const {
+    uint32_t factors = 0;
+    std::memcpy(&factors, factor_ + four * kStep, static_cast<size_t>(min64(kStep, s_.group_in() - four * kStep)));
+    const __m512i f = _mm512_set1_epi32(static_cast<int32_t>(factors));
+    const __m512i even = _mm512_mullo_epi16(x, f),
+                  odd = _mm512_mullo_epi16(_mm512_srli_epi16(x, 8), _mm512_srli_epi16(f, 8));
+    return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, _mm512_slli_epi16(odd, 8));
   }
 
   // Sixteen bytes of each output channel 4 j + q, in quarter j; those that `mask` leaves out are 0.
@@ -183,7 +196,9 @@ class SetPacker {
   const ConvShape& s_;
   const Packed& p_;
   const WeightCodes& w_;
-  int64_t group_, first_, vectors_, fours_;
+  int64_t group_, first_, vectors_;
+  const uint8_t* factor_;  // of the group's input channels, or null
+  int64_t fours_;
   __m512i* weights_;
   int32_t* correction_;
   __m512i sum_[kVectors];
@@ -198,11 +213,12 @@ int64_t pack_parts(const ConvShape& s) {
   return as_they_are(p) ? s.groups * p.sets : 0;
 }
 
-void pack_part(const ConvShape& s, const WeightCodes& codes, const int32_t* pad, void* packed, int64_t part) {
+void pack_part(const ConvShape& s, const WeightCodes& codes, const uint8_t* factor, const int32_t* pad, void* packed,
+               int64_t part) {
   const Packed p(s, false);
   uint8_t* base = static_cast<uint8_t*>(packed);
   if (part == 0) stage_padding(s, p.stage, pad, base + p.padding_at);
-  SetPacker(s, p, codes, base, part).pack();
+  SetPacker(s, p, codes, factor, base, part).pack();
 }
 
 // Channels [begin, end) of one output channel's weights (channel, tap), kStep of a tap at a time: step k of tap t goes
@@ -240,7 +256,7 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
   if (as_they_are(p)) {
     const int64_t taps = s.kernel_h * s.kernel_w, row = s.group_in() * taps;
     const WeightCodes in_order{codes, s.group_out() * row, row, taps, 0, s.kernel_w, 1, taps};
-    for (int64_t part = 0; part < s.groups * p.sets; ++part) pack_part(s, in_order, pad, packed, part);
+    for (int64_t part = 0; part < s.groups * p.sets; ++part) pack_part(s, in_order, nullptr, pad, packed, part);
     return;
   }
   uint8_t* base = static_cast<uint8_t*>(packed);

@@ -26,20 +26,18 @@ struct Vnni {
     return _mm512_dpbusd_epi32(sum, codes, gradient);
   }
 
-  static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static __m128i load8(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 
   static void pack_codes(const uint8_t* from, int64_t pitch, bool is_signed, uint8_t* to) {
-    const __m128i a = load16(from), b = load16(from + pitch), c = load16(from + 2 * pitch),
-                  d = load16(from + 3 * pitch);
-    const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d), ab_high = _mm_unpackhi_epi8(a, b),
-                  cd_high = _mm_unpackhi_epi8(c, d);
-    const __m128i sign = _mm_set1_epi8(is_signed ? -128 : 0);
-    __m128i* out = reinterpret_cast<__m128i*>(to);
-    _mm_store_si128(out, _mm_xor_si128(_mm_unpacklo_epi16(ab, cd), sign));
-    _mm_store_si128(out + 1, _mm_xor_si128(_mm_unpackhi_epi16(ab, cd), sign));
-    _mm_store_si128(out + 2, _mm_xor_si128(_mm_unpacklo_epi16(ab_high, cd_high), sign));
-    _mm_store_si128(out + 3, _mm_xor_si128(_mm_unpackhi_epi16(ab_high, cd_high), sign));
+    // A transpose of quarters, then one of the bytes in each.
+    const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i x = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + pitch)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * pitch)), 2);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 3 * pitch)), 3);
+    x = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, x), bytes);
+    _mm512_store_si512(to, _mm512_xor_si512(x, _mm512_set1_epi8(is_signed ? -128 : 0)));
   }
   static void pack_gradient(const uint8_t* from, int64_t pitch, uint8_t* to) {
     const __m128i ab = _mm_unpacklo_epi8(load8(from), load8(from + pitch)),
@@ -49,11 +47,16 @@ struct Vnni {
     _mm_store_si128(out + 1, _mm_unpackhi_epi16(ab, cd));
   }
   static void add_outs(const uint8_t* packed, int64_t count, int32_t* sums) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int64_t i = 0; i < count; ++i)
-      sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1),
-                                _mm256_load_si256(reinterpret_cast<const __m256i*>(packed + i * 32)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
+    const __m256i one = _mm256_set1_epi8(1);
+    const __m256i* from = reinterpret_cast<const __m256i*>(packed);
+    __m256i sum[4];  // so that additions need not wait for each other
+    each<4>([&](auto j) { sum[j] = _mm256_setzero_si256(); });
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+      each<4>([&](auto j) { sum[j] = _mm256_dpbusd_epi32(sum[j], one, _mm256_load_si256(from + i + j)); });
+    for (; i < count; ++i) sum[0] = _mm256_dpbusd_epi32(sum[0], one, _mm256_load_si256(from + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums),
+                        _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3])));
   }
 };
 

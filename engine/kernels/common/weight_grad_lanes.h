@@ -110,13 +110,13 @@ struct LanesWeightGrad {
     uint8_t *xs, *gs, *row;
   };
 
-  // Windows of one row of the map, `pitch` bytes apart, that can be read beyond their ends.
+  // Windows of one row of the map, `pitch` bytes apart, that can be read beyond their ends. Outside of the map c.row is
+  // 0 already.
   static const uint8_t* windows(const Call& c, const uint8_t* from, int64_t group) {
     const ConvShape& s = c.s;
     const int64_t columns = s.padded_w(), copied = least(s.in_w, columns - s.pad_left);
     if (c.packed.whole) {
       if (s.pad_left == 0 && s.in_w == columns && c.layout.elements % kLanes == 0 && s.out_w % kStep == 0) return from;
-      std::memset(c.row, 0, static_cast<size_t>(c.packed.row_bytes));
       if (copied > 0) std::memcpy(c.row + s.pad_left * s.in_c, from, static_cast<size_t>(copied * s.in_c));
       return c.row;
     }
@@ -137,6 +137,7 @@ struct LanesWeightGrad {
     const ConvShape& s = c.s;
     const bool is_signed = s.input_dtype == DType::s8;
     const int64_t row_size = s.in_w * s.in_c;
+    std::memset(c.row, 0, static_cast<size_t>(c.packed.row_bytes));
     for (int64_t image = 0; image < c.images; ++image)
       for (int64_t r = 0; r < c.packed.in_rows; ++r) {
         const int64_t y = c.begin * s.stride_h + r - s.pad_top;
@@ -179,33 +180,58 @@ struct LanesWeightGrad {
         for (int64_t panel = 0; panel < c.layout.panels; ++panel, to += c.packed.g_panel * kGradientBytes) {
           for (int64_t step = 0; step < c.packed.steps; ++step)
             Isa::pack_gradient(row + step * kStep * outs + panel * kOuts, outs, to + step * kGradientBytes);
-          if (Isa::kOffset != 0 && s.input_dtype == DType::s8) correct(c, to, y, corrections + panel * kOuts);
         }
       }
+    if (Isa::kOffset == 0 || s.input_dtype != DType::s8) return;
+    for (int64_t image = 0; image < c.images; ++image)
+      for (int64_t panel = 0; panel < c.layout.panels; ++panel)
+        correct(c, c.gs + (image * c.packed.g_image + panel * c.packed.g_panel) * kGradientBytes,
+                corrections + panel * kOuts);
   }
 
-  // Takes off what the offset of the input adds with one row of a panel's gradient.
-  static void correct(const Call& c, const uint8_t* packed, int64_t y, int32_t* corrections) {
+  // Adds factor times the gradient of output rows [from, to); packed: that of all rows of an image and a panel.
+  static void add_rows(const Call& c, const uint8_t* packed, int64_t from, int64_t to, uint32_t factor,
+                       uint32_t* sums) {
+    if (from >= to) return;
     int32_t outs[kOuts] = {};
-    Isa::add_outs(packed, c.packed.steps, outs);
+    Isa::add_outs(packed + (from - c.begin) * c.packed.steps * kGradientBytes, (to - from) * c.packed.steps, outs);
+    for (int i = 0; i < kOuts; ++i) sums[i] += static_cast<uint32_t>(outs[i]) * factor;
+  }
+
+  // Takes off what the offset of the input adds with an image's gradient for a panel: of all rows, less those that do
+  // not meet the map.
+  static void correct(const Call& c, const uint8_t* packed, int32_t* corrections) {
+    uint32_t all[kOuts] = {};
+    add_rows(c, packed, c.begin, c.end, static_cast<uint32_t>(-Isa::kOffset), all);
     for (int64_t ky = 0; ky < c.s.kernel_h; ++ky, corrections += c.layout.panels * kOuts) {
-      const int64_t row = c.in_row(y, ky);
-      if (row < 0 || row >= c.s.in_h) continue;
+      const Rows met = met_rows(c, ky);
+      uint32_t some[kOuts];
+      std::memcpy(some, all, sizeof(all));
+      add_rows(c, packed, c.begin, met.begin, Isa::kOffset, some);
+      add_rows(c, packed, met.end, c.end, Isa::kOffset, some);
       for (int i = 0; i < kOuts; ++i)
-        corrections[i] = static_cast<int32_t>(static_cast<uint32_t>(corrections[i]) -
-                                              static_cast<uint32_t>(outs[i]) * static_cast<uint32_t>(Isa::kOffset));
+        corrections[i] = static_cast<int32_t>(static_cast<uint32_t>(corrections[i]) + some[i]);
     }
+  }
+
+  // Output rows that meet a row of the map with kernel row ky.
+  struct Rows {
+    int64_t begin, end;
+  };
+  static Rows met_rows(const Call& c, int64_t ky) {
+    Rows met{c.begin, c.end};
+    while (met.begin < met.end && c.in_row(met.begin, ky) < 0) ++met.begin;
+    while (met.begin < met.end && c.in_row(met.end - 1, ky) >= c.s.in_h) --met.end;
+    return met;
   }
 
   // The block of kV vectors from `first` with a panel and a kernel row.
   template <int kV>
   static void block(const Call& c, int64_t first, int64_t panel, int64_t ky, int32_t* sums, bool fresh) {
     const ConvShape& s = c.s;
-    int64_t from = c.begin, to = c.end;  // output rows that meet a row of the map
-    while (from < to && c.in_row(from, ky) < 0) ++from;
-    while (from < to && c.in_row(to - 1, ky) >= s.in_h) --to;
-    if (from >= to) from = to = c.begin;
-    const int64_t offset = ky * s.dilation_h, steps = (to - from) * c.packed.steps;
+    const Rows met = met_rows(c, ky);
+    const int64_t from = met.begin < met.end ? met.begin : c.begin;
+    const int64_t offset = ky * s.dilation_h, steps = (met.end - met.begin) * c.packed.steps;
     const int64_t row = offset % s.stride_h * c.packed.per_remainder + offset / s.stride_h + from - c.begin;
     const uint8_t* x = c.xs + (first * c.packed.x_vector + row * c.packed.steps) * kVectorBytes;
     const uint8_t* g = c.gs + (panel * c.packed.g_panel + (from - c.begin) * c.packed.steps) * kGradientBytes;
