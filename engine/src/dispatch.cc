@@ -9,6 +9,9 @@ extern const Kernels kGenericKernels;
 #ifdef BITSTRATA_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
+#ifdef BITSTRATA_HAVE_AVX2VNNI
+extern const Kernels kAvx2VnniKernels;
+#endif
 #ifdef BITSTRATA_HAVE_AVX512VNNI
 extern const Kernels kAvx512VnniKernels;
 #endif
@@ -20,6 +23,9 @@ const Kernels* const kTable[] = {
     &kGenericKernels,
 #ifdef BITSTRATA_HAVE_AVX2
     &kAvx2Kernels,
+#endif
+#ifdef BITSTRATA_HAVE_AVX2VNNI
+    &kAvx2VnniKernels,
 #endif
 #ifdef BITSTRATA_HAVE_AVX512VNNI
     &kAvx512VnniKernels,

@@ -187,6 +187,12 @@ def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {
         "generic": dict.fromkeys(("stem", "conv", "depthwise", "linear"), "generic"),
         "avx2": {"stem": "avx2-wide", "conv": "avx2-narrow", "depthwise": "avx2-depthwise", "linear": "avx2-narrow"},
+        "avx2vnni": {
+            "stem": "avx2vnni",
+            "conv": "avx2vnni",
+            "depthwise": "avx2-depthwise",
+            "linear": "avx2vnni-direct",
+        },
         "avx512vnni": {
             "stem": "avx512vnni",
             "conv": "avx512vnni",
