@@ -10,6 +10,7 @@ Triple = tuple[int, int, int]
 Sides = tuple[int, int, int, int]
 
 def available_isas() -> list[str]: ...
+def emulated_isas() -> list[str]: ...
 
 class Graph:
     """Methods that add an operation return the index of its result; the input is 0."""

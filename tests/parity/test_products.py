@@ -26,15 +26,23 @@ from bitstrata.integer import (
 )
 from bitstrata_runtime import _engine
 
-ISAS = tuple(_engine.available_isas())
+ISAS = (*_engine.available_isas(), *_engine.emulated_isas())
 THREADS = (1, 2)
 KINDS = {
     "generic": ("generic", "generic"),
     "avx2": ("avx2-wide", "avx2"),
     "avx2vnni": ("avx2vnni", "avx2vnni"),
     "avx512vnni": ("avx512vnni", "avx512vnni"),
+    "amx": ("amx", "amx"),
+    "amx-emulated": ("amx-emulated", "amx-emulated"),
 }
-DEPTHWISE = {"generic": "generic", "avx2vnni": "avx2-depthwise"}  # of forward products, where not named after the row
+# Depthwise kernels of rows that have none of their own.
+DEPTHWISE = {
+    "generic": "generic",
+    "avx2vnni": "avx2-depthwise",
+    "amx": "avx512vnni-depthwise",
+    "amx-emulated": "generic",
+}
 
 
 @dataclass(frozen=True)
