@@ -91,58 +91,68 @@ struct TileConv {
     int64_t row_begin;
   };
 
-  // A block: up to two tiles of a strip, beginning at positions first[], with a set of vectors.
+  // A block: successive tiles of the strips, counted through all of them, with a set of vectors.
   struct Block {
-    int64_t strip, group, vector;  // vector: the set's first
-    int64_t first[2];
+    int64_t group, vector, tile;  // the first ones
+  };
+
+  // Where a tile begins: its strip, and the position there.
+  struct Place {
+    Place(const Strips& strips, int64_t tile)
+        : strip(tile / strips.tiles), position(strips.first_of(tile % strips.tiles)) {}
+    int64_t strip, position;
   };
 
   template <int kM, int kN, bool kSigned>
   static void multiply(Tiles& tiles, const Call& c, const Block& b) {
     const Packed& p = c.p;
     const int64_t pitch = c.strips.pitch;
-    const uint8_t* x = c.rows + (c.row_begin * c.s.stride_h) * p.row_bytes + b.strip * c.strips.strip_bytes +
-                       b.group * p.stage.columns * p.stage.lanes;
+    const uint8_t* of_group = c.rows + c.row_begin * c.strips.strip_bytes + b.group * p.stage.columns * p.stage.lanes;
+    const uint8_t* x[kM];
+    each<kM>([&](auto i) {
+      const Place place(c.strips, b.tile + i);
+      x[i] = of_group + place.strip * c.strips.strip_bytes + place.position * pitch;
+    });
     const uint8_t* w = c.weights + (b.group * p.vectors + b.vector) * p.steps * Packed::kVectorBytes;
     const int32_t* correction = c.correction + (b.group * p.vectors + b.vector) * kOuts;
     each<kM>([&](auto i) {
       each<kN>([&](auto j) {
         if (p.form.whole && p.form.offset != 0)
-          tiles.template load<2 * i + j>(correction + j * kOuts, 0);
+          tiles.template load<i * kN + j>(correction + j * kOuts, 0);
         else
-          tiles.template zero<2 * i + j>();
+          tiles.template zero<i * kN + j>();
       });
     });
     const int64_t rows = p.runs.count / p.runs.per_row;
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t column = 0; column < p.runs.per_row; ++column)
         for (int64_t chunk = 0; chunk < p.chunks; ++chunk, w += p.chunk * kN * Packed::kVectorBytes) {
-          const uint8_t* at =
-              x + row * p.runs.row_step + column * p.runs.column_step + p.chunk_at(chunk) * Packed::kStep;
-          each<kM>([&](auto i) { tiles.template load<4 + i>(at + b.first[i] * pitch, pitch); });
-          each<kN>([&](auto j) { tiles.template load<6 + j>(w + j * kTileRowBytes, kN * kTileRowBytes); });
-          each<kM>(
-              [&](auto i) { each<kN>([&](auto j) { tiles.template dot<kSigned, true, 2 * i + j, 4 + i, 6 + j>(); }); });
+          const int64_t at = row * p.runs.row_step + column * p.runs.column_step + p.chunk_at(chunk) * Packed::kStep;
+          each<kN>([&](auto j) { tiles.template load<right_tile(j)>(w + j * kTileRowBytes, kN * kTileRowBytes); });
+          each<kM>([&](auto i) {
+            tiles.template load<left_tile(i)>(x[i] + at, pitch);
+            each<kN>([&](auto j) { tiles.template dot<kSigned, true, i * kN + j, left_tile(i), right_tile(j)>(); });
+          });
         }
   }
 
   // Copies the sums of a tile, one vector of channels, to where they belong.
-  static void copy(const Call& c, const Block& b, int64_t first, int64_t vector, const int32_t* sums) {
+  static void copy(const Call& c, const Place& place, int64_t group, int64_t vector, const int32_t* sums) {
     const ConvShape& s = c.s;
     const Packed& p = c.p;
     const int64_t channel = vector * kOuts, left = s.group_out() - channel, count = left < kOuts ? left : kOuts;
-    const int32_t* correction = c.correction + (b.group * p.vectors + vector) * kOuts;
+    const int32_t* correction = c.correction + (group * p.vectors + vector) * kOuts;
     for (int64_t i = 0; i < c.strips.tile; ++i, sums += kOuts) {
-      const int64_t position = first + i, x = position % c.strips.row;
-      const int64_t y = c.row_begin + b.strip + position / c.strips.row;
+      const int64_t position = place.position + i, x = position % c.strips.row;
+      const int64_t y = c.row_begin + place.strip + position / c.strips.row;
       if (x >= s.out_w) continue;
-      int32_t* to = c.out + (y * s.out_w + x) * s.out_c + b.group * s.group_out() + channel;
+      int32_t* to = c.out + (y * s.out_w + x) * s.out_c + group * s.group_out() + channel;
       if (p.form.whole) {
         std::memcpy(to, sums, static_cast<size_t>(count) * 4);
         continue;
       }
       const uint32_t mul = static_cast<uint32_t>(p.form.mul);
-      const uint32_t of_window = static_cast<uint32_t>(window_sum(s, p, c.rows, b.group, y, x));
+      const uint32_t of_window = static_cast<uint32_t>(window_sum(s, p, c.rows, group, y, x));
       for (int64_t o = 0; o < count; ++o)
         to[o] = static_cast<int32_t>(static_cast<uint32_t>(sums[o]) * mul + static_cast<uint32_t>(correction[o]) +
                                      of_window);
@@ -155,34 +165,38 @@ struct TileConv {
     const ConvShape& s = c.s;
     const bool in_order = c.p.form.whole && c.strips.row == s.out_w;
     each<kM>([&](auto i) {
+      const Place place(c.strips, b.tile + i);
       each<kN>([&](auto j) {
         const int64_t vector = b.vector + j;
         if (in_order && (vector + 1) * kOuts <= s.group_out()) {
-          int32_t* to = c.out + ((c.row_begin + b.strip) * s.out_w + b.first[i]) * s.out_c + b.group * s.group_out();
-          tiles.template store<2 * i + j>(to + vector * kOuts, s.out_c * 4);
+          int32_t* to = c.out + ((c.row_begin + place.strip) * s.out_w + place.position) * s.out_c;
+          tiles.template store<i * kN + j>(to + b.group * s.group_out() + vector * kOuts, s.out_c * 4);
         } else {
           alignas(64) int32_t sums[kTileRows * kOuts];
-          tiles.template store<2 * i + j>(sums, kOuts * 4);
-          copy(c, b, b.first[i], vector, sums);
+          tiles.template store<i * kN + j>(sums, kOuts * 4);
+          copy(c, place, b.group, vector, sums);
         }
       });
     });
   }
 
+  static BlockForm form_of_blocks(const Packed& p) { return p.vectors == 1 ? BlockForm::tall : BlockForm::square; }
+
   template <bool kSigned>
   static void run_blocks(Tiles& tiles, const Call& c) {
     using BlockFn = void (*)(Tiles&, const Call&, const Block&);
-    constexpr BlockFn kBlocks[2][2] = {{block<1, 1, kSigned>, block<1, 2, kSigned>},
-                                       {block<2, 1, kSigned>, block<2, 2, kSigned>}};
+    constexpr BlockFn kBlocks[2][4] = {
+        {block<1, 1, kSigned>, block<2, 1, kSigned>, block<3, 1, kSigned>, block<4, 1, kSigned>},
+        {block<1, 2, kSigned>, block<2, 2, kSigned>}};
+    const int64_t tiles_of_all = c.strips.count * c.strips.tiles;
+    const int64_t together = form_of_blocks(c.p) == BlockForm::tall ? 4 : 2;
     for (int64_t group = 0; group < c.s.groups; ++group)
       for (int64_t set = 0; set < c.p.sets; ++set) {
         const int64_t vector = c.p.first_vector(set), vectors = c.p.first_vector(set + 1) - vector;
-        for (int64_t strip = 0; strip < c.strips.count; ++strip)
-          for (int64_t t = 0; t < c.strips.tiles; t += 2) {
-            const bool two = t + 1 < c.strips.tiles;
-            kBlocks[two ? 1 : 0][vectors - 1](
-                tiles, c, {strip, group, vector, {c.strips.first_of(t), two ? c.strips.first_of(t + 1) : 0}});
-          }
+        for (int64_t tile = 0; tile < tiles_of_all; tile += together) {
+          const int64_t left = tiles_of_all - tile;
+          kBlocks[vectors - 1][(left < together ? left : together) - 1](tiles, c, {group, vector, tile});
+        }
       }
   }
 
@@ -201,7 +215,7 @@ struct TileConv {
                  base + p.weights_at,
                  out,
                  row_begin};
-    Tiles tiles(two_by_two(strips.tile, p.chunk));
+    Tiles tiles(block_config(form_of_blocks(p), strips.tile, p.chunk));
     if (multiplies_signed(s, p.form))
       run_blocks<true>(tiles, c);
     else

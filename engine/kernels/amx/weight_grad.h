@@ -28,6 +28,7 @@ struct TileWeightGrad {
   static constexpr int64_t kSide = 16, kStep = 4, kVectorBytes = kSide * kStep, kTileSums = kSide * kSide;
 
   static int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+  static int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
   static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
   // Sums are [group][kernel row][panel of outputs][vector][output][lane].
@@ -158,7 +159,7 @@ struct TileWeightGrad {
     }
   }
 
-  // A block of up to two panels and two vectors with one kernel row; see two_by_two.
+  // A block of panels and vectors with one kernel row.
   template <int kM, int kN, bool kSigned>
   static void block(Tiles& tiles, const Call& c, int64_t ky, int64_t panel, int64_t vector, int32_t* sums, bool fresh) {
     const uint8_t* g = c.gs() + panel * kSide * c.g_out * kStep;
@@ -167,42 +168,67 @@ struct TileWeightGrad {
     each<kM>([&](auto i) {
       each<kN>([&](auto j) {
         if (fresh)
-          tiles.template zero<2 * i + j>();
+          tiles.template zero<i * kN + j>();
         else
-          tiles.template load<2 * i + j>(to + (i * c.layout.vectors + j) * kTileSums, kSide * 4);
+          tiles.template load<i * kN + j>(to + (i * c.layout.vectors + j) * kTileSums, kSide * 4);
       });
     });
+    const auto load_left = [&](auto i, const uint8_t* gradient) {
+      tiles.template load<left_tile(i)>(gradient + i * kSide * c.g_out * kStep, c.g_out * kStep);
+    };
+    const auto load_right = [&](auto j, const uint8_t* codes) {
+      tiles.template load<right_tile(j)>(codes + j * c.x_vector * kVectorBytes, kVectorBytes);
+    };
     for (int64_t image = 0; image < c.images; ++image)
       for (int64_t chunk = 0; chunk < c.chunks; ++chunk) {
         const uint8_t* gradient = g + (image * c.g_image + chunk * c.chunk) * kStep;
         const uint8_t* codes = x + (image * c.x_image + chunk * c.chunk) * kVectorBytes;
-        each<kM>([&](auto i) { tiles.template load<4 + i>(gradient + i * kSide * c.g_out * kStep, c.g_out * kStep); });
-        each<kN>([&](auto j) { tiles.template load<6 + j>(codes + j * c.x_vector * kVectorBytes, kVectorBytes); });
-        each<kM>(
-            [&](auto i) { each<kN>([&](auto j) { tiles.template dot<true, kSigned, 2 * i + j, 4 + i, 6 + j>(); }); });
+        // Each factor of the longer side is loaded when its products are due: the fourth overwrites the first.
+        if constexpr (kM == 1) {
+          load_left(std::integral_constant<int, 0>(), gradient);
+          each<kN>([&](auto j) {
+            load_right(j, codes);
+            tiles.template dot<true, kSigned, j, left_tile(0), right_tile(j)>();
+          });
+        } else {
+          each<kN>([&](auto j) { load_right(j, codes); });
+          each<kM>([&](auto i) {
+            load_left(i, gradient);
+            each<kN>([&](auto j) { tiles.template dot<true, kSigned, i * kN + j, left_tile(i), right_tile(j)>(); });
+          });
+        }
       }
     each<kM>([&](auto i) {
       each<kN>(
-          [&](auto j) { tiles.template store<2 * i + j>(to + (i * c.layout.vectors + j) * kTileSums, kSide * 4); });
+          [&](auto j) { tiles.template store<i * kN + j>(to + (i * c.layout.vectors + j) * kTileSums, kSide * 4); });
     });
+  }
+
+  static BlockForm form_of_blocks(const Layout& l) {
+    return l.panels == 1 ? BlockForm::wide : l.vectors == 1 ? BlockForm::tall : BlockForm::square;
   }
 
   template <bool kSigned>
   static void multiply(Tiles& tiles, const Call& c, int32_t* sums, bool fresh) {
     using BlockFn = void (*)(Tiles&, const Call&, int64_t, int64_t, int64_t, int32_t*, bool);
-    constexpr BlockFn kBlocks[2][2] = {{block<1, 1, kSigned>, block<1, 2, kSigned>},
-                                       {block<2, 1, kSigned>, block<2, 2, kSigned>}};
-    for (int64_t vector = 0; vector < c.layout.vectors; vector += 2)
+    constexpr BlockFn kBlocks[4][4] = {
+        {block<1, 1, kSigned>, block<1, 2, kSigned>, block<1, 3, kSigned>, block<1, 4, kSigned>},
+        {block<2, 1, kSigned>, block<2, 2, kSigned>},
+        {block<3, 1, kSigned>},
+        {block<4, 1, kSigned>}};
+    const BlockForm form = form_of_blocks(c.layout);
+    const int64_t most_panels = form == BlockForm::tall ? 4 : 2, most_vectors = form == BlockForm::wide ? 4 : 2;
+    for (int64_t vector = 0; vector < c.layout.vectors; vector += most_vectors)
       for (int64_t ky = 0; ky < c.s.kernel_h; ++ky)
-        for (int64_t panel = 0; panel < c.layout.panels; panel += 2)
-          kBlocks[panel + 1 < c.layout.panels ? 1 : 0][vector + 1 < c.layout.vectors ? 1 : 0](
+        for (int64_t panel = 0; panel < c.layout.panels; panel += most_panels)
+          kBlocks[least(most_panels, c.layout.panels - panel) - 1][least(most_vectors, c.layout.vectors - vector) - 1](
               tiles, c, ky, panel, vector, sums + ky * c.layout.row_sums, fresh);
   }
 
   static void add(const ConvShape& s, const void* x, const int8_t* g, int64_t images, int64_t row_begin,
                   int64_t row_end, void* scratch, int32_t* sums, bool fresh) {
     const Call c(s, images, row_begin, row_end, static_cast<uint8_t*>(scratch));
-    Tiles tiles(two_by_two(kTileRows, c.chunk));
+    Tiles tiles(block_config(form_of_blocks(c.layout), kTileRows, c.chunk));
     for (int64_t group = 0; group < s.groups; ++group, sums += s.kernel_h * c.layout.row_sums) {
       pack_codes(c, static_cast<const uint8_t*>(x), group);
       pack_gradient(c, g, group);

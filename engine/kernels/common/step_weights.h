@@ -64,19 +64,22 @@ template <typename Weights>
 int32_t pack_channels(const ConvShape& s, const Weights& p, const WeightCodes& w, const int8_t* codes, int64_t begin,
                       int64_t end, int64_t pitch, uint8_t* to) {
   int32_t sum = 0;
+  const auto place = [&](const int8_t* from, int64_t count, uint8_t* there) {
+    uint8_t four[Weights::kStep] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const int32_t code = from[k * w.in_step];
+      four[k] = static_cast<uint8_t>(p.form.pack_mul * code + p.form.pack_add);
+      sum += code;
+    }
+    std::memcpy(there, four, sizeof(four));
+  };
   for (int64_t ky = 0; ky < s.kernel_h; ++ky)
     for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-      const int8_t* from = codes + w.first_tap + ky * w.tap_y + kx * w.tap_x;
-      for (int64_t in = begin; in < end; in += Weights::kStep) {
-        const int64_t count = end - in < Weights::kStep ? end - in : Weights::kStep;
-        uint8_t four[Weights::kStep] = {};
-        for (int64_t k = 0; k < count; ++k) {
-          const int32_t code = from[(in + k) * w.in_step];
-          four[k] = static_cast<uint8_t>(p.form.pack_mul * code + p.form.pack_add);
-          sum += code;
-        }
-        std::memcpy(to + p.step_of(ky, kx, in / Weights::kStep) * pitch, four, sizeof(four));
-      }
+      const int8_t* from = codes + w.first_tap + ky * w.tap_y + kx * w.tap_x + begin * w.in_step;
+      int64_t in = begin;
+      for (; in + Weights::kStep <= end; in += Weights::kStep, from += Weights::kStep * w.in_step)
+        place(from, Weights::kStep, to + p.step_of(ky, kx, in / Weights::kStep) * pitch);
+      if (in < end) place(from, end - in, to + p.step_of(ky, kx, in / Weights::kStep) * pitch);
     }
   return sum;
 }
