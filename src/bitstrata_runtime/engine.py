@@ -39,8 +39,8 @@ def emulated_isas() -> tuple[str, ...]:
 class EngineExecutor:
     """Runs a plan. Immutable once made; `run` may be called from several threads, which take turns.
 
-    isa: instruction set, one of `available_isas()` or `emulated_isas()`; None takes the one the environment variable BITSTRATA_ISA names,
-    else the fastest. threads: 1 to 256; results do not depend on it.
+    isa: instruction set, one of `available_isas()` or `emulated_isas()`; None takes the one the environment variable
+    BITSTRATA_ISA names, else the fastest. threads: 1 to 256; results do not depend on it.
 
     Raises ValueError if the instruction set is unknown or unsupported, or if the plan is inconsistent.
     """

@@ -228,3 +228,20 @@ def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITSTRATA_ISA", "AVX2")
     with pytest.raises(ValueError, match=r"BITSTRATA_ISA=AVX2: not an instruction set"):
         EngineExecutor(residual_plan())
+
+
+@pytest.mark.skipif("amx" in available_isas(), reason="this processor has AMX")
+def test_an_instruction_set_that_the_processor_lacks() -> None:
+    with pytest.raises(ValueError, match=r"isa=amx: (this processor|not an instruction set).*available: generic"):
+        EngineExecutor(residual_plan(), isa="amx")
+
+
+@pytest.mark.parametrize("isa", emulated_isas())
+def test_emulated_instruction_sets_are_no_default(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITSTRATA_ISA", raising=False)
+    assert EngineExecutor(residual_plan()).isa != isa
+    monkeypatch.setenv("BITSTRATA_ISA", isa)
+    assert EngineExecutor(residual_plan()).isa == isa
+    with pytest.raises(ValueError, match=r"isa=sse9: .*") as raised:
+        EngineExecutor(residual_plan(), isa="sse9")
+    assert isa not in str(raised.value)
