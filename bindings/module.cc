@@ -110,6 +110,7 @@ NB_MODULE(_engine, m) {
   bind_conv_norm(m);
   bind_layer_norm(m);
   m.def("available_isas", &bitstrata::available_isas);
+  m.def("emulated_isas", &bitstrata::emulated_isas);
   nb::class_<Graph>(m, "Graph")
       .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
       .def("input", [](Graph& g, Triple shape, const std::string& dtype, int64_t lo,

@@ -9,9 +9,16 @@ extern const Kernels kGenericKernels;
 #ifdef BITSTRATA_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
+#ifdef BITSTRATA_HAVE_AVX2VNNI
+extern const Kernels kAvx2VnniKernels;
+#endif
 #ifdef BITSTRATA_HAVE_AVX512VNNI
 extern const Kernels kAvx512VnniKernels;
 #endif
+#ifdef BITSTRATA_HAVE_AMX
+extern const Kernels kAmxKernels;
+#endif
+extern const Kernels kAmxEmulatedKernels;
 
 namespace {
 
@@ -21,10 +28,27 @@ const Kernels* const kTable[] = {
 #ifdef BITSTRATA_HAVE_AVX2
     &kAvx2Kernels,
 #endif
+#ifdef BITSTRATA_HAVE_AVX2VNNI
+    &kAvx2VnniKernels,
+#endif
 #ifdef BITSTRATA_HAVE_AVX512VNNI
     &kAvx512VnniKernels,
 #endif
+#ifdef BITSTRATA_HAVE_AMX
+    &kAmxKernels,
+#endif
 };
+
+// For tests: used only where asked for by name.
+const Kernels* const kEmulated[] = {&kAmxEmulatedKernels};
+
+const Kernels* find(const std::string& isa) {
+  for (const Kernels* row : kTable)
+    if (isa == row->isa) return row;
+  for (const Kernels* row : kEmulated)
+    if (isa == row->isa) return row;
+  return nullptr;
+}
 
 std::string join(const std::vector<std::string>& names) {
   std::string text;
@@ -41,25 +65,25 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+std::vector<std::string> emulated_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* row : kEmulated)
+    if (row->supported()) names.emplace_back(row->isa);
+  return names;
+}
+
 const Kernels& select_kernels(const std::string& isa) {
   const char* env = std::getenv("BITSTRATA_ISA");
   const bool from_env = isa.empty() && env != nullptr && *env != '\0';
   const std::string wanted = from_env ? env : isa;
   const std::string what = (from_env ? "BITSTRATA_ISA=" : "isa=") + wanted;
-  const Kernels* best = nullptr;
-  for (const Kernels* row : kTable) {
-    if (wanted.empty()) {
-      if (row->supported()) best = row;
-    } else if (wanted == row->isa) {
-      if (!row->supported())
-        throw std::invalid_argument(what + ": this processor or its operating system does not support it; available: " +
-                                    join(available_isas()));
-      return *row;
-    }
-  }
-  if (best == nullptr)
+  const Kernels* row = find(wanted.empty() ? available_isas().back() : wanted);
+  if (row == nullptr)
     throw std::invalid_argument(what + ": not an instruction set of this build; available: " + join(available_isas()));
-  return *best;
+  if (!row->supported())
+    throw std::invalid_argument(
+        what + ": this processor or its operating system does not support it; available: " + join(available_isas()));
+  return *row;
 }
 
 }  // namespace bitstrata

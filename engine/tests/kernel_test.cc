@@ -1,10 +1,12 @@
-// Every kernel of every instruction set available here, on buffers that touch unmapped pages, against plain formulas.
+// Every kernel of every instruction set available or emulated here, on buffers that touch unmapped pages, against plain
+// formulas.
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "bitstrata/dispatch.h"
 #include "guarded.h"
+#include "tiles_test.h"
 
 namespace bitstrata::test {
 namespace {
@@ -304,7 +306,10 @@ void test_pools(const Kernels& row, DType t, int64_t channels, Edge edge, uint64
 }
 
 int run_all() {
-  for (const std::string& isa : available_isas()) {
+  test_emulated_tiles();
+  std::vector<std::string> isas = available_isas();
+  for (const std::string& isa : emulated_isas()) isas.push_back(isa);
+  for (const std::string& isa : isas) {
     const Kernels& row = select_kernels(isa);
     if (isa != row.isa) {
       std::fprintf(stderr, "%s was asked for, %s was given\n", isa.c_str(), row.isa);

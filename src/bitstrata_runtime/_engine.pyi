@@ -13,6 +13,7 @@ def available_isas() -> list[str]: ...
 def use_openmp(library: str) -> bool:
     """Share the loops of training among the threads of an OpenMP runtime that is loaded; whether the file is one."""
 
+def emulated_isas() -> list[str]: ...
 
 class Graph:
     """Methods that add an operation return the index of its result; the input is 0."""

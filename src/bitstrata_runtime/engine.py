@@ -31,11 +31,16 @@ def available_isas() -> tuple[str, ...]:
     return tuple(_engine.available_isas())
 
 
+def emulated_isas() -> tuple[str, ...]:
+    """Names of the instruction sets that this build emulates, for tests: slow, and used only where named."""
+    return tuple(_engine.emulated_isas())
+
+
 class EngineExecutor:
     """Runs a plan. Immutable once made; `run` may be called from several threads, which take turns.
 
-    isa: instruction set, one of `available_isas()`; None takes the one the environment variable BITSTRATA_ISA names,
-    else the fastest. threads: 1 to 256; results do not depend on it.
+    isa: instruction set, one of `available_isas()` or `emulated_isas()`; None takes the one the environment variable
+    BITSTRATA_ISA names, else the fastest. threads: 1 to 256; results do not depend on it.
 
     Raises ValueError if the instruction set is unknown or unsupported, or if the plan is inconsistent.
     """

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from bitstrata_runtime import plan as p
-from bitstrata_runtime.engine import EngineExecutor, available_isas
+from bitstrata_runtime.engine import EngineExecutor, available_isas, emulated_isas
 from bitstrata_runtime.reference import ReferenceExecutor
 
 C = 12
+ISAS = (*available_isas(), *emulated_isas())
 
 
 def conv(name: str, x: int, y: int, rng: np.random.Generator, **kw: int) -> p.Conv:
@@ -87,7 +88,7 @@ def pixels(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, 9, 8, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 65])
 def test_threads_and_memory(isa: str, threads: int, batch: int) -> None:
@@ -114,13 +115,13 @@ def test_threads_share_the_rows_of_one_image(threads: int, batch: int) -> None:
     plan = p.Plan(values, (conv("y", 0, 1, rng),), 0, 1, 1.0, (0.0,))
     x = rng.integers(0, 4, (batch, *shape)).astype(np.uint8)
     expected = ReferenceExecutor(plan).run(x)
-    for isa in available_isas():
+    for isa in ISAS:
         engine = EngineExecutor(plan, isa=isa, threads=threads)
         for _ in range(20):
             np.testing.assert_array_equal(engine.run(x), expected)
 
 
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_tiles_of_one_image(isa: str, threads: int) -> None:
     """Convolutions followed by operations on the same pixels: tiles, values of which only a tile exists, and others."""
@@ -178,7 +179,7 @@ def test_concurrent_callers() -> None:
     assert failures == []
 
 
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITSTRATA_ISA", isa)
     by_environment = EngineExecutor(residual_plan())
@@ -187,11 +188,24 @@ def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {
         "generic": dict.fromkeys(("stem", "conv", "depthwise", "linear"), "generic"),
         "avx2": {"stem": "avx2-wide", "conv": "avx2-narrow", "depthwise": "avx2-depthwise", "linear": "avx2-narrow"},
+        "avx2vnni": {
+            "stem": "avx2vnni",
+            "conv": "avx2vnni",
+            "depthwise": "avx2-depthwise",
+            "linear": "avx2vnni-direct",
+        },
         "avx512vnni": {
             "stem": "avx512vnni",
             "conv": "avx512vnni",
             "depthwise": "avx512vnni-depthwise",
             "linear": "avx512vnni-direct",
+        },
+        "amx": {"stem": "amx", "conv": "amx", "depthwise": "avx512vnni-depthwise", "linear": "amx-direct"},
+        "amx-emulated": {
+            "stem": "amx-emulated",
+            "conv": "amx-emulated",
+            "depthwise": "generic",
+            "linear": "amx-emulated-direct",
         },
     }[isa]
     for executor in (by_environment, by_argument):
@@ -205,6 +219,7 @@ def test_default_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITSTRATA_ISA", "")
     assert EngineExecutor(residual_plan()).isa == available_isas()[-1]
     assert available_isas()[0] == "generic"
+    assert set(available_isas()).isdisjoint(emulated_isas())
 
 
 def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,3 +228,20 @@ def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITSTRATA_ISA", "AVX2")
     with pytest.raises(ValueError, match=r"BITSTRATA_ISA=AVX2: not an instruction set"):
         EngineExecutor(residual_plan())
+
+
+@pytest.mark.skipif("amx" in available_isas(), reason="this processor has AMX")
+def test_an_instruction_set_that_the_processor_lacks() -> None:
+    with pytest.raises(ValueError, match=r"isa=amx: (this processor|not an instruction set).*available: generic"):
+        EngineExecutor(residual_plan(), isa="amx")
+
+
+@pytest.mark.parametrize("isa", emulated_isas())
+def test_emulated_instruction_sets_are_no_default(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITSTRATA_ISA", raising=False)
+    assert EngineExecutor(residual_plan()).isa != isa
+    monkeypatch.setenv("BITSTRATA_ISA", isa)
+    assert EngineExecutor(residual_plan()).isa == isa
+    with pytest.raises(ValueError, match=r"isa=sse9: .*") as raised:
+        EngineExecutor(residual_plan(), isa="sse9")
+    assert isa not in str(raised.value)

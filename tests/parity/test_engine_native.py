@@ -48,3 +48,4 @@ def test_kernels_on_guarded_buffers(compiler: str, tmp_path: Path) -> None:
         result = run(*command)
         assert result.returncode == 0, result.stdout + result.stderr
     assert "generic: ok" in result.stdout
+    assert "amx-emulated: ok" in result.stdout

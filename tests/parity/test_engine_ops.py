@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitstrata_runtime import plan as p
-from bitstrata_runtime.engine import EngineExecutor, available_isas
+from bitstrata_runtime.engine import EngineExecutor, available_isas, emulated_isas
 from bitstrata_runtime.reference import ReferenceExecutor
 
 Ints = NDArray[np.int64]
@@ -128,7 +128,7 @@ def check(op: p.Op, x: NDArray[Any], lo: int, hi: int, dtype_out: str, *, thread
     )
     plan = p.Plan(values, (op,), 0, 1, 1.0, (0.0,))
     np.testing.assert_array_equal(ReferenceExecutor(plan).run(x), expected, "reference")
-    for isa in available_isas():
+    for isa in (*available_isas(), *emulated_isas()):
         engine = EngineExecutor(plan, isa=isa, threads=threads)
         np.testing.assert_array_equal(engine.run(x), expected, isa)
         values_by_name = engine.run_all(x)

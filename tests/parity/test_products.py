@@ -26,9 +26,23 @@ from bitstrata.integer import (
 )
 from bitstrata_runtime import _engine
 
-ISAS = tuple(_engine.available_isas())
+ISAS = (*_engine.available_isas(), *_engine.emulated_isas())
 THREADS = (1, 2)
-KINDS = {"generic": ("generic", "generic"), "avx2": ("avx2-wide", "avx2"), "avx512vnni": ("avx512vnni", "avx512vnni")}
+KINDS = {
+    "generic": ("generic", "generic"),
+    "avx2": ("avx2-wide", "avx2"),
+    "avx2vnni": ("avx2vnni", "avx2vnni"),
+    "avx512vnni": ("avx512vnni", "avx512vnni"),
+    "amx": ("amx", "amx"),
+    "amx-emulated": ("amx-emulated", "amx-emulated"),
+}
+# Depthwise kernels of rows that have none of their own.
+DEPTHWISE = {
+    "generic": "generic",
+    "avx2vnni": "avx2-depthwise",
+    "amx": "avx512vnni-depthwise",
+    "amx-emulated": "generic",
+}
 
 
 @dataclass(frozen=True)
@@ -243,9 +257,7 @@ def test_the_kernels_are_those_of_the_instruction_set(isa: str) -> None:
     narrow = "avx2-narrow" if isa == "avx2" else KINDS[isa][0]
     assert _engine.product_kernels(isa, **sizes, **four) == (narrow, KINDS[isa][1])
     depthwise = {**sizes, "channels": (16, 16), "groups": 16}
-    assert _engine.product_kernels(isa, **depthwise, **four)[0] == (
-        "generic" if isa == "generic" else f"{isa}-depthwise"
-    )
+    assert _engine.product_kernels(isa, **depthwise, **four)[0] == DEPTHWISE.get(isa, f"{isa}-depthwise")
 
 
 def test_the_environment_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from bitstrata.integer.rounding import CounterRounding
 from bitstrata.integer.shiftquant import shift_quantize_reference
 from bitstrata_runtime import _engine
 
-ISAS = tuple(_engine.available_isas())
+ISAS = (*_engine.available_isas(), *_engine.emulated_isas())
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 LONG = settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
 SHAPES = st.tuples(

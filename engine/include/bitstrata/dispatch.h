@@ -11,6 +11,10 @@ namespace bitstrata {
 // Names of the table's rows that this processor and operating system can run, slowest first.
 std::vector<std::string> available_isas();
 
+// Names of the rows that compute what another processor's instructions would, for tests: slow, and never chosen unless
+// named.
+std::vector<std::string> emulated_isas();
+
 // The row named `isa`; if empty, the one that the environment variable BITSTRATA_ISA names; if that is unset or empty
 // too, the fastest available. Throws std::invalid_argument if the name is unknown to this build or cannot run here.
 const Kernels& select_kernels(const std::string& isa);

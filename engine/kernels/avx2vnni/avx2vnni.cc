@@ -1,0 +1,76 @@
+// The 256-bit VNNI row of the dispatch table: its convolutions and weight gradients; the rest is the AVX2 row's.
+#include "avx2vnni.h"
+
+#include <cpuid.h>
+
+namespace bitstrata {
+
+extern const Kernels kAvx2Kernels;
+extern const ProductKernels kAvx2Products;
+namespace {
+
+// AVX-VNNI: leaf 7, subleaf 1, EAX bit 4. Not every compiler's __builtin_cpu_supports knows it; that of AVX2 includes
+// that the operating system saves the registers.
+bool has_avxvnni() {
+#ifdef BITSTRATA_HAVE_AVXVNNI
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 &&
+         (a >> 4 & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+const Avx2VnniForm& form() {
+#ifdef BITSTRATA_HAVE_AVXVNNI
+  static const Avx2VnniForm* const best = has_avxvnni() ? &kAvx2VnniVex : &kAvx2VnniEvex;
+  return *best;
+#else
+  return kAvx2VnniEvex;
+#endif
+}
+
+bool depthwise(const ConvShape& s) { return s.groups > 1 && s.group_in() == 1 && s.group_out() == 1; }
+
+const ConvKernel* pick_conv(const ConvShape& s) {
+  if (depthwise(s)) return &kAvx2Depthwise;
+  return form().direct_fits(s) ? &form().direct : &form().conv;
+}
+
+const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
+  return depthwise(s) ? &form().depthwise_weight_grad : &form().weight_grad;
+}
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && (has_avxvnni() || has_avx512vnni());
+}
+
+ProductKernels products() {
+  ProductKernels row = kAvx2Products;
+  row.weight_grad = pick_weight_grad;
+  return row;
+}
+
+// Made when the program starts, from rows that are constants of the program.
+const ProductKernels kProducts = products();
+
+Kernels kernels() {
+  Kernels row = kAvx2Kernels;
+  row.isa = "avx2vnni";
+  row.supported = supported;
+  row.conv = pick_conv;
+  row.products = &kProducts;
+  return row;
+}
+
+}  // namespace
+
+extern const Kernels kAvx2VnniKernels;
+const Kernels kAvx2VnniKernels = kernels();
+
+}  // namespace bitstrata

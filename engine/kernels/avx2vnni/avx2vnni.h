@@ -1,0 +1,24 @@
+// What the files of the 256-bit VNNI row share.
+//
+// Its products, vpdpbusd on 256-bit registers, have two encodings: VEX (AVX-VNNI) and EVEX (AVX-512 VNNI with AVX-512
+// VL). Processors have either or both, so that the same source is compiled for each.
+#pragma once
+
+#include "bitstrata/kernels.h"
+
+namespace bitstrata {
+
+struct Avx2VnniForm {
+  ConvKernel conv;    // any convolution: products of u8 and s8 in fours, summed in int32
+  ConvKernel direct;  // the same where pixels can be read from the input itself
+  bool (*direct_fits)(const ConvShape&);
+  WeightGradKernel weight_grad;
+  WeightGradKernel depthwise_weight_grad;
+};
+
+extern const Avx2VnniForm kAvx2VnniVex;
+extern const Avx2VnniForm kAvx2VnniEvex;
+// Of any depthwise convolution; defined with the AVX2 kernels.
+extern const ConvKernel kAvx2Depthwise;
+
+}  // namespace bitstrata

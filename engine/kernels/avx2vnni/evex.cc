@@ -1,0 +1,10 @@
+// The 256-bit VNNI kernels with EVEX-coded products.
+#include "avx2vnni.h"
+#include "conv.h"
+#include "weight_grad.h"
+
+namespace bitstrata {
+
+extern const Avx2VnniForm kAvx2VnniEvex = {kStaged, kDirect, direct_fits, kWeightGrad, kDepthwiseWeightGrad};
+
+}  // namespace bitstrata
