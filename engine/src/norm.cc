@@ -10,7 +10,7 @@ namespace bitstrata {
 Norm::Norm(const Rows& rows, const NormOptions& options, const float* weight, const float* bias)
     : rows_(rows),
       options_(options),
-      period_(period_of(rows.channels)),
+      period_(period_of(rows.channels, rows.kernels.training->norm_period)),
       weight_(copied(weight, rows.channels)),
       bias_(copied(bias, rows.channels)) {}
 

@@ -11,10 +11,9 @@
 
 namespace bitstrata {
 
-// Whole pixels; at least kPeriod elements where a pixel has fewer, so that loops over a period are worth their start.
-inline int64_t period_of(int64_t channels) {
-  constexpr int64_t kPeriod = 256;
-  return channels >= kPeriod ? channels : channels * (kPeriod / channels);
+// Whole pixels; about `wanted` elements where a pixel has fewer.
+inline int64_t period_of(int64_t channels, int64_t wanted = kLongPeriod) {
+  return channels >= wanted ? channels : channels * (wanted / channels);
 }
 
 template <typename T>

@@ -13,6 +13,8 @@
 
 namespace bitstrata {
 
+constexpr int64_t kLongPeriod = 256;  // so that a loop over a period is worth its start
+
 // Stochastic rounding of a float z in [-128, 384): (int32((z + 128) * 2^16) + k >> 16) - 128, with k 16 random bits.
 // Those of element i are half h of word w of Philox4x32-7 at counter (j low, j high, stream low, stream high) under the
 // key (seed low, seed high), where j = i / 128 * 16 + i % 32 / 2, w = i / 32 % 4, h = i % 2, half 0 being the low one.
@@ -69,6 +71,7 @@ struct L2GradientArgs {
 };
 
 struct Training {
+  int64_t norm_period;  // that the kernels of the normalization like best; channels may ask for more
   // most[c] = max |x|
   void (*range_f32)(const float* x, int64_t count, int64_t period, float* most);
   void (*range_bf16)(const uint16_t* x, int64_t count, int64_t period, float* most);

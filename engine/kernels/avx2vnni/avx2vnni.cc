@@ -46,8 +46,10 @@ const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
   return depthwise(s) ? &form().depthwise_weight_grad : &form().weight_grad;
 }
 
-bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && (has_avxvnni() || has_avx512vnni());
+bool supported() {  // found once: asking a virtual processor takes long
+  static const bool yes =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && (has_avxvnni() || has_avx512vnni());
+  return yes;
 }
 
 ProductKernels products() {

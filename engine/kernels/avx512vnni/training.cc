@@ -8,6 +8,7 @@ namespace {
 
 constexpr Training with_blocks() {
   Training k = kTraining;
+  k.norm_period = kBlock;  // in one block a period, rows follow one another in memory
   k.norm_codes_i32 = fast_norm_codes<int32_t>;
   k.norm_codes_f32 = fast_norm_codes<float>;
   k.norm_sides = fast_norm_sides;

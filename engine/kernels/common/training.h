@@ -10,6 +10,7 @@ namespace bitstrata {
 namespace {
 
 constexpr Training kTraining = {
+    kLongPeriod,
     range<float>,
     range<uint16_t>,
     codes<float>,
