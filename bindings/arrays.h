@@ -46,7 +46,8 @@ nb::ndarray<nb::numpy, T> array(const std::vector<T>& values) {
   return nb::ndarray<nb::numpy, T>(data, 1, shape, owner);
 }
 
-inline Rows rows_of(const std::string& isa, int threads, const Matrix& x) {
+template <typename Array>
+Rows rows_of(const std::string& isa, int threads, const Array& x) {
   const Rows rows{bitstrata::select_kernels(isa), threads, static_cast<int64_t>(x.shape(0)),
                   static_cast<int64_t>(x.shape(1))};
   if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));

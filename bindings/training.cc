@@ -83,6 +83,16 @@ nb::ndarray<nb::numpy, float> channel_ranges(Matrix x, const std::string& isa, i
   return array(ranges);
 }
 
+nb::ndarray<nb::numpy, int64_t> code_sums(In<int8_t, 2> codes, const std::string& isa, int threads) {
+  const Rows rows = rows_of(isa, threads, codes);
+  std::vector<int64_t> sums;
+  {
+    nb::gil_scoped_release unlocked;
+    sums = bitstrata::code_sums(rows, codes.data());
+  }
+  return array(sums);
+}
+
 nb::ndarray<nb::numpy, float> join(Matrix x, Vector scale, std::optional<In<float, 2>> add,
                                    std::optional<Out<uint8_t, 1>> bits, Out<float, 2> out, const std::string& isa,
                                    int threads) {
@@ -107,6 +117,7 @@ void bind_training(nb::module_& m) {
   nb::set_leak_warnings(false);  // a graph of gradients that outlives the interpreter holds a Norm
   m.def("use_openmp", &bitstrata::use_openmp, "library"_a);
   m.def("channel_ranges", &channel_ranges, "x"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("code_sums", &code_sums, "codes"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("pack_codes", &pack_codes, "codes"_a.noconvert(), "width"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("unpack_codes", &unpack_codes, "packed"_a.noconvert(), "width"_a, "signed"_a, "out"_a.noconvert(), "isa"_a,
         "threads"_a);

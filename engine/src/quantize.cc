@@ -43,6 +43,20 @@ std::vector<float> channel_ranges(const Rows& r, const RealTensor& x) {
   return folded_range(wide, r.channels);
 }
 
+std::vector<int64_t> code_sums(const Rows& r, const int8_t* codes) {
+  const Training& k = *r.kernels.training;
+  const int64_t period = period_of(r.channels);
+  std::vector<int64_t> wide(static_cast<size_t>(period), 0);
+  std::mutex mutex;
+  for_blocks(r, [&](int64_t at, int64_t count) {
+    std::vector<int64_t> part(static_cast<size_t>(period), 0);
+    k.sum_codes(codes + at, count, period, part.data());
+    std::lock_guard<std::mutex> lock(mutex);
+    for (size_t i = 0; i < wide.size(); ++i) wide[i] += part[i];
+  });
+  return folded_sum(wide, r.channels);
+}
+
 ShiftGrid shift_codes(const Rows& r, const RealTensor& x, const ShiftFormat& f, const Noise* noise, uint8_t* out,
                       const float* ranges) {
   const Training& k = *r.kernels.training;

@@ -131,6 +131,9 @@ Noise = tuple[int, int] | None
 def channel_ranges(x: Array, isa: str, threads: int) -> NDArray[np.float32]:
     """The largest magnitude of each channel of a float32 or bfloat16 tensor: (channels,); NaN if not finite."""
 
+def code_sums(codes: Array, isa: str, threads: int) -> NDArray[np.int64]:
+    """Each channel's sum of int8 codes (rows, channels)."""
+
 def pack_codes(codes: Array, width: int, out: Array, isa: str, threads: int) -> None: ...
 def unpack_codes(packed: Array, width: int, signed: bool, out: Array, isa: str, threads: int) -> None: ...
 def weight_codes(

@@ -48,6 +48,9 @@ std::vector<float> channel_ranges(const Rows&, const RealTensor&);
 ShiftGrid shift_codes(const Rows&, const RealTensor&, const ShiftFormat&, const Noise*, uint8_t* out,
                       const float* ranges = nullptr);
 
+// Each channel's sum of int8 codes.
+std::vector<int64_t> code_sums(const Rows&, const int8_t* codes);
+
 // Codes as one stream of bits and back; see Training::pack.
 void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out);
 void unpack_codes(const Kernels&, int threads, const uint8_t* packed, int64_t count, int width, bool is_signed,

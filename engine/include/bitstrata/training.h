@@ -78,6 +78,9 @@ struct Training {
   void (*codes_f32)(const float* x, int64_t count, int64_t period, const CodeArgs&, uint8_t* out);
   void (*codes_bf16)(const uint16_t* x, int64_t count, int64_t period, const CodeArgs&, uint8_t* out);
 
+  // sum[c] = sum of x[., c]
+  void (*sum_codes)(const int8_t* x, int64_t count, int64_t period, int64_t* sum);
+
   // Codes of `width` bits, 2 to 8, as one stream of bits, low bits first; unused bits are 0.
   void (*pack)(const uint8_t* codes, int64_t count, int width, uint8_t* out);
   void (*unpack)(const uint8_t* packed, int64_t count, int width, bool is_signed, uint8_t* out);

@@ -15,6 +15,7 @@ constexpr Training kTraining = {
     range<uint16_t>,
     codes<float>,
     codes<uint16_t>,
+    sum_codes_up,
     pack,
     unpack,
     norm_codes<int32_t>,

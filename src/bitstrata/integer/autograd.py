@@ -5,7 +5,9 @@ Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer train
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,11 +137,38 @@ class _Call:
     differentiated: bool  # gradients are recorded: there will be a backward pass
     frozen: FrozenRange | None = None
 
-    def activation(self, x: Tensor) -> ShiftQuantized:
+    def activation(self, x: Tensor) -> ShiftQuantized | None:
+        """Its codes; None as of `usable`."""
         if self.frozen is not None:
-            return frozen_quantize(x, self.frozen, self.rule.a, self.rule.shift_groups, self.axis(x))
-        noise = _forward_noise(self)
-        return self.rule.quantize_activation(x, self.axis(x), training=self.training, generator=noise)
+            return self._coded(
+                x,
+                "the activation",
+                partial(frozen_quantize, frozen=self.frozen, bits=self.rule.a, groups=self.rule.shift_groups),
+            )
+        quantize = partial(self.rule.quantize_activation, training=self.training, generator=_forward_noise(self))
+        return self._coded(x, "the activation", quantize)
+
+    def gradient(self, grad: Tensor) -> ShiftQuantized | None:
+        """Its codes; None as of `usable`. Then no stream of random bits was taken."""
+        noise = self.state.noise
+        stream = noise.stream
+        quantize = partial(self.rule.quantize_gradient, training=self.training, generator=noise)
+        codes = None
+        try:
+            codes = self._coded(grad, "the gradient", quantize)
+        finally:
+            if codes is None:
+                noise.stream = stream
+        return codes
+
+    def _coded(self, x: Tensor, what: str, quantize: Callable[..., ShiftQuantized]) -> ShiftQuantized | None:
+        try:  # that x is finite shows as its range is found: looking first would read it once more
+            return quantize(x, axis=self.axis(x))
+        except ValueError as error:
+            problem = error
+        if self.usable(x, what):
+            raise problem
+        return None
 
     def axis(self, x: Tensor) -> int:
         return x.dim() - 1 if self.geometry is None else 1
@@ -198,11 +227,11 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.call, ctx.packing = call, None
         ctx.like = [None if t is None else (t.shape, t.dtype, t.device) for t in (x, weight, bias)]
         dtype = torch.promote_types(x.dtype, weight.dtype)
-        ctx.usable = call.usable(x, "the activation")
-        if not ctx.usable:
-            return torch.full(call.result_shape(x, weight), torch.nan, dtype=dtype, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             xq = call.activation(x)
+            ctx.usable = xq is not None
+            if xq is None:
+                return torch.full(call.result_shape(x, weight), torch.nan, dtype=dtype, device=x.device)
             y = call.forward(xq, call.weight(weight, "out"), dtype)
         kept: list[Tensor | None] = [None, None, None]
         if call.differentiated and ctx.needs_input_grad[1]:
@@ -210,7 +239,7 @@ class _IntegerProduct(torch.autograd.Function):
             kept = [packed.codes, packed.exponents, packed.scale]
             ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed, packed.channels_last)
         ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
-        return y if bias is None else y + bias.to(dtype)
+        return y if bias is None else y.add_(bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -225,14 +254,15 @@ class _IntegerProduct(torch.autograd.Function):
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         needs = ctx.needs_input_grad
-        if not (ctx.usable and call.usable(grad, "the gradient")):
+        with torch.autocast(grad.device.type, enabled=False):
+            gq = call.gradient(grad) if ctx.usable else None
+        if gq is None:
             call.state.skipped += 1
             return *(_zeros(like) if need else None for like, need in zip(ctx.like, needs, strict=False)), None
         codes, exponents, scale, weight = ctx.saved_tensors
         (x_shape, x_dtype, _), (w_shape, w_dtype, _), b_like = ctx.like
         gx = gw = gb = None
         with torch.autocast(grad.device.type, enabled=False):
-            gq = call.rule.quantize_gradient(grad, call.axis(grad), training=call.training, generator=call.state.noise)
             if needs[0]:
                 gx = call.input_grad(gq, call.weight(weight, "in"), tuple(x_shape[2:]), x_dtype)
             if needs[1]:

@@ -65,6 +65,13 @@ def shift_codes(
     return kept, torch.from_numpy(exponents), torch.tensor(scale, dtype=torch.float32)
 
 
+def code_sums(codes: Tensor, axis: int) -> Tensor:
+    """Each channel's sum of int8 codes on the CPU, not empty: int64 (channels,)."""
+    rows = rows_of(codes, axis)
+    flat = rows.view(-1, rows.shape[-1])
+    return torch.from_numpy(_engine.code_sums(array(flat), FASTEST, torch.get_num_threads()))
+
+
 def weight_codes(weight: Tensor, bits: int, by_output: bool, conv_groups: int) -> tuple[Tensor, Tensor] | None:
     """Codes and scales of `weight_codes` to nearest, or None if the weight is not finite."""
     w = weight.detach().contiguous()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine_codes import array
 from .shiftquant import ShiftQuantized
 
 _engine: Any
@@ -110,7 +111,8 @@ def _product(
     results: dict[str, Tensor] = {"acc": out} if factor is None else {"values": out, "factor": factor}
     if x.groups > 1:
         results["shift"] = x.shifts().to(torch.uint8)
-    getattr(_engine, name)(operand, bounds, weight.contiguous(), **layout.arguments(), **results)
+    arrays = {key: array(result) for key, result in results.items()}
+    getattr(_engine, name)(array(operand), bounds, array(weight.contiguous()), **layout.arguments(), **arrays)
     return out
 
 
@@ -155,7 +157,7 @@ def weight_grad(g: Tensor, x: Tensor, kernel: Pair, layout: Layout = MATRICES) -
     in / groups, *kernel).
     """
     out = torch.empty(g.shape[3], x.shape[3] // layout.groups, *kernel, dtype=torch.int64)
-    _engine.conv_weight_grad(g, x, **layout.arguments(), gw=out)
+    _engine.conv_weight_grad(array(g), array(x), **layout.arguments(), gw=array(out))
     return out
 
 
@@ -167,7 +169,12 @@ def scaled_weight_grad(
     """
     out = torch.empty(g.shape[3], x.shape[3] // layout.groups, *kernel)
     _engine.conv_weight_grad(
-        g, x, **layout.arguments(), values=out, out_factor=factors[0].contiguous(), in_factor=factors[1].contiguous()
+        array(g),
+        array(x),
+        **layout.arguments(),
+        values=array(out),
+        out_factor=array(factors[0].contiguous()),
+        in_factor=array(factors[1].contiguous()),
     )
     return out
 

@@ -198,6 +198,9 @@ def weight_grad_factors(g: ShiftQuantized, x: ShiftQuantized) -> Tensor:
 
 def bias_grad(g: ShiftQuantized, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sum of the dequantized G over all but its channels: (channels,); one integer sum a channel, then its step."""
-    others = [d for d in range(g.codes.dim()) if d != g.axis]
-    total = g.codes.to(torch.int64).sum(dim=others) if others else g.codes.to(torch.int64)
+    if g.codes.device.type == "cpu" and g.codes.dtype == torch.int8 and g.codes.numel():
+        total = engine_codes.code_sums(g.codes, g.axis)
+    else:
+        others = [d for d in range(g.codes.dim()) if d != g.axis]
+        total = g.codes.to(torch.int64).sum(dim=others) if others else g.codes.to(torch.int64)
     return (total * (g.scale.double() * g.factors(torch.float64))).to(dtype)
