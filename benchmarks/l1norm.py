@@ -236,7 +236,7 @@ def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
     out, again, gradient_out = (torch.empty(shape, dtype=torch.uint8) for _ in range(3))
 
     def codes(norm: Any, to: Tensor) -> Any:
-        return norm.to_codes(array(kept), True, form.bits, form.groups, True, form.absorbed, None, array(to))
+        return norm.to_codes(array(kept), True, form.bits, form.groups, True, form.absorbed, 1.0, None, array(to))
 
     def run() -> tuple[Any, ...]:
         rule = module.engine_rule()

@@ -84,13 +84,16 @@ inline void check_bits(const Out<uint8_t, 1>& bits, const Rows& r) {
   if (bits.shape(0) != static_cast<size_t>((r.elements() + 7) / 8)) fail("bits must have one bit for each element");
 }
 
-inline ShiftFormat format(int bits, int groups, bool is_signed, bool absorb) {
+inline ShiftFormat format(int bits, int groups, bool is_signed, bool absorb, float clip = 1) {
   if (bits < 2 || bits > 8) fail("bits must be in 2..8, got " + std::to_string(bits));
   if (groups < 1 || groups > 8) fail("groups must be in 1..8, got " + std::to_string(groups));
   if (absorb && bits + groups - 1 > 8)
     fail("codes of " + std::to_string(bits) + " bits have no room for the shifts of " + std::to_string(groups) +
          " groups in 8 bits");
-  return {bits, groups, is_signed, absorb};
+  if (!(clip > 0 && clip <= 1)) fail("clip must be above 0 and at most 1, got " + std::to_string(clip));
+  ShiftFormat f;
+  f.bits = bits, f.groups = groups, f.is_signed = is_signed, f.absorb = absorb, f.clip = clip;
+  return f;
 }
 
 inline std::optional<Noise> noise_of(const NoiseKey& key) {

@@ -40,11 +40,11 @@ class BoundNorm {
     return ready_;
   }
 
-  Grid to_codes(In<int8_t, 2> codes, bool rectify, int bits, int groups, bool is_signed, bool absorb, NoiseKey key,
+  Grid to_codes(In<int8_t, 2> codes, bool rectify, int bits, int groups, bool is_signed, bool absorb, float clip, NoiseKey key,
                 Out<uint8_t, 2> out) const {
     check(codes);
     check_size("out", out, norm_.rows());
-    const ShiftFormat f = format(bits, groups, is_signed, absorb);
+    const ShiftFormat f = format(bits, groups, is_signed, absorb, clip);
     const auto noise = noise_of(key);
     ShiftGrid grid;
     {

@@ -12,11 +12,11 @@ using namespace bindings;
 
 namespace {
 
-Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, NoiseKey key, Out<uint8_t, 2> out,
+Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, float clip, NoiseKey key, Out<uint8_t, 2> out,
                  Vector ranges, const std::string& isa, int threads) {
   const Rows rows = rows_of(isa, threads, x);
   const float* known = channels_or_null("ranges", ranges, x.shape(1));
-  const ShiftFormat f = format(bits, groups, is_signed, absorb);
+  const ShiftFormat f = format(bits, groups, is_signed, absorb, clip);
   check_size("out", out, rows);
   const RealTensor t = real(x, std::nullopt);
   if (t.i32 != nullptr) fail("the tensor must be float32 or bfloat16");
@@ -123,7 +123,7 @@ void bind_training(nb::module_& m) {
         "threads"_a);
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
-  m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "noise"_a.none(),
+  m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a, "noise"_a.none(),
         "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a);
   m.def("join", &join, "x"_a.noconvert(), "scale"_a.noconvert().none(), "add"_a.noconvert().none(),
         "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
@@ -134,7 +134,7 @@ void bind_training(nb::module_& m) {
       .def("forward", &BoundNorm::forward, "x"_a.noconvert(), "scale"_a.noconvert().none(),
            "least"_a.noconvert().none(), "most"_a.noconvert().none(), "codes"_a.noconvert())
       .def("to_codes", &BoundNorm::to_codes, "codes"_a.noconvert(), "rectify"_a, "bits"_a, "groups"_a, "signed"_a,
-           "absorb"_a, "noise"_a.none(), "out"_a.noconvert())
+           "absorb"_a, "clip"_a, "noise"_a.none(), "out"_a.noconvert())
       .def("to_f32", &BoundNorm::to_f32, "codes"_a.noconvert(), "rectify"_a, "add"_a.noconvert().none(),
            "out"_a.noconvert(), "bits"_a.noconvert().none())
       .def("backward", &BoundNorm::backward, "gradient"_a.noconvert(), "scale"_a.noconvert().none(), "range"_a.none(),

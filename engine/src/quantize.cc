@@ -11,7 +11,7 @@ namespace bitstrata {
 ShiftGrid shift_grid(const std::vector<float>& ranges, const ShiftFormat& f) {
   const float largest = static_cast<float>(f.is_signed ? (1 << (f.bits - 1)) - 1 : (1 << f.bits) - 1);
   float top = 0;
-  for (float r : ranges) top = larger(top, r);
+  for (float r : ranges) top = larger(top, r * f.clip);
   ShiftGrid grid;
   grid.exponents.assign(ranges.size(), 0);
   if (!std::isfinite(top)) {
@@ -21,7 +21,7 @@ ShiftGrid shift_grid(const std::vector<float>& ranges, const ShiftFormat& f) {
   grid.scale = top / largest;
   if (grid.scale < kSmallestScale) grid.scale = 0;
   for (size_t c = 0; c < ranges.size(); ++c)
-    while (grid.exponents[c] < f.groups - 1 && ranges[c] <= std::ldexp(top, -(grid.exponents[c] + 1)))
+    while (grid.exponents[c] < f.groups - 1 && ranges[c] * f.clip <= std::ldexp(top, -(grid.exponents[c] + 1)))
       ++grid.exponents[c];
   return grid;
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 
 import torch
@@ -13,20 +12,18 @@ from torch import nn
 
 import bitstrata
 from bitstrata import data, zoo
-from bitstrata.recipes import Part
 
 FOUR = {"w": 4, "a": 4, "g": 4}
 SETTINGS = {
     **settings(4),
     "unsigned": {**FOUR, "unsigned_nonneg": True},
+    "clipped": {**FOUR, "unsigned_nonneg": True, "clip_ratio": 0.5},
     "groups 1": {**FOUR, "groups": 1},
     "groups 2": {**FOUR, "groups": 2},
     "groups 6": {**FOUR, "groups": 6},
     "quantized l2": {**FOUR, "norm": "l2_quantized"},
     "float l1": {**FOUR, "norm": "l1"},
     "float l2": {**FOUR, "norm": "batch"},
-    "uniq 4/4/4": {"forward": "uniq"},
-    "uniq 4/4/4, l1": {"forward": "uniq", "norm": "l1"},
 }
 
 
@@ -37,10 +34,7 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
     torch.manual_seed(seed)
     model = zoo.create("resnet20", shortcut="B").to(memory_format=torch.channels_last)
     example = data.normalize(train.batch(range(128))[0], train.mean, train.std)
-    if options is not None and "forward" in options:
-        composed(model, example, seed, **options)
-    else:
-        converted(model, example, options, seed, args)
+    converted(model, example, options, seed, args)
     stepped = _fused(model)
     loader = data.Loader(train, args.batch, train=True, transform=augmented, seed=seed)
     total = args.epochs * (len(train) // args.batch)
@@ -67,14 +61,6 @@ def run(options: Options, seed: int, args: argparse.Namespace) -> Metrics:
         with torch.no_grad():
             right += int((model(data.normalize(images, train.mean, train.std)).argmax(1) == labels).sum())
     return {"accuracy": 100 * right / len(test), "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4)}
-
-
-def composed(model: nn.Module, example: torch.Tensor, seed: int, forward: str, norm: str = "batch") -> None:
-    """Weights and activations by another recipe's quantizers at 4 bits, gradients by ShiftQuant at 4."""
-    gradient = Part("shiftquant", "gradient", {"g": 4, "groups": 4, "edge_bits": 8, "seed": seed})
-    recipe = dataclasses.replace(getattr(bitstrata.recipes, forward)(4), gradient=gradient, norm=norm)
-    bitstrata.quantize_(model, recipe, example)
-    bitstrata.calibrate_(model, [example])
 
 
 def _fused(model: nn.Module) -> nn.Module:

@@ -147,6 +147,7 @@ def shift_codes(
     groups: int,
     signed: bool,
     absorb: bool,
+    clip: float,
     noise: Noise,
     out: Array,
     ranges: Array | None,
@@ -154,7 +155,7 @@ def shift_codes(
     threads: int,
 ) -> tuple[float, NDArray[np.uint8]]:
     """Codes to `out`; their scale and the channels' exponents. ranges: float32 (channels,), what `channel_ranges`
-    returns, where that is known."""
+    returns, where that is known. clip: what they are multiplied by."""
 
 def join(
     x: Array, scale: Array | None, add: Array | None, bits: Array | None, out: Array, isa: str, threads: int
@@ -186,6 +187,7 @@ class Norm:
         groups: int,
         signed: bool,
         absorb: bool,
+        clip: float,
         noise: Noise,
         out: Array,
     ) -> tuple[float, NDArray[np.uint8]]: ...

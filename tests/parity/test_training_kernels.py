@@ -59,13 +59,13 @@ def check_shift_codes(shape: tuple[int, ...], kind: str, seed: int, bits: int, g
         for isa in ISAS:
             for threads in (1, 2):
                 out = torch.empty(rows(x).shape, dtype=torch.uint8)
-                found = _engine.shift_codes(rows(x), bits, groups, True, False, noise, out, None, isa, threads)
+                found = _engine.shift_codes(rows(x), bits, groups, True, False, 1.0, noise, out, None, isa, threads)
                 scale, exponents = found
                 assert torch.equal(out.view(torch.int8), rows(want.codes))
                 assert scale == float(want.scale)
                 assert exponents.tolist() == want.exponents.tolist()
             if bits + groups - 1 <= 8:
-                _engine.shift_codes(rows(x), bits, groups, True, True, noise, out, None, isa, 1)
+                _engine.shift_codes(rows(x), bits, groups, True, True, 1.0, noise, out, None, isa, 1)
                 shifted = want.codes.int() << want.shifts().int().reshape(1, -1, 1, 1)
                 assert torch.equal(out.view(torch.int8).int(), rows(shifted))
 
@@ -118,7 +118,7 @@ def check_norm(
 
         want = shift_quantize_reference(result.detach(), 4, 4, 1)
         small = torch.empty(flat.shape, dtype=torch.uint8)
-        found, exponents = norm.to_codes(codes, rectify, 4, 4, True, False, None, small)
+        found, exponents = norm.to_codes(codes, rectify, 4, 4, True, False, 1.0, None, small)
         assert torch.equal(small.view(torch.int8), rows(want.codes))
         assert (found, exponents.tolist()) == (float(want.scale), want.exponents.tolist())
 
@@ -233,7 +233,7 @@ def test_what_is_not_finite_is_seen(isa, bad):
     x = tensor((2, 7, 5, 5), "gauss", 1)
     x[1, 6, 4, 4] = bad
     out = torch.empty(rows(x).shape, dtype=torch.uint8)
-    scale, _ = _engine.shift_codes(rows(x), 4, 4, True, False, None, out, None, isa, 2)
+    scale, _ = _engine.shift_codes(rows(x), 4, 4, True, False, 1.0, None, out, None, isa, 2)
     assert np.isnan(scale)
     norm = _engine.Norm(50, 7, 8, False, 1e-5, 1.0, None, None, isa, 1)
     assert not norm.forward(rows(x), None, None, None, out.view(torch.int8))
@@ -247,13 +247,13 @@ def test_what_is_not_finite_is_seen(isa, bad):
 def test_errors_name_the_cause():
     x, out = torch.ones(4, 3), torch.empty(4, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"bits must be in 2\.\.8, got 9"):
-        _engine.shift_codes(x, 9, 1, True, False, None, out, None, "", 1)
+        _engine.shift_codes(x, 9, 1, True, False, 1.0, None, out, None, "", 1)
     with pytest.raises(ValueError, match="codes of 6 bits have no room for the shifts of 4 groups in 8 bits"):
-        _engine.shift_codes(x, 6, 4, True, True, None, out, None, "", 1)
+        _engine.shift_codes(x, 6, 4, True, True, 1.0, None, out, None, "", 1)
     with pytest.raises(ValueError, match=r"out must have the shape of the tensor, \(4, 3\)"):
-        _engine.shift_codes(x, 4, 1, True, False, None, out[:2], None, "", 1)
+        _engine.shift_codes(x, 4, 1, True, False, 1.0, None, out[:2], None, "", 1)
     with pytest.raises(ValueError, match="not an instruction set of this build"):
-        _engine.shift_codes(x, 4, 1, True, False, None, out, None, "sse9", 1)
+        _engine.shift_codes(x, 4, 1, True, False, 1.0, None, out, None, "sse9", 1)
     with pytest.raises(ValueError, match="10 codes of 4 bits do not take 6 bytes"):
         _engine.pack_codes(out.reshape(-1)[:10], 4, out.reshape(-1)[:6], "", 1)
     norm = _engine.Norm(4, 3, 8, False, 1e-5, 1.0, None, None, "", 1)

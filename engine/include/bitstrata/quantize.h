@@ -33,6 +33,7 @@ struct RealTensor {
 struct ShiftFormat {
   int bits = 4, groups = 4;
   bool is_signed = true;
+  float clip = 1;       // ranges are multiplied by it: what lies beyond gets the outermost code
   bool absorb = false;  // codes are stored as code << (groups - 1 - exponent)
 };
 

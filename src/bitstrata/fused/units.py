@@ -100,7 +100,7 @@ class ConvNorm(Unit):
         layer, norm, pool = self.conv, self.norm, step.pool
         try:
             signed = not (layer.rule.unsigned_nonneg and x.never_negative())
-            form = Format(layer.rule.a, layer.rule.shift_groups, signed)
+            form = Format(layer.rule.a, layer.rule.shift_groups, signed, layer.rule.clip_ratio)
             codes = x.codes(form)
         except NotFiniteError as error:
             raise NotFiniteError(f"{layer.state.name}: {error}") from error

@@ -31,11 +31,14 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """What codes a product takes: ShiftQuant of `bits` in `groups`; 0..2^bits - 1 if not signed."""
+    """What codes a product takes: ShiftQuant of `bits` in `groups`; 0..2^bits - 1 if not signed; ranges times
+    clip_ratio.
+    """
 
     bits: int
     groups: int
     signed: bool = True
+    clip_ratio: float = 1.0
 
     @property
     def absorbed(self) -> bool:
@@ -231,6 +234,7 @@ class Real(Value):
             form.groups,
             form.signed,
             form.absorbed,
+            form.clip_ratio,
             None,
             out.reshape(self.rows),
             self._ranges,
@@ -267,6 +271,7 @@ class Normed(Value):
             form.groups,
             form.signed,
             form.absorbed,
+            form.clip_ratio,
             None,
             out.reshape(self.rows),
         )

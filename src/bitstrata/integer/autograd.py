@@ -20,7 +20,7 @@ from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, l
 from .peers import tensor_quantize
 from .products import check_form
 from .rounding import ROUNDINGS, CounterGenerator
-from .shiftquant import PackedShift, ShiftQuantized, check_bits, shift_quantize
+from .shiftquant import PackedShift, ShiftQuantized, check_bits, check_clip, shift_quantize
 
 METHODS = ("shift", "tensor")
 REACTIONS = ("error", "skip")
@@ -37,6 +37,7 @@ class IntegerRule:
         act_rounding: of activations in training: "nearest" or "stochastic". Evaluation rounds everything to nearest.
         grad_rounding: of gradients in training: "stochastic" or "nearest".
         unsigned_nonneg: activations without negative elements get codes 0..2^a - 1, which buys a bit after a ReLU.
+        clip_ratio: of activations, above 0 and at most 1: what `shift_quantize` multiplies their ranges by.
         method: "shift": ShiftQuant for activations and gradients, weights with a scale a channel. "tensor": one scale a
             tensor for all three.
         form: of `product`, how the integers are multiplied; all give the same result. "engine", the compiled kernels,
@@ -56,6 +57,7 @@ class IntegerRule:
     act_rounding: str = "nearest"
     grad_rounding: str = "stochastic"
     unsigned_nonneg: bool = False
+    clip_ratio: float = 1.0
     method: str = "shift"
     form: str = "engine"
     on_nonfinite: str = "error"
@@ -73,6 +75,7 @@ class IntegerRule:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"IntegerRule: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_clip(self.clip_ratio, self.act_rounding, "IntegerRule")
 
     @property
     def shift_groups(self) -> int:
@@ -91,6 +94,7 @@ class IntegerRule:
             rounding=self.act_rounding if training else "nearest",
             generator=generator,
             unsigned_nonneg=self.unsigned_nonneg,
+            clip_ratio=self.clip_ratio,
         )
 
     def quantize_gradient(

@@ -173,6 +173,7 @@ def shift_quantize(
     rounding: str = "nearest",
     generator: CounterGenerator | None = None,
     unsigned_nonneg: bool = False,
+    clip_ratio: float = 1.0,
 ) -> ShiftQuantized:
     """ShiftQuant: scale d = tau_0 / B, exponents e_i of section 4.1, codes clip(R(x / (d 2^-e_i)), -B, B).
 
@@ -188,23 +189,35 @@ def shift_quantize(
             row-major order with `axis` last, whatever the memory format).
         unsigned_nonneg: codes 0..2^b - 1 for tensors without negative elements, which buys a bit after a ReLU. Others
             stay signed.
+        clip_ratio: above 0 and at most 1, multiplies all ranges: a finer step, and what lies beyond gets the outermost
+            code. Less than 1 is for rounding to nearest; it is not the paper's, whose ratio is 1.
 
     Raises:
-        ValueError: bits, groups, axis or rounding out of range; x not floating, empty, NaN or infinite.
+        ValueError: bits, groups, axis, rounding or clip_ratio out of range; x not floating, empty, NaN or infinite.
     """
     where = "shift_quantize"
     check_bits(bits, where)
     check_groups(groups, where)
     axis = check_axis(axis, x.dim(), where)
     check_rounding(rounding, generator, where)
+    check_clip(clip_ratio, rounding, where)
     if engine_codes.takes(x):
         signed = not (unsigned_nonneg and bool(x.detach().amin() >= 0))
         noise = engine_codes.noise_of(rounding, generator)
-        codes, exponents, scale = engine_codes.shift_codes(x, bits, groups, axis, noise, signed=signed)
+        codes, exponents, scale = engine_codes.shift_codes(
+            x, bits, groups, axis, noise, signed=signed, clip_ratio=clip_ratio
+        )
         if not bool(scale.isnan()):
             return ShiftQuantized(codes, exponents, scale, bits, axis, groups, signed)
     return shift_quantize_reference(
-        x, bits, groups, axis, rounding=rounding, generator=generator, unsigned_nonneg=unsigned_nonneg
+        x,
+        bits,
+        groups,
+        axis,
+        rounding=rounding,
+        generator=generator,
+        unsigned_nonneg=unsigned_nonneg,
+        clip_ratio=clip_ratio,
     )
 
 
@@ -217,14 +230,16 @@ def shift_quantize_reference(
     rounding: str = "nearest",
     generator: CounterGenerator | None = None,
     unsigned_nonneg: bool = False,
+    clip_ratio: float = 1.0,
 ) -> ShiftQuantized:
     """The definition of `shift_quantize` in torch, which computes it where the engine's kernels do not apply."""
     where = "shift_quantize"
     check_bits(bits, where)
     check_groups(groups, where)
     axis = check_axis(axis, x.dim(), where)
+    check_clip(clip_ratio, rounding, where)
     values = working(x, where)
-    ranges = channel_ranges(values, axis)
+    ranges = channel_ranges(values, axis) * clip_ratio
     signed = not (unsigned_nonneg and bool(values.amin() >= 0))
     largest = largest_code(bits, signed)
     scale = scale_of(ranges, largest, where).amax()
@@ -235,6 +250,14 @@ def shift_quantize_reference(
     lo = -largest if signed else 0
     codes = round_codes(z, lo, largest, rounding=rounding, generator=generator, where=where, axis=axis)
     return ShiftQuantized(codes, exponents, scale, bits, axis, groups, signed)
+
+
+def check_clip(clip_ratio: float, rounding: str, where: str) -> None:
+    """ValueError, naming `where`, unless a clipping ratio is one and goes with the rounding."""
+    if not 0 < clip_ratio <= 1:
+        raise ValueError(f"{where}: clip_ratio must be above 0 and at most 1, got {clip_ratio}")
+    if clip_ratio < 1 and rounding != "nearest":
+        raise ValueError(f"{where}: clip_ratio {clip_ratio} needs rounding to nearest, got {rounding!r}")
 
 
 def pack_codes(codes: Tensor, bits: int, signed: bool = True) -> Tensor:

@@ -92,7 +92,9 @@ def freeze_(model: nn.Module, batches: Iterable[Any], *, reduce: str = "mean") -
         found, rule = seen[name], layer.rule
         ranges = found.total / len(found.batches) if reduce == "mean" else found.total
         groups = 1 if name == first else rule.shift_groups
-        layer.freeze_(FrozenRange.of(ranges, groups, signed=found.negative or not rule.unsigned_nonneg))
+        layer.freeze_(
+            FrozenRange.of(ranges * rule.clip_ratio, groups, signed=found.negative or not rule.unsigned_nonneg)
+        )
     return model
 
 

@@ -19,11 +19,21 @@ class ShiftQuantIntegers(nn.Module):
         groups: N_G of activations, 1..8.
         act_rounding: of activations in training, "nearest" or "stochastic".
         unsigned_nonneg: activations without negative elements get codes 0..2^a - 1.
+        clip_ratio: above 0 and at most 1, multiplies the activations' ranges; for rounding to nearest.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    def __init__(self, *, groups: int = 4, act_rounding: str = "nearest", unsigned_nonneg: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        groups: int = 4,
+        act_rounding: str = "nearest",
+        unsigned_nonneg: bool = False,
+        clip_ratio: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.rule = IntegerRule(groups=groups, act_rounding=act_rounding, unsigned_nonneg=unsigned_nonneg)
+        self.rule = IntegerRule(
+            groups=groups, act_rounding=act_rounding, unsigned_nonneg=unsigned_nonneg, clip_ratio=clip_ratio
+        )

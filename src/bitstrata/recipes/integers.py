@@ -20,6 +20,7 @@ def shiftquant(
     act_rounding: str = "nearest",
     grad_rounding: str = "stochastic",
     unsigned_nonneg: bool = False,
+    clip_ratio: float = 1.0,
     on_nonfinite: str = "error",
     seed: int = 0,
 ) -> Recipe:
@@ -34,12 +35,14 @@ def shiftquant(
         act_rounding: of activations in training, "nearest" or "stochastic".
         grad_rounding: of gradients in training, "stochastic" or "nearest".
         unsigned_nonneg: activations without negative elements get codes 0..2^a - 1.
+        clip_ratio: of the inner layers' activations, above 0 and at most 1: multiplies their ranges.
         on_nonfinite: NaN or infinity in an activation or gradient is an "error" or its step is a "skip".
         seed: of all stochastic rounding of gradients.
     """
     if norm not in NORMS:
         raise ValueError(f"shiftquant: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     forward = {"groups": groups, "act_rounding": act_rounding, "unsigned_nonneg": unsigned_nonneg}
+    forward["clip_ratio"] = clip_ratio  # edge layers have 1 all the same, see `integer_`
     backward = {"g": g, "groups": groups, "edge_bits": edge_bits, "rounding": grad_rounding}
     return Recipe(
         name="shiftquant",
