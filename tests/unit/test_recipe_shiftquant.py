@@ -94,7 +94,7 @@ def test_the_text_names_everything() -> None:
     for line in (
         "precisions   w4a4",
         "weights      shiftquant(), one step an output channel",
-        "activations  shiftquant(groups=4, act_rounding='nearest', unsigned_nonneg=False)",
+        "activations  shiftquant(groups=4, act_rounding='nearest', unsigned_nonneg=False, clip_ratio=1.0)",
         "gradients    shiftquant(g=4, groups=4, edge_bits=8, rounding='stochastic'",
         "edges        8 bits, shiftquant()",
         "l1-quantized norm",
