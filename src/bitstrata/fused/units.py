@@ -69,30 +69,35 @@ class ConvNorm(Unit):
     rectified: bool
 
     def __post_init__(self) -> None:
-        self._made: tuple[Any, Any] = (None, None)
+        self._made: tuple[Any, Any, Any, Any] = (None, None, None, None)
 
     def _unit(self) -> tuple[Any, NormRule, Geometry]:
         """The engine's operation for the layer's present rule, the normalization's rule, the geometry."""
-        rule, layer = self.norm.engine_rule(), self.conv
+        layer, norm = self.conv, self.norm
+        key = (layer.rule, layer.stride, layer.padding, layer.dilation, norm.rounding, norm.bits, norm.l2, norm.eps)
+        if self._made[0] == (*key, norm.l1_scale):
+            return self._made[1:]
+        rule = norm.engine_rule()
         if rule is None:
             raise ValueError(
                 f"{type(self.norm).__name__} {self.name!r}: its rounding was exchanged; fuse the model again"
             )
         geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-        key = (layer.rule, geometry, rule.bits, rule.l2, rule.eps, rule.factor)
-        if self._made[0] != key:
-            planar = geometry.planar(2)
-            unit = _engine.ConvNorm(
-                planar["stride"],
-                planar["dilation"],
-                planar["padding"],
-                layer.groups,
-                layer.rule.w,
-                layer.rule.method == "tensor",
-                *key[2:],
-            )
-            self._made = (key, unit)
-        return self._made[1], rule, geometry
+        planar = geometry.planar(2)
+        unit = _engine.ConvNorm(
+            planar["stride"],
+            planar["dilation"],
+            planar["padding"],
+            layer.groups,
+            layer.rule.w,
+            layer.rule.method == "tensor",
+            rule.bits,
+            rule.l2,
+            rule.eps,
+            rule.factor,
+        )
+        self._made = ((*key, norm.l1_scale), unit, rule, geometry)
+        return self._made[1:]
 
     def run(self, step: Step) -> None:
         x: Value = step.env[self.reads[0]]
