@@ -3,10 +3,12 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -80,8 +82,44 @@ void check_size(const char* name, const Array& a, const Rows& r) {
          std::to_string(r.channels) + ")");
 }
 
+template <typename A, typename B>
+void check_same_shape(const char* name, const A& a, const B& other) {
+  for (size_t d = 0; d < other.ndim(); ++d)
+    if (a.ndim() != other.ndim() || a.shape(d) != other.shape(d))
+      fail(std::string(name) + " must have the shape of the pooled images");
+}
+
 inline void check_bits(const Out<uint8_t, 1>& bits, const Rows& r) {
   if (bits.shape(0) != static_cast<size_t>((r.elements() + 7) / 8)) fail("bits must have one bit for each element");
+}
+
+// Height and width of the input, the window, its stride, and the padding above and to the left.
+using PoolWindow =
+    std::tuple<std::array<int64_t, 2>, std::array<int64_t, 2>, std::array<int64_t, 2>, std::array<int64_t, 2>>;
+
+// The pooling whose result is `out`, NHWC.
+template <typename Array>
+bitstrata::PoolMap pool_map(const PoolWindow& w, const Array& out) {
+  const auto& [in, kernel, stride, pad] = w;
+  const bitstrata::PoolMap s{in[0],
+                             in[1],
+                             static_cast<int64_t>(out.shape(3)),
+                             static_cast<int64_t>(out.shape(1)),
+                             static_cast<int64_t>(out.shape(2)),
+                             kernel[0],
+                             kernel[1],
+                             stride[0],
+                             stride[1],
+                             pad[0],
+                             pad[1]};
+  const auto reaches = [](int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t results) {
+    return size >= 1 && kernel >= 1 && stride >= 1 && pad >= 0 && pad < kernel && results >= 1 &&
+           (results - 1) * stride - pad < size;
+  };
+  if (!reaches(in[0], kernel[0], stride[0], pad[0], s.out_h) ||
+      !reaches(in[1], kernel[1], stride[1], pad[1], s.out_w) || kernel[0] * kernel[1] > 256)
+    fail("every window must hold a position of the map, and at most 256 in all");
+  return s;
 }
 
 inline ShiftFormat format(int bits, int groups, bool is_signed, bool absorb, float clip = 1) {

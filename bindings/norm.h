@@ -40,8 +40,8 @@ class BoundNorm {
     return ready_;
   }
 
-  Grid to_codes(In<int8_t, 2> codes, bool rectify, int bits, int groups, bool is_signed, bool absorb, float clip, NoiseKey key,
-                Out<uint8_t, 2> out) const {
+  Grid to_codes(In<int8_t, 2> codes, bool rectify, int bits, int groups, bool is_signed, bool absorb, float clip,
+                NoiseKey key, Out<uint8_t, 2> out) const {
     check(codes);
     check_size("out", out, norm_.rows());
     const ShiftFormat f = format(bits, groups, is_signed, absorb, clip);
@@ -65,6 +65,22 @@ class BoundNorm {
       nb::gil_scoped_release unlocked;
       ranges = norm_.to_f32(codes.data(), rectify, add.has_value() ? add->data() : nullptr, out.data(),
                             bits.has_value() ? bits->data() : nullptr);
+    }
+    return array(ranges);
+  }
+
+  nb::ndarray<nb::numpy, float> max_pool(In<int8_t, 2> codes, bool rectify, const PoolWindow& window, Out<float, 4> out,
+                                         Out<uint8_t, 4> places) const {
+    check(codes);
+    const bitstrata::PoolMap s = pool_map(window, out);
+    if (static_cast<int64_t>(out.shape(0)) * s.in_h * s.in_w != norm_.rows().rows ||
+        s.channels != norm_.rows().channels)
+      fail("out must be of the pooled images of the normalization");
+    check_same_shape("places", places, out);
+    std::vector<float> ranges;
+    {
+      nb::gil_scoped_release unlocked;
+      ranges = norm_.max_pool(codes.data(), rectify, s, out.data(), places.data());
     }
     return array(ranges);
   }

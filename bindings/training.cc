@@ -12,8 +12,8 @@ using namespace bindings;
 
 namespace {
 
-Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, float clip, NoiseKey key, Out<uint8_t, 2> out,
-                 Vector ranges, const std::string& isa, int threads) {
+Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, float clip, NoiseKey key,
+                 Out<uint8_t, 2> out, Vector ranges, const std::string& isa, int threads) {
   const Rows rows = rows_of(isa, threads, x);
   const float* known = channels_or_null("ranges", ranges, x.shape(1));
   const ShiftFormat f = format(bits, groups, is_signed, absorb, clip);
@@ -93,6 +93,19 @@ nb::ndarray<nb::numpy, int64_t> code_sums(In<int8_t, 2> codes, const std::string
   return array(sums);
 }
 
+void max_pool_gradient(In<float, 4> gradient, In<uint8_t, 4> places, const PoolWindow& window, Out<float, 4> out,
+                       const std::string& isa, int threads) {
+  const bitstrata::PoolMap s = pool_map(window, gradient);
+  check_same_shape("places", places, gradient);
+  if (out.shape(0) != gradient.shape(0) || static_cast<int64_t>(out.shape(1)) != s.in_h ||
+      static_cast<int64_t>(out.shape(2)) != s.in_w || out.shape(3) != gradient.shape(3))
+    fail("out must be of the pooling's input");
+  const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  bitstrata::max_pool_gradient(kernels, threads, static_cast<int64_t>(out.shape(0)), s, gradient.data(), places.data(),
+                               out.data());
+}
+
 nb::ndarray<nb::numpy, float> join(Matrix x, Vector scale, std::optional<In<float, 2>> add,
                                    std::optional<Out<uint8_t, 1>> bits, Out<float, 2> out, const std::string& isa,
                                    int threads) {
@@ -118,13 +131,15 @@ void bind_training(nb::module_& m) {
   m.def("use_openmp", &bitstrata::use_openmp, "library"_a);
   m.def("channel_ranges", &channel_ranges, "x"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("code_sums", &code_sums, "codes"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("max_pool_gradient", &max_pool_gradient, "gradient"_a.noconvert(), "places"_a.noconvert(), "window"_a,
+        "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("pack_codes", &pack_codes, "codes"_a.noconvert(), "width"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("unpack_codes", &unpack_codes, "packed"_a.noconvert(), "width"_a, "signed"_a, "out"_a.noconvert(), "isa"_a,
         "threads"_a);
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
-  m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a, "noise"_a.none(),
-        "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a);
+  m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a,
+        "noise"_a.none(), "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a);
   m.def("join", &join, "x"_a.noconvert(), "scale"_a.noconvert().none(), "add"_a.noconvert().none(),
         "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
   nb::class_<BoundNorm>(m, "Norm")
@@ -135,6 +150,8 @@ void bind_training(nb::module_& m) {
            "least"_a.noconvert().none(), "most"_a.noconvert().none(), "codes"_a.noconvert())
       .def("to_codes", &BoundNorm::to_codes, "codes"_a.noconvert(), "rectify"_a, "bits"_a, "groups"_a, "signed"_a,
            "absorb"_a, "clip"_a, "noise"_a.none(), "out"_a.noconvert())
+      .def("max_pool", &BoundNorm::max_pool, "codes"_a.noconvert(), "rectify"_a, "window"_a, "out"_a.noconvert(),
+           "places"_a.noconvert())
       .def("to_f32", &BoundNorm::to_f32, "codes"_a.noconvert(), "rectify"_a, "add"_a.noconvert().none(),
            "out"_a.noconvert(), "bits"_a.noconvert().none())
       .def("backward", &BoundNorm::backward, "gradient"_a.noconvert(), "scale"_a.noconvert().none(), "range"_a.none(),

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 Pair = tuple[int, int]
 Triple = tuple[int, int, int]
 Sides = tuple[int, int, int, int]
+PoolWindow = tuple[Pair, Pair, Pair, Pair]  # size of the input, of the window, stride, padding above and to the left
 
 def available_isas() -> list[str]: ...
 def use_openmp(library: str) -> bool:
@@ -131,6 +132,9 @@ Noise = tuple[int, int] | None
 def channel_ranges(x: Array, isa: str, threads: int) -> NDArray[np.float32]:
     """The largest magnitude of each channel of a float32 or bfloat16 tensor: (channels,); NaN if not finite."""
 
+def max_pool_gradient(gradient: Array, places: Array, window: PoolWindow, out: Array, isa: str, threads: int) -> None:
+    """The gradient of what `Norm.max_pool` pooled, to `out`; all NHWC."""
+
 def code_sums(codes: Array, isa: str, threads: int) -> NDArray[np.int64]:
     """Each channel's sum of int8 codes (rows, channels)."""
 
@@ -191,6 +195,12 @@ class Norm:
         noise: Noise,
         out: Array,
     ) -> tuple[float, NDArray[np.uint8]]: ...
+    def max_pool(
+        self, codes: Array, rectify: bool, window: PoolWindow, out: Array, places: Array
+    ) -> NDArray[np.float32]:
+        """The maximum pooling of the result and where in its window each maximum is, both NHWC; each channel's largest
+        magnitude."""
+
     def to_f32(
         self, codes: Array, rectify: bool, add: Array | None, out: Array, bits: Array | None
     ) -> NDArray[np.float32]: ...

@@ -52,6 +52,9 @@ ShiftGrid shift_codes(const Rows&, const RealTensor&, const ShiftFormat&, const 
 // Each channel's sum of int8 codes.
 std::vector<int64_t> code_sums(const Rows&, const int8_t* codes);
 
+void max_pool_gradient(const Kernels&, int threads, int64_t images, const PoolMap&, const float* gradient,
+                       const uint8_t* places, float* out);
+
 // Codes as one stream of bits and back; see Training::pack.
 void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out);
 void unpack_codes(const Kernels&, int threads, const uint8_t* packed, int64_t count, int width, bool is_signed,
@@ -89,6 +92,8 @@ class Norm {
   // The result, rectified or not, as codes or as floats (+ add, null for none); see Training::norm_to_f32.
   ShiftGrid to_codes(const int8_t* codes, bool rectify, const ShiftFormat&, const Noise*, uint8_t* out) const;
   std::vector<float> to_f32(const int8_t* codes, bool rectify, const float* add, float* out, uint8_t* bits) const;
+  // Its maximum pooling, image by image; see Training::max_pool. Each channel's largest magnitude.
+  std::vector<float> max_pool(const int8_t* codes, bool rectify, const PoolMap&, float* out, uint8_t* places) const;
 
   // Codes of the gradient of the result, or, if `rectify`, of the rectified result. range: of the gradient where it is
   // known (and not rectified), else null. False if it is not finite.

@@ -70,6 +70,15 @@ struct L2GradientArgs {
   const float *coefficient, *constant, *slope;  // (period,) each
 };
 
+// Pooling of one image, rows of pixels; `kernel_h * kernel_w` is at most 256.
+struct PoolMap {
+  int64_t in_h, in_w, channels;
+  int64_t out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t in_size() const { return in_h * in_w * channels; }
+  int64_t out_size() const { return out_h * out_w * channels; }
+};
+
 struct Training {
   int64_t norm_period;  // that the kernels of the normalization like best; channels may ask for more
   // most[c] = max |x|
@@ -103,6 +112,12 @@ struct Training {
   // out > 0, element i in bit i % 8 of byte i / 8.
   void (*norm_to_f32)(const int8_t* h, int64_t count, int64_t period, const AffineArgs&, const float* add, float* out,
                       float* most, uint8_t* bits);
+
+  // The largest y of each window, at least affine.floor, and at which position of the window it is, the first of
+  // equals; most[c] = max |out|. Arrays of the affine have `channels` elements or more.
+  void (*max_pool)(const int8_t* h, const PoolMap&, const AffineArgs&, float* out, uint8_t* places, float* most);
+  // The gradient of the pooled map's input: sums over windows in the order of their pixels.
+  void (*max_pool_gradient)(const float* g, const uint8_t* places, const PoolMap&, float* out);
 
   // g = x * scale[c] (+ add) where `bits` is 1, else 0; scale, add, bits null for none; most = max |g|.
   void (*join_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, const float* add,

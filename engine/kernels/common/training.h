@@ -5,6 +5,7 @@
 
 #include "training_gradient.h"
 #include "training_layer_norm.h"
+#include "training_pool.h"
 
 namespace bitstrata {
 namespace {
@@ -25,6 +26,8 @@ constexpr Training kTraining = {
     norm_center,
     norm_to_codes,
     norm_to_f32,
+    max_pool,
+    max_pool_gradient,
     join<int32_t>,
     join<float>,
     gradient_range<int32_t>,

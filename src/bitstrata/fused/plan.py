@@ -14,10 +14,14 @@ from ..integer.autograd import IntegerRule
 from ..integer.products import headroom
 from ..nn.integer_layers import IntegerConv2d, IntegerLayer
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
-from .units import ConvNorm, Join, TorchOp, Unit
+from .units import ConvNorm, Join, MaxPool, TorchOp, Unit
 
 RECTIFIERS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
+
+
+MOST_POSITIONS = 256  # of a pooling window: they are kept as bytes
+Pair = tuple[int, int]
 
 
 class FuseError(ValueError):
@@ -61,6 +65,10 @@ def _bypass_identities(model: nn.Module, graph: fx.Graph) -> None:
         ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _pair(value: int | tuple[int, ...]) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _plain(module: nn.Module) -> bool:
@@ -159,6 +167,18 @@ class Planner:
             and node.args[0] is not node.args[1]
         )
 
+    def _max_pool(self, node: fx.Node) -> tuple[Pair, Pair, Pair] | None:
+        """Window, stride and padding of a maximum pooling that can be fused."""
+        module = self._module(node)
+        if type(module) is not nn.MaxPool2d or not _plain(module) or len(node.args) != 1 or node.kwargs:
+            return None
+        kernel = _pair(module.kernel_size)
+        if _pair(module.dilation) != (1, 1) or module.ceil_mode or module.return_indices:
+            return None
+        if kernel[0] * kernel[1] > MOST_POSITIONS:
+            return None
+        return kernel, _pair(module.stride), _pair(module.padding)
+
     def plan(self) -> list[Unit]:
         """Units in the order in which they run.
 
@@ -166,6 +186,7 @@ class Planner:
             FuseError: nothing to fuse.
         """
         normed: set[fx.Node] = set()  # results of a fused normalization that only one node reads, not rectified
+        results: set[fx.Node] = set()  # of all
         for node in self.graph.nodes:
             if node in self._done or node.op in ("placeholder", "output"):
                 continue
@@ -173,8 +194,11 @@ class Planner:
             if norm is not None:
                 last = self._only(norm, self._rectifies)
                 self._add_conv_norm(node, norm, last)
+                results.add(last or norm)
                 if last is None and len(norm.users) == 1:
                     normed.add(norm)
+            elif (pooling := self._max_pool(node)) is not None and node.args[0] in results:
+                self.units.append(MaxPool((node.args[0].name,), node.name, *pooling))
             elif self._sum(node) and normed.intersection(node.args):
                 own = next(a for a in node.args if a in normed)
                 other = next(a for a in node.args if a is not own)

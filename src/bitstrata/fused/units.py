@@ -228,6 +228,56 @@ class Join(Unit):
 
 
 @dataclass
+class MaxPool(Unit):
+    """Maximum pooling of a normalization's result, from its codes."""
+
+    reads: tuple[str, ...]
+    result: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def run(self, step: Step) -> None:
+        normed: Normed = step.env[self.reads[0]]
+        n, h, w, c = normed.shape
+        height, width = (
+            (size + 2 * pad - kernel) // stride + 1
+            for size, kernel, stride, pad in zip((h, w), self.kernel, self.stride, self.padding, strict=True)
+        )
+        if min(height, width) < 1:
+            raise ValueError(
+                f"fused pooling {self.result!r}: windows {self.kernel} do not fit into maps of {h}x{w} with padding "
+                f"{self.padding}"
+            )
+        shape, pool = (n, height, width, c), step.pool
+        window = ((h, w), self.kernel, self.stride, self.padding)
+        out, places = pool.take(shape, np.float32), pool.take(shape, np.uint8)
+        ranges = normed.norm.max_pool(normed.inputs, normed.rectified, window, out, places)
+        rows = out.reshape(n * height * width, c)
+        value = Real(rows, shape, pool, escaped=False, rectified=normed.rectified, ranges=ranges)
+        step.env[self.result] = value
+        step.tape.append(lambda s: self._backward(s, normed, value, places, window))
+
+    @staticmethod
+    def _backward(step: Step, normed: Normed, value: Real, places: NDArray[np.uint8], window: Any) -> None:
+        if value.gradient:
+            total, _ = value.gradient.total(step.pool)
+            rows = step.pool.take(normed.rows, np.float32)
+            _engine.max_pool_gradient(
+                total.reshape(value.shape),
+                places,
+                window,
+                rows.reshape(normed.shape),
+                FASTEST,
+                torch.get_num_threads(),
+            )
+            step.pool.give(total)
+            normed.gradient.append(rows)
+        step.pool.give(places)
+        value.release()
+
+
+@dataclass
 class TorchOp(Unit):
     """Any other node, by torch, on float tensors (N, C, H, W), or of other shapes."""
 

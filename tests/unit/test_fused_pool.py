@@ -1,0 +1,90 @@
+"""Maximum pooling in a fused step: equal to torch's in every bit, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bitstrata as bs
+import bitstrata_runtime as bs_runtime
+from bitstrata.fused.units import MaxPool
+
+
+class Network(nn.Module):
+    """Convolution, normalization, perhaps a rectifier, pooling; then more of it and a classifier."""
+
+    def __init__(self, pool: nn.Module, rectified: bool, also: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.relu = nn.ReLU() if rectified else nn.Identity()
+        self.pool = pool
+        self.second = nn.Conv2d(12, 70, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(70)
+        self.last = nn.Linear(70, 5)
+        self.also = also
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.relu(self.norm(self.first(x)))
+        pooled = self.pool(y)
+        z = self.norm2(self.second(pooled)).mean((2, 3))
+        z = z + y.mean((1, 2, 3))[:, None] if self.also else z
+        return self.last(z)
+
+
+POOLS = {
+    "3, 2, 1": (nn.MaxPool2d(3, 2, padding=1), True),
+    "2": (nn.MaxPool2d(2), True),
+    "overlapping": (nn.MaxPool2d(3, 1, padding=1), True),
+    "gaps": (nn.MaxPool2d((2, 1), (3, 2)), True),
+    "ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), False),
+    "dilated": (nn.MaxPool2d(2, 1, dilation=2), False),
+    "large": (nn.MaxPool2d((5, 7), padding=(2, 3)), True),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("also", [False, True])
+def test_equal_to_the_unfused_network(pool, rectified, also):
+    torch.manual_seed(1)
+    module, fusable = POOLS[pool]
+    x = torch.randn(3, 3, 11, 9)
+    model = bs.integer_(Network(module, rectified, also), x).train()
+    with torch.no_grad():
+        model.norm.weight.uniform_(-1, 1)  # falling channels: their largest result is of their smallest code
+        model.norm.weight[3] = 0
+        model.norm.bias.uniform_(-0.3, 0.3)
+    twin = copy.deepcopy(model)
+    fused = bs.fuse(model)
+    assert any(isinstance(unit, MaxPool) for unit in fused._units) == fusable
+    for network in (fused, twin):
+        for _ in range(2):
+            loss = network(x).square().sum()
+            loss.backward()
+    assert torch.equal(fused(x), twin(x))
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("isa", bs_runtime.available_isas())
+def test_equal_on_every_instruction_set(isa, monkeypatch):
+    torch.manual_seed(2)
+    x = torch.randn(3, 3, 11, 9)
+    model = bs.integer_(Network(nn.MaxPool2d(3, 2, padding=1), True), x).train()
+    twin = copy.deepcopy(model)
+    twin(x).square().sum().backward()
+    monkeypatch.setenv("BITSTRATA_ISA", isa)
+    bs.fuse(model)(x).square().sum().backward()
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
+
+
+def test_windows_that_do_not_fit():
+    x = torch.randn(2, 3, 8, 8)
+    model = bs.integer_(Network(nn.MaxPool2d(5), True), x).train()
+    with pytest.raises(ValueError, match=r"windows \(5, 5\) do not fit into maps of 4x4 with padding \(0, 0\)"):
+        bs.fuse(model)(x[:, :, :4, :4])
