@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ class ConvNorm(Unit):
         form = Format(layer.rule.g, layer.rule.shift_groups)
         codes = x.codes(inputs)
         scratch, products = pool.take(value.rows, np.int8), pool.take(value.shape, np.uint8)
-        sums = pool.take(x.shape, np.int32) if x.wanted else None
+        sums = self._sums(x, value, pool) if x.wanted else None
         factor = np.empty(x.shape[3], np.float32) if x.wanted else None
         of_weight = torch.empty(layer.weight.shape) if layer.weight.requires_grad else None
         lost = unit.backward(
@@ -191,6 +192,19 @@ class ConvNorm(Unit):
             x.gradient.products.append((sums.reshape(x.rows), factor))
         if of_weight is not None:
             step.add(layer.weight, of_weight)
+
+    @staticmethod
+    def _sums(x: Value, value: Normed, pool: Pool) -> NDArray[np.int32]:
+        """Memory for the input's gradient: that of the result's, which is read before the other is written, if it is
+        a product's sums alone and as large.
+        """
+        products = value.gradient.products
+        if products and value.gradient.single() is not None:
+            own = products[0][0]
+            if own.size == math.prod(x.shape) and pool.sole(own):
+                products.clear()
+                return own.reshape(x.shape)
+        return pool.take(x.shape, np.int32)
 
 
 @dataclass
