@@ -142,6 +142,7 @@ SWITCHES += [
         ("act_rounding", "stochastic"),
         ("grad_rounding", "nearest"),
         ("unsigned_nonneg", True),
+        ("clip_ratio", 0.5),
         ("seed", 1),
     )
 ]
