@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "../common/unroll.h"
+#include "../common/windows.h"
 #include "avx512vnni.h"
 #include "conv_narrow.h"
 #include "conv_pack.h"
@@ -152,17 +153,6 @@ void convolve_tile(Block b, int64_t vectors, int64_t pixels) {
   }
 }
 
-// add * the sum of the activations of the window at (y, x), wrapping.
-int32_t window_sum(const ConvShape& s, const Packed& p, const uint8_t* staged, int64_t group, int64_t y, int64_t x) {
-  uint32_t sum = 0;
-  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-    const uint8_t* row = staged + (y * s.stride_h + ky * s.dilation_h) * p.row_bytes + p.stage.sums_at;
-    const int32_t* sums = reinterpret_cast<const int32_t*>(row) + group * p.stage.columns + x * s.stride_w;
-    for (int64_t kx = 0; kx < s.kernel_w; ++kx) sum += static_cast<uint32_t>(sums[kx * s.dilation_w]);
-  }
-  return static_cast<int32_t>(sum * static_cast<uint32_t>(p.form.add));
-}
-
 // Output rows [row_begin, row_end), where NarrowConv fits.
 void run_narrow(const ConvShape& s, const Packed& p, const uint8_t* base, const uint8_t* rows, int32_t* out,
                 int64_t row_begin, int64_t row_end) {
@@ -216,11 +206,7 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 
 }  // namespace
 
-bool avx512vnni_direct_fits(const ConvShape& s) {
-  const WeightForm form(s);
-  return s.groups == 1 && s.kernel_h == 1 && s.kernel_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
-         s.padded_h() <= s.in_h && s.padded_w() <= s.in_w && s.in_c % kStep == 0 && form.offset == 0 && form.whole;
-}
+bool avx512vnni_direct_fits(const ConvShape& s) { return reads_image(s, WeightForm(s)); }
 
 extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack,       staged_row_bytes,
                                            stage,        run<false>,   pack_parts, pack_part};

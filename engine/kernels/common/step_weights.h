@@ -7,6 +7,7 @@
 
 #include "conv_stage.h"
 #include "weight_form.h"
+#include "windows.h"
 
 namespace bitstrata {
 namespace {
@@ -122,24 +123,6 @@ void pack_sets(const ConvShape& s, const Weights& p, const int8_t* codes, const 
   const int64_t taps = s.kernel_h * s.kernel_w, row = s.group_in() * taps;
   const WeightCodes in_order{codes, s.group_out() * row, row, taps, 0, s.kernel_w, 1, taps};
   for (int64_t part = 0; part < s.groups * p.sets; ++part) pack_set(s, p, in_order, nullptr, pad, packed, part);
-}
-
-// add * the sum of the activations of the window at (y, x), wrapping.
-template <typename Weights>
-int32_t window_sum(const ConvShape& s, const Weights& p, const uint8_t* staged, int64_t group, int64_t y, int64_t x) {
-  uint32_t sum = 0;
-  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-    const uint8_t* row = staged + (y * s.stride_h + ky * s.dilation_h) * p.row_bytes + p.stage.sums_at;
-    const int32_t* sums = reinterpret_cast<const int32_t*>(row) + group * p.stage.columns + x * s.stride_w;
-    for (int64_t kx = 0; kx < s.kernel_w; ++kx) sum += static_cast<uint32_t>(sums[kx * s.dilation_w]);
-  }
-  return static_cast<int32_t>(sum * static_cast<uint32_t>(p.form.add));
-}
-
-// Whether windows are pixels of the image itself: unpadded, of one tap and whole steps, taken as they are.
-inline bool reads_image(const ConvShape& s, const WeightForm& form) {
-  return s.groups == 1 && s.kernel_h == 1 && s.kernel_w == 1 && s.pad_top == 0 && s.pad_left == 0 &&
-         s.padded_h() <= s.in_h && s.padded_w() <= s.in_w && s.in_c % 4 == 0 && form.offset == 0 && form.whole;
 }
 
 }  // namespace
