@@ -9,6 +9,7 @@
 
 #include "bitstrata/dispatch.h"
 #include "bitstrata/graph.h"
+#include "bitstrata/layout.h"
 #include "products.h"
 #include "training.h"
 
@@ -61,6 +62,18 @@ int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multipli
                    {multiplier.data(), bias.data(), shift.data(), length(multiplier), lo, hi, parse_dtype(dtype)});
 }
 
+// uint8 images (N, C, H, W) as (N, H, W, C).
+nb::ndarray<nb::numpy, uint8_t> channels_last(Array<uint8_t, 4> x) {
+  const size_t shape[4] = {x.shape(0), x.shape(2), x.shape(3), x.shape(1)};
+  uint8_t* data = new uint8_t[x.size() > 0 ? x.size() : 1];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+  const size_t image = shape[1] * shape[2] * shape[3];
+  for (size_t i = 0; i < shape[0]; ++i)
+    bitstrata::channels_last(x.data() + i * image, static_cast<int64_t>(shape[3]),
+                             static_cast<int64_t>(shape[1] * shape[2]), data + i * image);
+  return nb::ndarray<nb::numpy, uint8_t>(data, 4, shape, owner);
+}
+
 // An array of its own for `batch` images of a value.
 nb::ndarray<nb::numpy> allocate(const Value& v, int64_t batch) {
   const size_t bytes = static_cast<size_t>(batch * v.bytes());
@@ -109,6 +122,7 @@ NB_MODULE(_engine, m) {
   bind_training(m);
   bind_conv_norm(m);
   bind_layer_norm(m);
+  m.def("channels_last", &channels_last, "x"_a.noconvert());
   m.def("available_isas", &bitstrata::available_isas);
   m.def("emulated_isas", &bitstrata::emulated_isas);
   nb::class_<Graph>(m, "Graph")

@@ -53,6 +53,7 @@ struct Graph::Group {
     int64_t at;  // in the thread's buffer
   };
   size_t first, end;          // operations
+  size_t fused;               // the operation that runs together with the next one; end: none
   int64_t pixels;             // of an image
   int64_t unit;               // pixels that the first operation computes at once; 0: it does not work in pixels
   std::vector<Local> locals;  // values that nothing outside reads: only a tile of them exists
@@ -150,9 +151,25 @@ void Graph::form_groups(int output) {
     if (op.items_of_pixel() > 0 && !groups_.empty() && groups_.back().unit > 0 && groups_.back().pixels == pixels)
       groups_.back().end = i + 1;
     else
-      groups_.push_back({i, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0});
+      groups_.push_back({i, i + 1, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0});
   }
-  for (Group& group : groups_) find_locals(output, &group);
+  for (Group& group : groups_) {
+    find_locals(output, &group);
+    find_fused(&group);
+  }
+}
+
+// The first operation of a group and the second run as one where that is all that becomes of the first one's result.
+void Graph::find_fused(Group* group) {
+  group->fused = group->end;
+  if (group->end - group->first < 2 || group->locals.empty()) return;
+  const Group::Local& made = group->locals.front();
+  const int second = static_cast<int>(group->first) + 1;
+  if (made.value != second || made.last != second) return;  // operation i makes value i + 1
+  for (size_t j = group->first + 2; j < group->end; ++j)
+    for (int x : ops_[j]->inputs)
+      if (x == made.value) return;
+  if (ops_[group->first]->fuse(*ops_[group->first + 1])) group->fused = group->first;
 }
 
 void Graph::find_locals(int output, Group* group) {
@@ -303,7 +320,9 @@ void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint
       const Op& op = *ops_[i];
       const Frame frame{values.data(), arena + offsets_[values_.size() + i], images};
       const int64_t each = op.items_of_pixel();
-      if (each > 0)
+      if (i == group.fused && call.destinations[static_cast<size_t>(op.output)] == nullptr)
+        op.run_fused(frame, from / group.unit, to / group.unit), ++i;
+      else if (each > 0)
         op.run(op.phases() - 1, frame, from * each, to * each);
       else
         op.run(op.phases() - 1, frame, from / group.unit, to / group.unit);

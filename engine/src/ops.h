@@ -36,6 +36,13 @@ class Op {
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }
 
+  // Requantization to 8 bits in the 32-bit form, for an operation that can do it on its own result; else null.
+  virtual const RequantArgs* codes() const { return nullptr; }
+  // Whether the last phase can be run together with `next`, an operation that alone reads the result. From then on
+  // run_fused does that: it computes the result of `next`, and not its own.
+  virtual bool fuse(const Op& /*next*/) { return false; }
+  virtual void run_fused(const Frame& /*frame*/, int64_t /*begin*/, int64_t /*end*/) const {}
+
   const std::vector<int> inputs;
   const int output;
 };

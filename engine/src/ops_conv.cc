@@ -41,37 +41,58 @@ class ConvOp final : public Op {
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
     const bool stage = stages(phase);
-    if (linear_) return run_rows(stage, f.values[inputs[0]], f.scratch, f.values[output], begin, end);
+    each_image(f, output, 4, stage, begin, end,
+               [&](const uint8_t* image, uint8_t* staged, uint8_t* out, int64_t first, int64_t last) {
+                 if (stage)
+                   kernel_.stage(shape_, packed_.data(), image, staged, first, last);
+                 else
+                   kernel_.run(shape_, packed_.data(), direct() ? image : staged, reinterpret_cast<int32_t*>(out),
+                               first, last);
+               });
+  }
+
+  bool fuse(const Op& next) override {
+    if (kernel_.run_codes == nullptr || next.codes() == nullptr) return false;
+    next_ = &next;
+    return true;
+  }
+  void run_fused(const Frame& f, int64_t begin, int64_t end) const override {
+    each_image(f, next_->output, 1, false, begin, end,
+               [&](const uint8_t* image, const uint8_t* staged, uint8_t* out, int64_t first, int64_t last) {
+                 kernel_.run_codes(shape_, packed_.data(), direct() ? image : staged, *next_->codes(), out, first,
+                                   last);
+               });
+  }
+
+ private:
+  // Calls work(image, staged, out, first, last) for the rows [begin, end) of all images, those of an image at a time.
+  template <typename Work>
+  void each_image(const Frame& f, int result, int64_t size, bool stage, int64_t begin, int64_t end,
+                  const Work& work) const {
+    if (linear_) return work(f.values[inputs[0]], f.scratch, f.values[result], begin, end);
     const int64_t in_bytes = shape_.in_h * shape_.in_w * shape_.in_c;
-    const int64_t out_bytes = shape_.out_h * shape_.out_w * shape_.out_c * 4;
+    const int64_t out_bytes = shape_.out_h * shape_.out_w * shape_.out_c * size;
     const int64_t staged_bytes = shape_.padded_h() * row_bytes_;
     const int64_t per_image = rows(stage);
     while (begin < end) {
       const int64_t i = begin / per_image, first = begin % per_image;
       const int64_t last = std::min(per_image, first + end - begin);
-      run_rows(stage, f.values[inputs[0]] + i * in_bytes, f.scratch + i * staged_bytes,
-               f.values[output] + i * out_bytes, first, last);
+      work(f.values[inputs[0]] + i * in_bytes, f.scratch + i * staged_bytes, f.values[result] + i * out_bytes, first,
+           last);
       begin += last - first;
     }
   }
 
- private:
   bool direct() const { return row_bytes_ == 0; }
   bool stages(int phase) const { return phase == 0 && !direct(); }
   int64_t rows(bool staged) const { return linear_ ? 1 : staged ? shape_.padded_h() : shape_.out_h; }
-
-  void run_rows(bool stage, const uint8_t* image, uint8_t* staged, uint8_t* out, int64_t begin, int64_t end) const {
-    if (stage)
-      kernel_.stage(shape_, packed_.data(), image, staged, begin, end);
-    else
-      kernel_.run(shape_, packed_.data(), direct() ? image : staged, reinterpret_cast<int32_t*>(out), begin, end);
-  }
 
   const ConvKernel& kernel_;
   ConvShape shape_;
   bool linear_;
   int64_t row_bytes_;
   AlignedBuffer packed_;
+  const Op* next_ = nullptr;  // what run_fused does with the sums
 };
 
 // The bounds of the input with its pad codes; checks the pad codes.

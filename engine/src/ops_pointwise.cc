@@ -37,6 +37,10 @@ class RequantOp final : public Op {
   int64_t items(int, int64_t images) const override { return pixels_ * images; }
   int64_t items_of_pixel() const override { return 1; }
   int64_t cost() const override { return pixels_ * args_.channels; }
+  const RequantArgs* codes() const override {
+    const bool all = std::all_of(short_.in_short.begin(), short_.in_short.end(), [](uint8_t is) { return is != 0; });
+    return args_.in_short != nullptr && all && out_bytes_ == args_.channels ? &args_ : nullptr;
+  }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(args_, f.values[inputs[0]] + begin * x_bytes_, f.values[output] + begin * out_bytes_, end - begin);
   }

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .artifact import Artifact
 from .derive import Precision, derive, resolve_map
 from .errors import ProgramError
+from .images import channels_last
 from .plan import Plan
 from .program import Program
 from .reference import DTYPES, OracleExecutor, ReferenceExecutor
@@ -172,7 +173,7 @@ class Session:
                 raise ValueError("run: the program's input are real values; pass them with floats=True")
             if array.dtype != np.uint8:
                 raise ValueError(f"run: input must be uint8 pixels, is {array.dtype}; floats need floats=True")
-            return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+            return channels_last(array)
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"run: with floats=True the input must be floating point, is {array.dtype}")
         if not np.isfinite(array).all():

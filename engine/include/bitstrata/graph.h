@@ -108,6 +108,7 @@ class Graph {
   int append(const std::string& name, Made made);
   void form_groups(int output);
   void find_locals(int output, Group* group);
+  void find_fused(Group* group);
   void lay_out_locals(int64_t images, Group* group);
   void lay_out_arena(int output, int64_t images);
   void check_input(const void* input, int64_t batch) const;

@@ -43,6 +43,8 @@ struct WeightCodes {
   int64_t taps;
 };
 
+struct RequantArgs;
+
 // One way to convolve. Work on an image has two phases: `stage` copies the input into padded rows of the kernel's own
 // format, `run` computes output rows from them. Rows of either phase may be computed in any order by any thread, but
 // the staged rows under a window must be complete before `run` reads them. A staged row depends on nothing but its
@@ -64,6 +66,9 @@ struct ConvKernel {
   int64_t (*pack_parts)(const ConvShape&) = nullptr;
   void (*pack_part)(const ConvShape&, const WeightCodes&, const uint8_t* factor, const int32_t* pad, void* packed,
                     int64_t part) = nullptr;
+  // `run` and the requantization of its result to 8 bits, all of whose channels have the form in 32 bits. Null: none.
+  void (*run_codes)(const ConvShape&, const void* packed, const void* staged, const RequantArgs&, uint8_t* out,
+                    int64_t row_begin, int64_t row_end) = nullptr;
 };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.

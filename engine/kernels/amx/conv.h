@@ -223,7 +223,7 @@ struct TileConv {
       run_blocks<false>(tiles, c);
   }
 
-  static bool direct_fits(const ConvShape& s) { return reads_image(s, form_of(s)); }
+  static bool direct_fits(const ConvShape& s) { return form_of(s).whole && reads_image(s, form_of(s)); }
 
   static constexpr ConvKernel staged(const char* name) {
     return {name, packed_bytes, pack, staged_row_bytes, stage, run<false>, pack_parts, pack_part};

@@ -175,7 +175,7 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
   }
 }
 
-bool direct_fits(const ConvShape& s) { return reads_image(s, WeightForm(s)); }
+bool direct_fits(const ConvShape& s) { return WeightForm(s).whole && reads_image(s, WeightForm(s)); }
 
 constexpr ConvKernel kStaged = {"avx2vnni", packed_bytes, pack,       staged_row_bytes,
                                 stage,      run<false>,   pack_parts, pack_part};

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "../common/pointwise.h"
+#include "results.h"
 
 namespace bitstrata {
 
@@ -46,21 +47,6 @@ struct Sixteen {
   }
   Half half[2];
   __m512i lo, hi;
-};
-
-// The same in 32 bits, where that was proved to give the same integers.
-struct SixteenShort {
-  SixteenShort(const RequantArgs& a, int64_t c, __mmask16 mask)
-      : from(_mm512_maskz_loadu_epi32(mask, a.from + c)),
-        to(_mm512_maskz_loadu_epi32(mask, a.to + c)),
-        factor(_mm512_maskz_loadu_epi32(mask, a.factor + c)),
-        addend(_mm512_maskz_loadu_epi32(mask, a.addend + c)),
-        places(_mm512_maskz_loadu_epi32(mask, a.places + c)) {}
-  __m512i operator()(__m512i x) const {
-    const __m512i inside = _mm512_min_epi32(_mm512_max_epi32(x, from), to);
-    return _mm512_srav_epi32(_mm512_add_epi32(_mm512_mullo_epi32(inside, factor), addend), places);
-  }
-  __m512i from, to, factor, addend, places;
 };
 
 inline __m512i load(const int32_t* x, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, x); }

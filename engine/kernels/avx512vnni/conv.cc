@@ -12,6 +12,7 @@
 #include "avx512vnni.h"
 #include "conv_narrow.h"
 #include "conv_pack.h"
+#include "results.h"
 #include "stage.h"
 
 namespace bitstrata {
@@ -68,7 +69,7 @@ inline const uint8_t* in_register(const uint8_t* address) {
 
 // Calls step(at, b) for every kStep bytes b of every run of a window; at: where the run starts in each of kP windows.
 template <int kP, typename Step>
-inline void each_step(const Packed& p, const uint8_t* const* x, const Step& step) {
+BITSTRATA_INLINE void each_step(const Packed& p, const uint8_t* const* x, const Step& step) {
   const int64_t rows = p.runs.count / p.runs.per_row, run_bytes = p.runs.elements;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < p.runs.per_row; ++column) {
@@ -81,7 +82,7 @@ inline void each_step(const Packed& p, const uint8_t* const* x, const Step& step
 
 // Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums.
 template <int kP, int kV>
-inline void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, __m512i (&sum)[kP][kV]) {
+BITSTRATA_INLINE void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, __m512i (&sum)[kP][kV]) {
   each_step<kP>(p, x, [&](const uint8_t* const* at, int64_t b) {
     __m512i weights[kV];
     each<kV>([&](auto j) { weights[j] = _mm512_load_si512(w + j); });
@@ -93,7 +94,21 @@ inline void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w,
   });
 }
 
+// add * the sum of the activations of each pixel of an image.
+void pixel_sums(const uint8_t* x, int64_t channels, int32_t add, int64_t pixels, int32_t* out) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t i = 0; i < pixels; ++i, x += channels) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t c = 0; c < channels; c += 64) {
+      const __mmask64 mask = ~uint64_t{0} >> (64 - min64(64, channels - c));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_maskz_loadu_epi8(mask, x + c), ones);
+    }
+    out[i] = static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)) * static_cast<uint32_t>(add));
+  }
+}
+
 // What the blocks of a tile need. A block's first pixel is at window[0], window_sum[0], out.
+template <typename Out>
 struct Block {
   const Packed& p;
   const uint8_t* const* window;  // where each pixel's window starts
@@ -101,16 +116,15 @@ struct Block {
   const __m512i* weights;
   const int32_t* correction;
   int64_t channels;  // that are real
-  int32_t* out;
-  int64_t out_pitch;
+  Results<Out> out;
 };
 
-template <int kP, int kV>
-void convolve(const Block& b) {
+template <int kP, int kV, typename Out>
+void convolve(const Block<Out>& b) {
   __m512i sum[kP][kV];
   const bool whole = b.p.form.whole;
   // Else the sums would wait for the memory they are written to.
-  each<kP>([&](auto i) { each<kV>([&](auto j) { __builtin_prefetch(b.out + i * b.out_pitch + j * kLanes, 1); }); });
+  each<kP>([&](auto i) { each<kV>([&](auto j) { __builtin_prefetch(b.out.at(i, j), 1); }); });
   each<kV>([&](auto j) {
     const __m512i first = whole ? _mm512_loadu_si512(b.correction + j * kLanes) : _mm512_setzero_si512();
     each<kP>([&](auto i) { sum[i][j] = first; });
@@ -128,53 +142,63 @@ void convolve(const Block& b) {
   }
   const int64_t last = b.channels - (kV - 1) * kLanes;
   const __mmask16 mask = static_cast<__mmask16>((1u << last) - 1);
-  each<kP>([&](auto i) {
-    int32_t* to = b.out + i * b.out_pitch;
-    each<kV - 1>([&](auto j) { _mm512_storeu_si512(to + j * kLanes, sum[i][j]); });
-    _mm512_mask_storeu_epi32(to + (kV - 1) * kLanes, mask, sum[i][kV - 1]);
+  each<kV>([&](auto j) {
+    const typename Results<Out>::template Vector<j == kV - 1> store(b.out, j, mask);
+    each<kP>([&](auto i) { store(i, sum[i][j]); });
   });
 }
 
-using BlockFn = void (*)(const Block&);
-template <int kV>
-constexpr BlockFn kBlocks[kPixels] = {convolve<1, kV>, convolve<2, kV>, convolve<3, kV>, convolve<4, kV>,
-                                      convolve<5, kV>, convolve<6, kV>, convolve<7, kV>, convolve<8, kV>};
-constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>, kBlocks<3>, kBlocks<4>};
+template <typename Out>
+using BlockFn = void (*)(const Block<Out>&);
+template <int kV, typename Out>
+constexpr BlockFn<Out> kBlocks[kPixels] = {convolve<1, kV, Out>, convolve<2, kV, Out>, convolve<3, kV, Out>,
+                                           convolve<4, kV, Out>, convolve<5, kV, Out>, convolve<6, kV, Out>,
+                                           convolve<7, kV, Out>, convolve<8, kV, Out>};
+template <typename Out>
+constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<1, Out>, kBlocks<2, Out>, kBlocks<3, Out>, kBlocks<4, Out>};
 
 // All `pixels` of a tile, for one set of vectors: as few blocks as can be, of nearly equal size.
-void convolve_tile(Block b, int64_t vectors, int64_t pixels) {
-  const BlockFn* by_pixels = kBySet[vectors - 1];
+template <typename Out>
+void convolve_tile(Block<Out> b, int64_t vectors, int64_t pixels) {
+  const BlockFn<Out>* by_pixels = kBySet<Out>[vectors - 1];
   const int64_t most = pixels_of(static_cast<int>(vectors)), blocks = (pixels + most - 1) / most;
   for (int64_t left = blocks; left > 0; --left) {
     const int64_t count = (pixels + left - 1) / left;
     by_pixels[count - 1](b);
-    b.window += count, b.window_sum += count, b.out += count * b.out_pitch;
+    b.window += count, b.window_sum += count, b.out = b.out.from(count, 0);
     pixels -= count;
   }
 }
 
 // Output rows [row_begin, row_end), where NarrowConv fits.
-void run_narrow(const ConvShape& s, const Packed& p, const uint8_t* base, const uint8_t* rows, int32_t* out,
+template <typename Out>
+void run_narrow(const ConvShape& s, const Packed& p, const uint8_t* base, const uint8_t* rows, const Results<Out>& out,
                 int64_t row_begin, int64_t row_end) {
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
   const __m512i* weights = reinterpret_cast<const __m512i*>(base + p.weights_at);
   const int64_t lanes = p.stage.lanes;
+  const __mmask16 channels = static_cast<__mmask16>((1u << s.group_out()) - 1);
+  int32_t sums[kTile];
   for (int64_t y = row_begin; y < row_end; ++y)
     for (int64_t group = 0; group < s.groups; ++group)
-      NarrowConv::convolve(
-          {rows + y * s.stride_h * p.row_bytes + group * p.stage.columns * lanes, lanes, p.runs.row_step, s.kernel_h,
-           weights + group * p.steps, _mm512_loadu_si512(correction + group * kLanes),
-           static_cast<__mmask16>((1u << s.group_out()) - 1), out + y * s.out_w * s.out_c + group * s.group_out(),
-           s.out_c},
-          s.out_w);
+      for (int64_t x = 0; x < s.out_w; x += kTile) {
+        const int64_t pixels = min64(kTile, s.out_w - x);
+        if (p.stage.sums) window_sums(s, p, rows, group, y, x, pixels, sums);
+        NarrowConv<Out>::convolve(
+            {rows + y * s.stride_h * p.row_bytes + (group * p.stage.columns + x) * lanes, lanes, p.runs.row_step,
+             s.kernel_h, weights + group * p.steps, _mm512_loadu_si512(correction + group * kLanes), channels,
+             p.form.mul, p.stage.sums ? sums : nullptr, out.from(y * s.out_w + x, group * s.group_out())},
+            pixels);
+      }
 }
 
-template <bool kDirect>
-void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+template <bool kDirect, typename Out>
+void run_to(const ConvShape& s, const void* packed, const void* staged, const Results<Out>& out, int64_t row_begin,
+            int64_t row_end) {
   const Packed p(s, kDirect);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const uint8_t* rows = static_cast<const uint8_t*>(staged);
-  if (!kDirect && p.form.whole && NarrowConv::fits(s)) return run_narrow(s, p, base, rows, out, row_begin, row_end);
+  if (!kDirect && NarrowConv<Out>::fits(s)) return run_narrow(s, p, base, rows, out, row_begin, row_end);
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
   const __m512i* weights = reinterpret_cast<const __m512i*>(base + p.weights_at);
   const uint8_t* window[kTile];
@@ -189,28 +213,41 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
         const int64_t step = s.stride_w * p.stage.lanes;
         const uint8_t* first = rows + y * s.stride_h * p.row_bytes + group * p.stage.columns * p.stage.lanes + x * step;
         for (int64_t j = 0; j < count; ++j) window[i + j] = first + j * step;
-        if (p.stage.sums)
-          for (int64_t j = 0; j < count; ++j) sums[i + j] = window_sum(s, p, rows, group, y, x + j);
+        if (p.stage.sums && !kDirect) window_sums(s, p, rows, group, y, x, count, sums + i);
+        if (p.stage.sums && kDirect)
+          for (int64_t j = 0; j < count; ++j) pixel_sums(first + j * step, s.in_c, p.form.add, 1, sums + i + j);
         i += count;
       }
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v, first = group * p.vectors + v;
-        convolve_tile({p, window, sums, weights + first * p.steps, correction + first * kLanes,
-                       min64(vectors * kLanes, s.group_out() - v * kLanes),
-                       out + begin * s.out_c + group * s.group_out() + v * kLanes, s.out_c},
-                      vectors, pixels);
+        convolve_tile<Out>(
+            {p, window, sums, weights + first * p.steps, correction + first * kLanes,
+             min64(vectors * kLanes, s.group_out() - v * kLanes), out.from(begin, group * s.group_out() + v * kLanes)},
+            vectors, pixels);
       }
     }
   }
+}
+
+template <bool kDirect>
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+  run_to<kDirect, int32_t>(s, packed, staged, {out, s.out_c}, row_begin, row_end);
+}
+
+template <bool kDirect>
+void run_codes(const ConvShape& s, const void* packed, const void* staged, const RequantArgs& requant, uint8_t* out,
+               int64_t row_begin, int64_t row_end) {
+  run_to<kDirect, uint8_t>(s, packed, staged, {out, s.out_c, &requant, 0}, row_begin, row_end);
 }
 
 }  // namespace
 
 bool avx512vnni_direct_fits(const ConvShape& s) { return reads_image(s, WeightForm(s)); }
 
-extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack,       staged_row_bytes,
-                                           stage,        run<false>,   pack_parts, pack_part};
-extern const ConvKernel kAvx512VnniDirect = {"avx512vnni-direct", packed_bytes, pack,       no_staged_row_bytes,
-                                             stage_nothing,       run<true>,    pack_parts, pack_part};
+extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack,      staged_row_bytes, stage,
+                                           run<false>,   pack_parts,   pack_part, run_codes<false>};
+extern const ConvKernel kAvx512VnniDirect = {"avx512vnni-direct", packed_bytes,  pack,
+                                             no_staged_row_bytes, stage_nothing, run<true>,
+                                             pack_parts,          pack_part,     run_codes<true>};
 
 }  // namespace bitstrata

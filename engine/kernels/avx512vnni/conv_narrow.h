@@ -11,10 +11,12 @@
 #include <cstring>
 
 #include "../common/unroll.h"
+#include "results.h"
 
 namespace bitstrata {
 namespace {
 
+template <typename Out>
 struct NarrowConv {
   static constexpr int kTaps = 3;     // columns of the kernel
   static constexpr int kPixels = 14;  // of a block, at most: compilers keep no more sums in registers around a loop
@@ -34,8 +36,9 @@ struct NarrowConv {
     const __m512i* weights;  // [row of the kernel][column][four channels]
     __m512i first;           // where every sum begins
     __mmask16 channels;      // that are real
-    int32_t* out;
-    int64_t out_pitch;
+    int32_t mul;             // of the products, where each pixel's `added` is added; null: 1 and nothing
+    const int32_t* added;
+    Results<Out> out;
   };
 
   // The address is hidden from the compiler, which would else compute one for each pixel, and keep them in memory.
@@ -53,7 +56,8 @@ struct NarrowConv {
   template <int kP>
   static void block(const Row& r) {
     __m512i sum[kP];
-    each<kP>([&](auto i) { sum[i] = r.first; });
+    const bool whole = r.added == nullptr;
+    each<kP>([&](auto i) { sum[i] = whole ? r.first : _mm512_setzero_si512(); });
     const int64_t fours = r.lanes / 4;
     const __m512i* w = r.weights;
     for (int64_t row = 0; row < r.rows; ++row, w += kTaps * fours) {
@@ -72,7 +76,15 @@ struct NarrowConv {
         });
       }
     }
-    each<kP>([&](auto i) { _mm512_mask_storeu_epi32(r.out + i * r.out_pitch, r.channels, sum[i]); });
+    if (!whole) {
+      const __m512i mul = _mm512_set1_epi32(r.mul);
+      each<kP>([&](auto i) {
+        sum[i] =
+            _mm512_add_epi32(_mm512_mullo_epi32(sum[i], mul), _mm512_add_epi32(r.first, _mm512_set1_epi32(r.added[i])));
+      });
+    }
+    const typename Results<Out>::template Vector<true> store(r.out, 0, r.channels);
+    each<kP>([&](auto i) { store(i, sum[i]); });
   }
 
   // `pixels` output pixels of a row: as few blocks as can be, of nearly equal size.
@@ -84,7 +96,8 @@ struct NarrowConv {
     for (int64_t left = (pixels + kPixels - 1) / kPixels; left > 0; --left) {
       const int64_t count = (pixels + left - 1) / left;
       kBlocks[count - 1](r);
-      r.staged += count * r.lanes, r.out += count * r.out_pitch;
+      r.staged += count * r.lanes, r.out = r.out.from(count, 0);
+      if (r.added != nullptr) r.added += count;
       pixels -= count;
     }
   }

@@ -5,17 +5,25 @@
 #include <type_traits>
 #include <utility>
 
+// What takes or holds arrays of vectors must be inlined, or the arrays live in memory; compilers give up on it where
+// much code comes together.
+#if defined(__GNUC__)
+#define BITSTRATA_INLINE __attribute__((always_inline)) inline
+#else
+#define BITSTRATA_INLINE inline
+#endif
+
 namespace bitstrata {
 namespace {
 
 template <typename F, int... kIndices>
-inline void each_of(const F& f, std::integer_sequence<int, kIndices...>) {
+BITSTRATA_INLINE void each_of(const F& f, std::integer_sequence<int, kIndices...>) {
   (f(std::integral_constant<int, kIndices>{}), ...);
 }
 
 // f(0), f(1), ... f(kCount - 1), each index a constant.
 template <int kCount, typename F>
-inline void each(const F& f) {
+BITSTRATA_INLINE void each(const F& f) {
   each_of(f, std::make_integer_sequence<int, kCount>{});
 }
 
