@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,12 @@ class Row:
         columns = asdict(self)
         return columns | columns.pop("extra")
 
+    @classmethod
+    def read(cls, columns: Mapping[str, Any]) -> Row:
+        """The row that `columns` wrote."""
+        own = {field.name: columns[field.name] for field in fields(cls) if field.name != "extra"}
+        return cls(**own, extra={name: value for name, value in columns.items() if name not in own})
+
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
@@ -164,11 +170,14 @@ def interleave(contestants: Mapping[str, Clocked], chosen: Effort) -> dict[str, 
 
 def report(rows: Sequence[Row]) -> None:
     """Print the numbered peers of each case, then a line for each thing of ours with its ratio to every peer."""
-    cases: dict[tuple[str, int], list[Row]] = {}
+    cases: dict[str, list[Row]] = {}
     for row in rows:
-        cases.setdefault((row.case, row.threads), []).append(row)
-    for (case, threads), group in cases.items():
-        print(f"\n{case}, {threads} thread{'s' if threads > 1 else ''}")
+        batch = f", batch {row.extra['batch']}" if "batch" in row.extra else ""
+        ceiling = f", up to {row.isa}" if "ceiling" in row.extra else ""
+        threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
+        cases.setdefault(f"{row.case}{batch}, {threads}{ceiling}", []).append(row)
+    for case, group in cases.items():
+        print(f"\n{case}")
         peers = {row.peer: row for row in group}
         for number, row in enumerate(peers.values(), 1):
             print(f"  [{number}] {row.peer:34} {_shown(row.peer_ms, row.peer_ms_min, row.peer_ms_max)}")

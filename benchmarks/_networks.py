@@ -16,7 +16,7 @@ from bitstrata_runtime import Program
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 BITS = (1, 2, 3, 4)
-_BATCH = 8
+_IMAGES = 8  # in a calibration batch
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Case:
     name: str
     network: str
     side: int
+    classes: int
     options: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -37,9 +38,9 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("resnet20", "resnet20", 32),
-        Case("resnet18-64", "resnet18", 64),
-        Case("mobilenet_v2-cifar", "mobilenet_v2", 32, (("stem", "cifar"),)),
+        Case("resnet20", "resnet20", 32, 10),
+        Case("resnet18", "resnet18", 224, 1000),
+        Case("mobilenetv2", "mobilenet_v2", 224, 1000),
     )
 }
 
@@ -57,14 +58,14 @@ def normalized(images: NDArray[np.uint8]) -> Tensor:
 
 def calibration(case: Case) -> list[Tensor]:
     """Inputs to calibrate with, the same for ours and for the peers."""
-    return [normalized(pixels(case, _BATCH, seed)) for seed in (2, 3)]
+    return [normalized(pixels(case, _IMAGES, seed)) for seed in (2, 3)]
 
 
 def float_network(case: Case) -> nn.Module:
     """Random weights, and batch-normalization statistics of the calibration inputs; in evaluation mode."""
     torch.set_num_threads(1)  # nothing here is timed, and several threads are slow on a machine that is busy
     torch.manual_seed(0)
-    model = bs.zoo.create(case.network, classes=10, **dict(case.options)).train()
+    model = bs.zoo.create(case.network, classes=case.classes, **dict(case.options)).train()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -77,12 +78,12 @@ def float_network(case: Case) -> nn.Module:
     return model.eval()
 
 
-def program(case: Case, model: nn.Module) -> Program:
-    """The integer program of a copy of `model`, quantized by the strata recipe for 1 to 4 bits and calibrated."""
+def program(case: Case, model: nn.Module, w: tuple[int, ...] = BITS, a: int | str = "same") -> Program:
+    """The integer program of a copy of `model`, quantized by the strata recipe for these widths and calibrated."""
     torch.set_num_threads(1)
     model = copy.deepcopy(model).train()
     example = calibration(case)[0][:1]
-    bs.quantize_(model, bs.recipes.strata(w=BITS), example, input=bs.Pixels(MEAN, STD))
+    bs.quantize_(model, bs.recipes.strata(w=w, a=a), example, input=bs.Pixels(MEAN, STD))
     bs.calibrate_(model, calibration(case))
     with warnings.catch_warnings():  # few fraction bits cost accuracy, which random weights have none of
         warnings.simplefilter("ignore")

@@ -1,7 +1,8 @@
 """The peers: other programs that run the same float network, or its 8-bit post-training quantization.
 
-Each peer gets float32 input that is normalized already, in the layout that it likes best: what it would cost to make
-that from pixels is not in its time. Peers may use every instruction set of the processor, unless `limit_isa` is called.
+Each peer gets float input that is normalized already, in the layout that it likes best: what it would cost to make
+that from pixels is not in its time. `CEILINGS` says how OpenVINO and torch are held to an instruction set; ONNX Runtime
+has no such switch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import copy
 import io
 import logging
-import os
 import sys
 import warnings
 from collections import Counter
@@ -26,6 +26,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 PACKAGES = ("onnx", "onnxruntime", "openvino", "safetensors")
+
+# Instruction set of ours -> environment that holds oneDNN (in OpenVINO and torch) and torch's own kernels to it. What
+# avx512vnni allows is everything but matrix units, bfloat16 products included.
+CEILINGS = {
+    "generic": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx2vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"},
+    "amx": {},
+}
 
 Floats = NDArray[np.float32]
 
@@ -48,20 +58,14 @@ class OnnxFiles:
     int8: Path
 
 
-def limit_isa(name: str) -> None:
-    """Keep OpenVINO's and torch's kernels to an instruction set; effective only before either has run anything."""
-    os.environ["ONEDNN_MAX_CPU_ISA"] = name.upper()
-    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
-
-
 def missing() -> list[str]:
     """One line for each peer that cannot run here."""
     lacking = [name for name in ("onnx", "onnxruntime") if version_of(name) is None]
     lines = []
     if lacking:
-        lines.append(f"ONNX Runtime int8 and float32, OpenVINO int8 left out: not installed: {', '.join(lacking)}")
+        lines.append(f"onnxruntime-* and openvino-* left out: not installed: {', '.join(lacking)}")
     elif version_of("openvino") is None:
-        lines.append("OpenVINO int8 left out: openvino not installed")
+        lines.append("openvino-* left out: openvino is not installed")
     return lines
 
 
@@ -99,14 +103,17 @@ def export(model: nn.Module, inputs: list[Tensor], folder: Path) -> OnnxFiles:
 
 
 def build(model: nn.Module, files: OnnxFiles | None, x: Tensor, threads: int) -> list[Peer]:
-    """Every peer that is installed, on float32 input `x` (N, C, H, W). files: None leaves out those that read ONNX."""
+    """Every peer that is installed, on input `x` (N, C, H, W). files: None leaves out those that read ONNX."""
     peers = []
     if files is not None:
-        peers.append(_onnxruntime("ONNX Runtime int8", files.int8, x.numpy(), threads, 0.5))
         if version_of("openvino") is not None:
-            peers.append(_openvino(files.int8, x.numpy(), threads))
-        peers.append(_onnxruntime("ONNX Runtime float32", files.float32, x.numpy(), threads, 1e-3))
-    return [*peers, _torch(model, x, threads)]
+            peers.append(_openvino("openvino-int8", files.int8, x.numpy(), threads, 0.5))
+            peers.append(_openvino("openvino-f32", files.float32, x.numpy(), threads, 1e-3))
+        peers.append(_onnxruntime("onnxruntime-int8", files.int8, x.numpy(), threads, 0.5))
+        peers.append(_onnxruntime("onnxruntime-f32", files.float32, x.numpy(), threads, 1e-3))
+    peers.append(_torch("torch-bf16", model, x.bfloat16(), threads, 0.1))
+    peers.append(_torch("torch-fp32", model, x, threads, 1e-3))
+    return peers
 
 
 def check(peers: list[Peer], model: nn.Module, x: Tensor) -> dict[str, float]:
@@ -150,37 +157,45 @@ def _onnxruntime(name: str, path: Path, x: Floats, threads: int, tolerance: floa
     kernels = Counter(node.op_type for node in graph.node if "Conv" in node.op_type)
     if tolerance > 0.1 and set(kernels) != {"QLinearConv"}:
         raise SystemExit(f"{name}: expected 8-bit convolutions only, it runs {dict(kernels)}")
-    return Peer(name, lambda: session.run(None, {"x": x})[0], tolerance, _counted(kernels))
+    return Peer(
+        name, lambda: session.run(None, {"x": x})[0], tolerance, f"{_counted(kernels)}, not held to the ceiling"
+    )
 
 
-def _openvino(path: Path, x: Floats, threads: int) -> Peer:
+def _openvino(name: str, path: Path, x: Floats, threads: int, tolerance: float) -> Peer:
     import openvino
 
     core = openvino.Core()
     model = core.read_model(_with_batch(path, len(x)))
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # of what is float; else it may be bfloat16
+    }
     compiled = core.compile_model(model, "CPU", settings)
     info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     convolutions = [i for i in info if i["layerType"].astype(str) == "Convolution"]
     kernels = Counter(i["primitiveType"].astype(str) for i in convolutions)
-    if not all(i["runtimePrecision"].astype(str) in ("u8", "i8") for i in convolutions):
-        raise SystemExit(f"OpenVINO int8: expected 8-bit convolutions only, it runs {dict(kernels)}")
+    wanted = ("u8", "i8") if tolerance > 0.1 else ("f32",)
+    if not all(i["runtimePrecision"].astype(str) in wanted for i in convolutions):
+        raise SystemExit(f"{name}: expected convolutions in {' or '.join(wanted)} only, it runs {dict(kernels)}")
     request = compiled.create_infer_request()
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    name = "OpenVINO int8" + (f" limited to {limit}" if limit else "")
-    return Peer(name, lambda: request.infer({0: x}, share_inputs=True)[0], 0.5, _counted(kernels))
+    return Peer(name, lambda: request.infer({0: x}, share_inputs=True)[0], tolerance, _counted(kernels))
 
 
-def _torch(model: nn.Module, x: Tensor, threads: int) -> Peer:
+def _torch(name: str, model: nn.Module, x: Tensor, threads: int, tolerance: float) -> Peer:
+    """A copy of the model in the data type of `x`."""
     torch.set_num_threads(threads)
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    model = copy.deepcopy(model).to(dtype=x.dtype, memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
 
     def run() -> Floats:
         with torch.inference_mode():
-            return model(x).numpy()
+            return model(x).float().numpy()
 
-    return Peer("torch float32, eager, channels last", run, 1e-3, f"torch {torch.backends.cpu.get_cpu_capability()}")
+    kernels = f"eager, channels last, torch {torch.backends.cpu.get_cpu_capability()}"
+    return Peer(name, run, tolerance, kernels)
 
 
 def _with_batch(path: Path, batch: int) -> bytes:

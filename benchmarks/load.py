@@ -130,7 +130,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 def _arguments() -> argparse.Namespace:
     made = parser(__doc__)
-    known = [name for name in CASES if name != "mobilenet_v2-cifar"]
+    known = [name for name in CASES if name != "mobilenetv2"]
     made.add_argument("--networks", type=names, help=f"default {','.join(known)}; with --quick resnet20")
     arguments = made.parse_args()
     arguments.networks = arguments.networks or (("resnet20",) if arguments.quick else tuple(known))
