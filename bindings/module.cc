@@ -113,6 +113,13 @@ NB_MODULE(_engine, m) {
   bind_layer_norm(m);
   m.def("available_isas", &bitstrata::available_isas);
   m.def("emulated_isas", &bitstrata::emulated_isas);
+  m.def("kernel_table", [] {
+    nb::list rows;
+    for (const bitstrata::KernelRow& row : bitstrata::kernel_table())
+      rows.append(nb::make_tuple(row.isa, row.emulated, row.lacks));
+    return rows;
+  });
+  m.def("chosen_isa", [](const std::string& isa) { return bitstrata::select_kernels(isa).isa; }, "isa"_a);
   nb::class_<Resources>(m, "Resources")
       .def(nb::init<int, int>(), "threads"_a, "callers"_a)
       .def("set_threads", &Resources::set_threads, "threads"_a, nb::call_guard<nb::gil_scoped_release>())

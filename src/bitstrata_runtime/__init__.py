@@ -7,13 +7,17 @@ Needs numpy only; the compiled engine is used where it is built.
     session.upgrade(3)
 """
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from .derive import derive, headroom
 from .errors import ArtifactError, ProgramError
 from .plan import Plan
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
-from .session import Session, load
+from .session import Memory, Session, load
+from .snapshot import Snapshot
 
 try:
     __version__ = version("bitstrata")
@@ -25,18 +29,25 @@ __all__ = [
     "ArtifactError",
     "Factors",
     "Layer",
+    "Memory",
     "Node",
     "Plan",
     "Program",
     "ProgramError",
     "Session",
+    "Snapshot",
     "Weights",
     "__version__",
     "available_isas",
     "derive",
     "headroom",
+    "kernel_table",
     "load",
 ]
+
+
+if TYPE_CHECKING:
+    from .engine import KernelRow
 
 
 def available_isas() -> tuple[str, ...]:
@@ -46,3 +57,15 @@ def available_isas() -> tuple[str, ...]:
     except ImportError:
         return ()
     return tuple(isas())
+
+
+def kernel_table() -> tuple[KernelRow, ...]:
+    """The engine's instruction sets, with what this machine lacks for those that it cannot run, and which one is used.
+
+    Slowest first; empty where the engine is not built.
+    """
+    try:
+        from .engine import kernel_table as table
+    except ImportError:
+        return ()
+    return table()

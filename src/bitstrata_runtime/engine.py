@@ -6,6 +6,7 @@ the processor supports.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
@@ -34,6 +35,32 @@ def available_isas() -> tuple[str, ...]:
 def emulated_isas() -> tuple[str, ...]:
     """Names of the instruction sets that this build emulates, for tests: slow, and used only where named."""
     return tuple(_engine.emulated_isas())
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """A row of the table of kernels. lacks: what this machine or this build lacks to run it, "" if it runs.
+
+    emulated: for tests, runs everywhere and is used only where named. chosen: an executor made now without a name
+    would use it.
+    """
+
+    isa: str
+    emulated: bool
+    lacks: str
+    chosen: bool
+
+
+def kernel_table() -> tuple[KernelRow, ...]:
+    """Every row there is, slowest first, those that are emulated last.
+
+    None is chosen if the environment variable BITSTRATA_ISA names what cannot run here.
+    """
+    try:
+        chosen = _engine.chosen_isa("")
+    except ValueError:
+        chosen = ""
+    return tuple(KernelRow(isa, emulated, lacks, isa == chosen) for isa, emulated, lacks in _engine.kernel_table())
 
 
 class Resources:
