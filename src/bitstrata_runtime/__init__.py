@@ -9,7 +9,6 @@ Needs numpy only; the compiled engine is used where it is built.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from .derive import derive, headroom
@@ -18,11 +17,6 @@ from .plan import Plan
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
 from .session import Memory, Session, load
 from .snapshot import Snapshot
-
-try:
-    __version__ = version("bitstrata")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+source"
 
 __all__ = [
     "AffineInfo",
@@ -69,3 +63,15 @@ def kernel_table() -> tuple[KernelRow, ...]:
     except ImportError:
         return ()
     return table()
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: what reads it takes longer to import than this package."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("bitstrata")
+    except PackageNotFoundError:  # run from a source tree
+        return "0+source"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import plan as p
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 try:
     from . import _engine

@@ -7,9 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from numpy.typing import ArrayLike, NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .artifact import Artifact
 from .backend import Backend, check_threads, choose_backend
@@ -19,6 +17,9 @@ from .plan import Conv, Plan
 from .program import Program
 from .snapshot import Integers, Snapshot
 from .source import Source
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 KEEP = 4  # precisions that a session keeps ready, if nothing else is asked for
 

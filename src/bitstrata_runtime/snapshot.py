@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from .derive import Precision
 from .plan import Plan
 from .program import Program
 from .reference import DTYPES
 
-Integers = NDArray[np.integer[Any]]
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+Integers: TypeAlias = "NDArray[np.integer[Any]]"
 
 
 class Executor(Protocol):
