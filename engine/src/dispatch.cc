@@ -39,6 +39,23 @@ const Kernels* const kTable[] = {
 #endif
 };
 
+// Rows that some builds lack: those for another processor, and those that the compiler cannot compile.
+const char* const kNotHere[] = {
+#ifndef BITSTRATA_HAVE_AVX2
+    "avx2",
+#endif
+#ifndef BITSTRATA_HAVE_AVX2VNNI
+    "avx2vnni",
+#endif
+#ifndef BITSTRATA_HAVE_AVX512VNNI
+    "avx512vnni",
+#endif
+#ifndef BITSTRATA_HAVE_AMX
+    "amx",
+#endif
+    nullptr,
+};
+
 // For tests: used only where asked for by name.
 const Kernels* const kEmulated[] = {&kAmxEmulatedKernels};
 
@@ -54,6 +71,13 @@ std::string join(const std::vector<std::string>& names) {
   std::string text;
   for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
   return text;
+}
+
+// What a row lacks here, in words; empty if it runs.
+std::string lacking(const Kernels& row) {
+  if (row.supported()) return "";
+  const char* what = row.lacks == nullptr ? nullptr : row.lacks();
+  return what == nullptr ? "something that its row does not name" : what;
 }
 
 }  // namespace
@@ -72,6 +96,16 @@ std::vector<std::string> emulated_isas() {
   return names;
 }
 
+std::vector<KernelRow> kernel_table() {
+  std::vector<KernelRow> rows;
+  const auto append = [&](const Kernels& row, bool emulated) { rows.push_back({row.isa, emulated, lacking(row)}); };
+  for (const Kernels* row : kTable) append(*row, false);
+  for (const char* const* name = kNotHere; *name != nullptr; ++name)
+    rows.push_back({*name, false, "this build: it was not compiled"});
+  for (const Kernels* row : kEmulated) append(*row, true);
+  return rows;
+}
+
 const Kernels& select_kernels(const std::string& isa) {
   const char* env = std::getenv("BITSTRATA_ISA");
   const bool from_env = isa.empty() && env != nullptr && *env != '\0';
@@ -81,8 +115,8 @@ const Kernels& select_kernels(const std::string& isa) {
   if (row == nullptr)
     throw std::invalid_argument(what + ": not an instruction set of this build; available: " + join(available_isas()));
   if (!row->supported())
-    throw std::invalid_argument(
-        what + ": this processor or its operating system does not support it; available: " + join(available_isas()));
+    throw std::invalid_argument(what + ": this processor or its operating system does not support it, for lack of " +
+                                lacking(*row) + "; available: " + join(available_isas()));
   return *row;
 }
 

@@ -35,6 +35,7 @@ class Op {
   virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }
+  virtual int64_t constant_bytes() const { return 0; }  // weights as the kernel reads them, tables
 
   // Requantization to 8 bits in the 32-bit form, for an operation that can do it on its own result; else null.
   virtual const RequantArgs* codes() const { return nullptr; }

@@ -41,6 +41,9 @@ class RequantOp final : public Op {
     const bool all = std::all_of(short_.in_short.begin(), short_.in_short.end(), [](uint8_t is) { return is != 0; });
     return args_.in_short != nullptr && all && out_bytes_ == args_.channels ? &args_ : nullptr;
   }
+  int64_t constant_bytes() const override {
+    return static_cast<int64_t>(args_.channels * 3 * sizeof(int64_t)) + short_.bytes();
+  }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(args_, f.values[inputs[0]] + begin * x_bytes_, f.values[output] + begin * out_bytes_, end - begin);
   }

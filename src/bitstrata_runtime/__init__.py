@@ -7,36 +7,41 @@ Needs numpy only; the compiled engine is used where it is built.
     session.upgrade(3)
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from .derive import derive, headroom
 from .errors import ArtifactError, ProgramError
 from .plan import Plan
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
-from .session import Session, load
-
-try:
-    __version__ = version("bitstrata")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+source"
+from .session import Memory, Session, load
+from .snapshot import Snapshot
 
 __all__ = [
     "AffineInfo",
     "ArtifactError",
     "Factors",
     "Layer",
+    "Memory",
     "Node",
     "Plan",
     "Program",
     "ProgramError",
     "Session",
+    "Snapshot",
     "Weights",
     "__version__",
     "available_isas",
     "derive",
     "headroom",
+    "kernel_table",
     "load",
 ]
+
+
+if TYPE_CHECKING:
+    from .engine import KernelRow
 
 
 def available_isas() -> tuple[str, ...]:
@@ -46,3 +51,27 @@ def available_isas() -> tuple[str, ...]:
     except ImportError:
         return ()
     return tuple(isas())
+
+
+def kernel_table() -> tuple[KernelRow, ...]:
+    """The engine's instruction sets, with what this machine lacks for those that it cannot run, and which one is used.
+
+    Slowest first; empty where the engine is not built.
+    """
+    try:
+        from .engine import kernel_table as table
+    except ImportError:
+        return ()
+    return table()
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: what reads it takes longer to import than this package."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("bitstrata")
+    except PackageNotFoundError:  # run from a source tree
+        return "0+source"

@@ -10,10 +10,9 @@ import hashlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import graph, layout, manifest
 from .errors import ArtifactError
@@ -24,6 +23,9 @@ from .planes import unpack_plane, widen
 from .program import Factors, Program, Weights
 from .source import DirectorySource, Source
 from .writer import write
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Artifact", "ArtifactInfo", "FileRow", "LayerRow", "PrecisionRow", "info", "write"]
 

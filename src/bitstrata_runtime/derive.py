@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import attrs, intervals
 from .errors import ProgramError
@@ -19,6 +19,9 @@ from .intervals import INT32_MAX, Bounds, align
 from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Value
 from .program import Layer, Node, Program
 from .tables import MIN_STEP, check_map
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Precision = int | str | Mapping[str, int]  # of all layers | name of a plan | of each layer
 

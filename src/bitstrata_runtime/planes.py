@@ -8,11 +8,14 @@ plane at a time without going back to the planes already held.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .errors import ArtifactError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def packed_size(count: int) -> int:

@@ -7,20 +7,22 @@ because every partial sum stays below 2^53; all other operations are the referen
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 
 from .intervals import align
 from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Value
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 DTYPES: dict[str, type[np.integer[Any]]] = {"u8": np.uint8, "s8": np.int8, "i32": np.int32}
 _GATHER_BYTES = 1 << 25  # how much of a convolution's windows the oracle lays out at a time
 
-Integers = NDArray[np.integer[Any]]
-Wide = NDArray[np.int64]
+Integers: TypeAlias = "NDArray[np.integer[Any]]"
+Wide: TypeAlias = "NDArray[np.int64]"
 
 
 class ReferenceExecutor:

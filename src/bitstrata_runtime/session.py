@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import os
-import warnings
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .artifact import Artifact
+from .backend import Backend, check_threads, choose_backend
 from .derive import Precision, derive, resolve_map
 from .errors import ProgramError
-from .images import channels_last
-from .plan import Plan
+from .plan import Conv, Plan
 from .program import Program
-from .reference import DTYPES, OracleExecutor, ReferenceExecutor
+from .snapshot import Integers, Snapshot
 from .source import Source
 
-_CACHED = 4  # executors kept for precisions left; each holds its weights
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
-Integers = NDArray[np.integer[Any]]
-
-
-class Executor(Protocol):
-    """Runs one plan. Codes and results are (N, H, W, C); see `reference.ReferenceExecutor`, the normative one."""
-
-    def run(self, codes: Integers) -> NDArray[np.int32]: ...
-
-    def run_all(self, codes: Integers) -> dict[str, Integers]: ...
+KEEP = 4  # precisions that a session keeps ready, if nothing else is asked for
 
 
 class ProgramSource(Protocol):
@@ -58,22 +49,48 @@ class _InMemory:
         return self._program
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a session holds, in bytes.
+
+    codes: weight codes as read from the artifact, a byte each, and what the plans of the precisions that are ready
+    derived from them. packed: (precision, bytes) of each precision that is ready, its weights as the kernels read them
+    and other constants. workspaces: intermediate values of runs under way, or kept for the next ones.
+    """
+
+    codes: int
+    packed: tuple[tuple[Precision, int], ...]
+    workspaces: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.codes + sum(size for _, size in self.packed) + self.workspaces
+
+
 class Session:
     """A program at one precision, ready to run. Made by `load` or `Session.from_program`.
 
     A precision is an int (all layers), a map layer -> int (complete), or the name of one of the program's plans. A
-    change of precision that fails raises and leaves the session as it was. Not safe for use by several threads at once.
+    change of precision that fails raises and leaves the session as it was.
+
+    Safe for use by several threads at once: runs go on at the same time, each from start to end at the precision that
+    the session had when the run began, and no change waits for them. `at` gives the precision that a run will have
+    together with the means to run.
     """
 
-    program: Program  # as far as it has been read
-    plan: Plan
-    precision_map: dict[str, int]  # layer -> precision
-
-    def __init__(self, source: ProgramSource, precision: Precision, make_executor: Callable[[Plan], Executor]) -> None:
+    def __init__(self, source: ProgramSource, precision: Precision, backend: Backend, keep: int = KEEP) -> None:
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep = {keep!r}: must be a positive integer")
         self._source = source
-        self._make_executor = make_executor
-        self._cache: OrderedDict[Any, tuple[Plan, Executor]] = OrderedDict()
-        self._switch(precision)
+        self._backend = backend
+        self._keep = keep
+        self._loading = threading.Lock()  # held while a precision is read and made ready; taken before `_state`
+        self._state = threading.Lock()  # of what follows; held for microseconds
+        self._ready: OrderedDict[tuple[Any, ...], Snapshot] = OrderedDict()  # the most recently used last
+        self._keys: dict[int | str, tuple[Any, ...]] = {}
+        self._now = self._make(precision)
+        self._ready[self._key(precision)] = self._now
 
     @classmethod
     def from_program(
@@ -84,25 +101,47 @@ class Session:
         executor: str | None = None,
         isa: str | None = None,
         threads: int = 1,
+        keep: int = KEEP,
     ) -> Session:
         """A session on a program in memory; arguments and errors as of `load`."""
-        make = _executor_factory(executor, isa, threads)
-        return cls(_InMemory(program), _narrowest(program.precisions) if bits is None else bits, make)
+        backend = choose_backend(executor, isa, threads)
+        return cls(_InMemory(program), _narrowest(program.precisions) if bits is None else bits, backend, keep)
 
     # Precision
+
+    @property
+    def program(self) -> Program:
+        """The program, as far as the present precision needed it to be read."""
+        return self._now.program
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the present precision."""
+        return self._now.plan
+
+    @property
+    def precision_map(self) -> dict[str, int]:
+        """Layer -> precision, at present."""
+        return dict(self._now.precision_map)
 
     @property
     def reads(self) -> list[tuple[str, int]]:
         """(file, bytes) of every file of the artifact read so far; empty for a program in memory."""
         return self._source.reads
 
+    def at(self, bits: Precision | None = None) -> Snapshot:
+        """The program at `bits`, None for the present precision, to run whatever the session changes to.
+
+        Reads and prepares what is not ready yet, as `set_precision` does, but the session stays at its precision.
+        """
+        return self._now if bits is None else self._get(bits)
+
     def set_precision(self, bits: Precision) -> None:
-        """Run at `bits` from now on, reading what is not held yet.
+        """Runs that begin from now on run at `bits`; reads and prepares what is not ready yet.
 
         Raises ProgramError for an unknown precision, plan or layer, ArtifactError if a file cannot be read.
         """
-        resolve_map(self.program, bits)
-        self._switch(bits)
+        self._switch(bits, lambda now: None)
 
     def upgrade(self, bits: Precision) -> None:
         """`set_precision`, provided that it raises some layers and lowers none; else ProgramError."""
@@ -112,83 +151,119 @@ class Session:
         """`set_precision`, provided that it lowers some layers and raises none; else ProgramError."""
         self._move(bits, -1, "downgrade")
 
+    def release(self, bits: Precision | None = None) -> None:
+        """Forget what was prepared for `bits`, None for all but the present precision, and memory of past runs.
+
+        Runs under way and snapshots keep what they use. Codes that were read stay, so that nothing is read twice.
+        Raises ProgramError for an unknown precision, and for the present one.
+        """
+        key = None if bits is None else self._key(bits)
+        with self._state:
+            present = next(known for known, ready in self._ready.items() if ready is self._now)
+            if key == present:
+                raise ProgramError(f"release: {bits!r} is the present precision; change it first")
+            for known in [known for known in self._ready if known != present and key in (None, known)]:
+                del self._ready[known]
+            self._backend.trim([ready.executor for ready in self._ready.values()])
+
+    @property
+    def memory(self) -> Memory:
+        """What the session holds at present. Snapshots and runs of precisions released since are not counted."""
+        with self._state:
+            ready = list(self._ready.values())
+        packed = tuple((one.precision, self._backend.constant_bytes(one.executor)) for one in ready)
+        return Memory(_bytes_of_codes(ready), packed, self._backend.workspace_bytes())
+
     def _move(self, bits: Precision, sign: int, verb: str) -> None:
         chosen = resolve_map(self.program, bits)
-        steps = [sign * (chosen[layer] - now) for layer, now in self.precision_map.items()]
-        if min(steps) < 0 or max(steps) == 0:
-            now = sorted(set(self.precision_map.values()))
-            raise ProgramError(
-                f"{verb}: {bits!r} is no {verb} from the present precision {now[0] if len(now) == 1 else now}; "
-                f"use set_precision for any other change"
-            )
-        self._switch(bits)
 
-    def _switch(self, precision: Precision) -> None:
-        program = self._source.load(*self._source.needs(precision))
-        chosen = resolve_map(program, precision)
-        key = (precision if isinstance(precision, str) else None, *chosen.items())
-        ready = self._cache.get(key)
-        if ready is None:
-            plan = derive(program, precision)
-            ready = (plan, self._make_executor(plan))
-        self._cache[key] = ready
-        self._cache.move_to_end(key)
-        if len(self._cache) > _CACHED:
-            self._cache.popitem(last=False)
-        self.program, self.precision_map = program, chosen
-        self.plan, self._executor = ready
+        def check(present: Snapshot) -> None:
+            steps = [sign * (chosen[layer] - now) for layer, now in present.precision_map.items()]
+            if min(steps) < 0 or max(steps) == 0:
+                now = sorted(set(present.precision_map.values()))
+                raise ProgramError(
+                    f"{verb}: {bits!r} is no {verb} from the present precision {now[0] if len(now) == 1 else now}; "
+                    f"use set_precision for any other change"
+                )
+
+        check(self._now)  # before anything is read
+        self._switch(bits, check)
+
+    def _switch(self, bits: Precision, check: Callable[[Snapshot], None]) -> None:
+        """Change to `bits` if `check` accepts the precision that is present when the change takes place."""
+        ready, key = self._get(bits), self._key(bits)
+        with self._state:
+            check(self._now)
+            self._now = ready
+            self._store(key, ready)
+
+    def _get(self, bits: Precision) -> Snapshot:
+        key = self._key(bits)
+        with self._state:
+            ready = self._ready.get(key)
+        if ready is not None:
+            return ready
+        with self._loading:
+            with self._state:
+                ready = self._ready.get(key)  # another thread may have made it meanwhile
+            if ready is None:
+                ready = self._make(bits)
+                with self._state:
+                    self._store(key, ready)
+            return ready
+
+    def _store(self, key: tuple[Any, ...], ready: Snapshot) -> None:
+        """Keep `ready` as the most recently used; the present precision is never dropped for another."""
+        self._ready[key] = ready
+        self._ready.move_to_end(key)
+        while len(self._ready) > self._keep:
+            del self._ready[next(known for known, one in self._ready.items() if one is not self._now)]
+
+    def _make(self, bits: Precision) -> Snapshot:
+        program = self._source.load(*self._source.needs(bits))
+        chosen, plan = resolve_map(program, bits), derive(program, bits)
+        return Snapshot(bits, chosen, program, plan, self._backend.make(plan))
+
+    def _key(self, bits: Precision) -> tuple[Any, ...]:
+        """What distinguishes precisions: a plan's name, and the precision of every layer. Raises ProgramError."""
+        if type(bits) is int or type(bits) is str:  # no bool, which equals an int
+            if bits not in self._keys:
+                self._keys[bits] = self._full_key(bits)
+            return self._keys[bits]
+        return self._full_key(bits)
+
+    def _full_key(self, bits: Precision) -> tuple[Any, ...]:
+        return (bits if isinstance(bits, str) else None, *resolve_map(self.program, bits).values())
 
     # Running
 
-    def run(self, x: ArrayLike, *, floats: bool = False) -> NDArray[np.float32]:
-        """Logits: float32 (N, classes), or (N, C, H, W) where the output is a map.
+    @property
+    def threads(self) -> int:
+        """How many threads a run may have."""
+        return self._backend.threads
 
-        x: (N, C, H, W). A program on pixels takes uint8; with floats=True, real pixels in [0, 1], which are
-        multiplied by 255 and rounded (any normalization is in the program). A program on codes takes floats only:
-        floats=True and real values, normalized as in training, which are rounded to the input's grid (spec/numerics.md,
-        section 5). Raises ValueError for another dtype, shape or range.
+    def set_threads(self, threads: int) -> None:
+        """For runs that begin from now on: how many threads one run at a time has; results do not depend on it.
+
+        A run that begins while another has the threads works on its caller's thread alone. Raises ValueError.
         """
-        scale = self.plan.values[self.plan.output].scale
-        return (self.run_raw(x, floats=floats) * np.float64(scale if scale is not None else 1.0)).astype(np.float32)
+        self._backend.set_threads(check_threads(threads))
 
-    def run_raw(self, x: ArrayLike, *, floats: bool = False) -> NDArray[np.int32]:
-        """The output's integers, int32 of `run`'s shape: logits = scale * integer. x and errors as in `run`."""
-        result = self._executor.run(self.encode(x, floats=floats))
-        if result.shape[1:3] == (1, 1):
-            return result[:, 0, 0, :]
-        return np.ascontiguousarray(result.transpose(0, 3, 1, 2))
+    def run(self, x: ArrayLike, *, floats: bool = False) -> NDArray[Any]:
+        """Logits at the present precision: float32 (N, classes) or (N, C, H, W); see `Snapshot.run`."""
+        return self._now.run(x, floats=floats)
+
+    def run_raw(self, x: ArrayLike, *, floats: bool = False) -> NDArray[Any]:
+        """The output's integers at the present precision, int32; see `Snapshot.run_raw`."""
+        return self._now.run_raw(x, floats=floats)
 
     def run_all(self, x: ArrayLike, *, floats: bool = False) -> dict[str, Integers]:
-        """Every value by name, integers (N, H, W, C), the input's codes included. x and errors as in `run`."""
-        return self._executor.run_all(self.encode(x, floats=floats))
+        """Every value by name at the present precision; see `Snapshot.run_all`."""
+        return self._now.run_all(x, floats=floats)
 
     def encode(self, x: ArrayLike, *, floats: bool = False) -> Integers:
-        """The input's codes (N, H, W, C) for `x`, as `run` makes them."""
-        array = np.asarray(x)
-        shape = tuple(self.program.input_shape)
-        if array.ndim != 4 or array.shape[1:] != shape:
-            raise ValueError(f"run: input must be (N, {', '.join(map(str, shape))}), is {array.shape}")
-        if not floats:
-            if self.program.input_kind != "pixels":
-                raise ValueError("run: the program's input are real values; pass them with floats=True")
-            if array.dtype != np.uint8:
-                raise ValueError(f"run: input must be uint8 pixels, is {array.dtype}; floats need floats=True")
-            return channels_last(array)
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"run: with floats=True the input must be floating point, is {array.dtype}")
-        if not np.isfinite(array).all():
-            raise ValueError("run: input has values that are not finite")
-        return self._encode_floats(array.transpose(0, 2, 3, 1).astype(np.float64))
-
-    def _encode_floats(self, x: NDArray[np.float64]) -> Integers:
-        value = self.plan.values[self.plan.input]
-        if self.program.input_kind == "pixels":
-            if x.size and not 0.0 <= x.min() <= x.max() <= 1.0:
-                raise ValueError(f"run: real pixels must lie in [0, 1], reach [{x.min()}, {x.max()}]")
-            codes = np.rint(x * 255.0)
-        else:
-            codes = np.rint(x / self.plan.input_step - np.asarray(self.plan.input_offset))
-        return np.ascontiguousarray(np.clip(codes, value.lo, value.hi), dtype=DTYPES[value.dtype])
+        """The input's codes (N, H, W, C) for `x` at the present precision, as `run` makes them."""
+        return self._now.encode(x, floats=floats)
 
 
 def load(
@@ -198,18 +273,20 @@ def load(
     executor: str | None = None,
     isa: str | None = None,
     threads: int = 1,
+    keep: int = KEEP,
 ) -> Session:
     """Open an artifact and get it ready to run at `bits`, reading only the files which that needs.
 
     bits: a precision, a map layer -> precision, the name of a plan, or None for the narrowest precision. executor:
     "engine" (compiled kernels), "reference" (slow, normative), "oracle" (the reference with exact matrix products),
     or None for the engine where it is available, else the reference with a warning. isa: the engine's instruction
-    set, None for the best. threads: of the engine. Raises ArtifactError for an artifact or precision that cannot be
-    used, ValueError for a wrong executor, isa or threads, ImportError if the engine is asked for and not built.
+    set, None for the best. threads: of the engine. keep: how many precisions stay ready at most, the present one
+    included; each holds its weights. Raises ArtifactError for an artifact or precision that cannot be used, ValueError
+    for a wrong executor, isa, threads or keep, ImportError if the engine is asked for and not built.
     """
-    make = _executor_factory(executor, isa, threads)
+    backend = choose_backend(executor, isa, threads)
     artifact = Artifact.open(path)
-    return Session(artifact, _narrowest(artifact.precisions) if bits is None else bits, make)
+    return Session(artifact, _narrowest(artifact.precisions) if bits is None else bits, backend, keep)
 
 
 def _narrowest(precisions: tuple[int, ...]) -> int:
@@ -218,20 +295,11 @@ def _narrowest(precisions: tuple[int, ...]) -> int:
     return min(precisions)
 
 
-def _executor_factory(executor: str | None, isa: str | None, threads: int) -> Callable[[Plan], Executor]:
-    if type(threads) is not int or threads < 1:
-        raise ValueError(f"threads = {threads!r}: must be a positive integer")
-    if executor not in (None, "engine", "reference", "oracle"):
-        raise ValueError(f"executor = {executor!r}: must be 'engine', 'reference', 'oracle' or None")
-    if executor in (None, "engine"):
-        try:
-            from .engine import EngineExecutor
-        except ImportError as error:
-            if executor == "engine" or isa is not None:
-                raise ImportError(f"the engine is not available: {error}") from error
-            warnings.warn(f"the engine is not available ({error}); using the slow reference", stacklevel=3)
-            return ReferenceExecutor
-        return lambda plan: EngineExecutor(plan, isa=isa, threads=threads)
-    if isa is not None:
-        raise ValueError(f"isa = {isa!r}: only the engine has instruction sets, the executor is {executor!r}")
-    return ReferenceExecutor if executor == "reference" else OracleExecutor
+def _bytes_of_codes(snapshots: Iterable[Snapshot]) -> int:
+    """Bytes of all arrays of weight codes, those that several share counted once."""
+    sizes: dict[int, int] = {}
+    for snapshot in snapshots:
+        held = [weights.codes for weights in snapshot.program.weights.values()]
+        held += [op.codes for op in snapshot.plan.ops if isinstance(op, Conv)]
+        sizes.update((codes.__array_interface__["data"][0], codes.nbytes) for codes in held)
+    return sum(sizes.values())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import graph, layout, manifest
 from .errors import ArtifactError
@@ -20,6 +18,9 @@ from .layout import Contents
 from .manifest import FileEntry
 from .planes import pack_plane
 from .program import Layer, Program
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def write(program: Program, path: str | os.PathLike[str], *, overwrite: bool = False) -> ArtifactInfo:
@@ -49,7 +50,7 @@ def write(program: Program, path: str | os.PathLike[str], *, overwrite: bool = F
         _sync_directory(temporary)
         _replace(temporary, target, overwrite)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
+        _remove(temporary, ignore_errors=True)  # gone already if all went well
     return describe(manifest.decode(data))
 
 
@@ -132,7 +133,7 @@ def _is_artifact_file(name: str) -> bool:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.{kind}")
+    return target.with_name(f".{target.name}.{os.urandom(8).hex()}.{kind}")
 
 
 def _replace(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -149,7 +150,13 @@ def _replace(temporary: Path, target: Path, overwrite: bool) -> None:
         raise
     _sync_directory(target.parent)
     if replaced:
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(folder: Path, *, ignore_errors: bool = False) -> None:
+    import shutil  # with its compressors, more than all else that reading an artifact needs
+
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _sync_directory(path: Path) -> None:

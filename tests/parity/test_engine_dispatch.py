@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bitstrata_runtime import plan as p
-from bitstrata_runtime.engine import EngineExecutor, available_isas, emulated_isas
+from bitstrata_runtime.engine import EngineExecutor, Resources, available_isas, emulated_isas, kernel_table
 from bitstrata_runtime.reference import ReferenceExecutor
 
 C = 12
@@ -179,6 +180,42 @@ def test_concurrent_callers() -> None:
     assert failures == []
 
 
+def test_executors_share_threads_and_memory() -> None:
+    plan, x = residual_plan(), pixels(9)
+    expected = ReferenceExecutor(plan).run(x)
+    resources = Resources(2, callers=3)
+    assert (resources.threads, resources.callers, resources.bytes) == (2, 3, 0)
+    executors = [EngineExecutor(plan, resources=resources, isa=isa) for isa in available_isas()]
+    most = max(executor.run_bytes for executor in executors)
+    assert resources.bytes == 2 * most  # a caller's and the other thread's
+    for threads in (1, 3, 2):
+        resources.set_threads(threads)
+        assert resources.threads == threads
+        for executor in executors:
+            np.testing.assert_array_equal(executor.run(x), expected)
+        assert resources.bytes == threads * most
+    resources.trim(executors[0].run_bytes)
+    assert resources.bytes == 2 * executors[0].run_bytes
+    assert executors[0].constant_bytes > sum(op.codes.size for op in plan.ops if isinstance(op, p.Conv))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "threads is 0, not in 1..256"),
+        ((257,), "threads is 257, not in 1..256"),
+        ((1, 0), "callers = 0: must be a positive"),
+        ((1, 5000), "callers is 5000, not in 1..4096"),
+    ],
+)
+def test_wrong_resources(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Resources(*arguments)
+    if len(arguments) == 1:
+        with pytest.raises(ValueError, match=message):
+            Resources().set_threads(*arguments)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITSTRATA_ISA", isa)
@@ -232,8 +269,37 @@ def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif("amx" in available_isas(), reason="this processor has AMX")
 def test_an_instruction_set_that_the_processor_lacks() -> None:
-    with pytest.raises(ValueError, match=r"isa=amx: (this processor|not an instruction set).*available: generic"):
+    wanted = r"isa=amx: (this processor|not an instruction set).*available: generic"
+    with pytest.raises(ValueError, match=wanted) as raised:
         EngineExecutor(residual_plan(), isa="amx")
+    (row,) = [row for row in kernel_table() if row.isa == "amx"]
+    assert row.lacks in str(raised.value) or "not compiled" in row.lacks
+
+
+def test_the_table_tells_what_runs_and_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITSTRATA_ISA", raising=False)
+    rows = kernel_table()
+    assert [row.isa for row in rows if not row.lacks and not row.emulated] == list(available_isas())
+    assert [row.isa for row in rows if not row.lacks and row.emulated] == list(emulated_isas())
+    assert {"generic", "avx2", "avx2vnni", "avx512vnni", "amx", "amx-emulated"} <= {row.isa for row in rows}
+    assert [row.isa for row in rows if row.chosen] == [available_isas()[-1]]
+    for name, chosen in (("generic", ["generic"]), ("amx-emulated", ["amx-emulated"]), ("sse9", [])):
+        monkeypatch.setenv("BITSTRATA_ISA", name)
+        assert [row.isa for row in kernel_table() if row.chosen] == chosen
+    flags = cpu_flags()
+    if not flags:
+        return
+    for row in rows:
+        if row.lacks.startswith("processor flag"):
+            named = [word.strip(",") for word in row.lacks.split() if word[:3] in ("avx", "bmi", "amx")]
+            assert named
+            assert not all(name in flags for name in named)
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 @pytest.mark.parametrize("isa", emulated_isas())

@@ -92,6 +92,7 @@ def error(capsys, *argv: str) -> str:
         (["quantize", "absent.pt", "--data", "digits", "--mean", "a,b"], "--mean 'a,b': expected numbers"),
         (["info", "absent.strata"], "absent.strata: no such directory"),
         (["run", "absent.strata", "--bits", "1", "--input", "x.npy"], "absent.strata: no such directory"),
+        (["bench"], "bench: name the artifact to measure, or give --isa alone"),
         (["bench", "absent.strata"], "absent.strata: no such directory"),
         (["bench", "absent.strata", "--runs", "0"], "--batch, --runs and --repeats must be at least 1"),
         (["eval", "absent"], "eval: absent does not exist"),
@@ -322,3 +323,22 @@ def test_recipe_takes_its_fields():
 def test_recipe_fields_that_are_wrong(options, message):
     with pytest.raises(common.CommandError, match=message):
         loading.make_recipe(Train(**options))
+
+
+@pytest.mark.parametrize("arguments", [["--isa"], ["--isa", "list"], ["--isa", "--batch", "2"]])
+def test_bench_lists_instruction_sets(arguments, monkeypatch, capsys):
+    from bitstrata_runtime.engine import kernel_table
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("BITSTRATA_ISA", raising=False)
+    assert main(["bench", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for row in kernel_table():
+        (line,) = [line for line in shown.splitlines() if f" {row.isa} " in line]
+        assert row.lacks in line
+        assert ("no" in line.split()) == bool(row.lacks)
+        assert line.count("yes") == (not row.lacks) + row.chosen
+    assert "BITSTRATA_ISA is not set: the fastest is used" in shown
+    monkeypatch.setenv("BITSTRATA_ISA", "abacus")
+    assert main(["bench", *arguments]) == 0
+    assert "BITSTRATA_ISA is 'abacus', which cannot run here: it is refused" in capsys.readouterr().out

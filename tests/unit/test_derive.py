@@ -79,6 +79,30 @@ def test_grouped_conv_bounds_are_those_of_the_groups_channels():
 
 
 @pytest.mark.parametrize(
+    ("mul", "add", "taps"), [(1, 0, 1), (2, 1, 9), (-3, 5, 49), (-255, -127, 9), (255, 128, 9), (32767, -32768, 600)]
+)
+def test_conv_bounds_are_sums_by_sign(mul, add, taps):
+    """Weights of every size, few and many a channel, with codes and bounds at the ends of their types among them."""
+    rng = np.random.default_rng(taps)
+    codes = rng.integers(-128, 128, (7, 3, 1, taps)).astype(np.int8)
+    codes[0], codes[1] = -128, 127
+    low, high = np.array([0, -128, 3]), np.array([255, 127, 3])
+    weights = codes.astype(np.int64).reshape(7, 3, taps) * mul + add
+    ends = weights * low[:, None], weights * high[:, None]
+    found = intervals.conv(codes, mul, add, 1, (low, high))
+    np.testing.assert_array_equal(found[0], np.minimum(*ends).sum((1, 2)))
+    np.testing.assert_array_equal(found[1], np.maximum(*ends).sum((1, 2)))
+
+
+def test_conv_bounds_of_more_rows_than_are_read_at_a_time(monkeypatch):
+    codes = np.random.default_rng(0).integers(-8, 8, (5, 7, 3, 3)).astype(np.int8)
+    bounds = np.zeros(7, np.int64), np.arange(7)
+    expected = intervals.conv(codes, 2, 1, 1, bounds)
+    monkeypatch.setattr(intervals, "_ROWS", 4)
+    np.testing.assert_array_equal(intervals.conv(codes, 2, 1, 1, bounds), expected)
+
+
+@pytest.mark.parametrize(
     ("gain", "shift", "expected"),
     [
         (2.0**-8, 0.0, 30),  # no finer, however small the values

@@ -44,8 +44,12 @@ else:
 
 import numpy as np
 
+known = set(sys.modules)
 import bitstrata_runtime
 
+# None of these is needed to run an artifact, and each takes as long to import as a part of this package.
+slow = {"importlib.metadata", "numpy.typing", "shutil", "secrets"} & (set(sys.modules) - known)
+assert not slow, f"imported for nothing: {slow}"
 path, executor, wide = sys.argv[1:]
 session = bitstrata_runtime.load(path, executor=executor)
 x = np.arange(2 * 3 * 6 * 6).reshape(2, 3, 6, 6).astype(np.uint8)

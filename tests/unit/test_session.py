@@ -108,13 +108,28 @@ def test_floats_enter_through_step_offset_and_range():
     [
         (plain_program, np.zeros((2, 3, 6, 6)), False, "must be uint8 pixels, is float64; floats need floats=True"),
         (plain_program, np.zeros((2, 3, 6, 6), np.int8), False, "must be uint8 pixels, is int8"),
-        (plain_program, np.zeros((2, 6, 6, 3), np.uint8), False, r"must be \(N, 3, 6, 6\), is \(2, 6, 6, 3\)"),
-        (plain_program, np.zeros((3, 6, 6), np.uint8), False, r"must be \(N, 3, 6, 6\), is \(3, 6, 6\)"),
+        (
+            plain_program,
+            np.zeros((2, 6, 6, 3), np.uint8),
+            False,
+            r"must be \(N, 3, 6, 6\), is \(2, 6, 6, 3\); channels seem to be last: pass x.transpose\(0, 3, 1, 2\)",
+        ),
+        (plain_program, np.zeros((6, 6, 3), np.uint8), False, r"is \(6, 6, 3\); .* x.transpose\(2, 0, 1\)\[None\]"),
+        (
+            plain_program,
+            np.zeros((3, 6, 6), np.uint8),
+            False,
+            r"must be \(N, 3, 6, 6\), is \(3, 6, 6\); the batch is missing: pass x\[None\]",
+        ),
+        (plain_program, np.zeros((2, 3, 6, 7), np.uint8), False, r"is \(2, 3, 6, 7\)$"),
+        (plain_program, [[1], [1, 2]], False, "run: input is no array: .*inhomogeneous"),
+        (plain_program, np.zeros((2, 3, 6, 6), object), False, "must be uint8 pixels, is object"),
+        (plain_program, np.zeros((2, 3, 6, 6), complex), True, "must be floating point, is complex128"),
         (plain_program, np.zeros((2, 3, 6, 6), np.uint8), True, "must be floating point, is uint8"),
         (plain_program, np.full((2, 3, 6, 6), 1.01), True, r"real pixels must lie in \[0, 1\], reach \[1.01, 1.01\]"),
         (plain_program, np.full((2, 3, 6, 6), -0.01), True, "real pixels must lie"),
         (plain_program, np.full((2, 3, 6, 6), np.nan), True, "values that are not finite"),
-        (residual_program, np.full((2, 2, 5, 5), np.inf), True, "values that are not finite"),
+        (residual_program, np.full((2, 2, 5, 5), np.inf), True, r"not finite, the first is inf at \(0, 0, 0, 0\)"),
         (residual_program, np.zeros((2, 2, 5, 5), np.int8), False, "pass them with floats=True"),
         (residual_program, np.zeros((2, 2, 5, 5)), False, "pass them with floats=True"),
         (residual_program, np.zeros((2, 2, 5, 4)), True, r"must be \(N, 2, 5, 5\), is \(2, 2, 5, 4\)"),
@@ -238,7 +253,7 @@ def test_few_executors_are_kept_and_reused(monkeypatch):
             made.append(plan)
             super().__init__(plan)
 
-    monkeypatch.setattr("bitstrata_runtime.session.OracleExecutor", Counting)
+    monkeypatch.setattr("bitstrata_runtime.backend.OracleExecutor", Counting)
     found = session(plain_program(), 1)
     for bits in (2, 1, 2, 3, 4, 1):
         found.set_precision(bits)
@@ -266,7 +281,7 @@ def test_the_engine_is_the_default():
         *({"isa": isa} for isa in bitstrata_runtime.available_isas()),
     ):
         found = Session.from_program(plain_program(), 2, **kwargs)
-        assert isinstance(found._executor, EngineExecutor)
+        assert isinstance(found.at().executor, EngineExecutor)
         np.testing.assert_array_equal(found.run_raw(x), session(plain_program(), 2, "reference").run_raw(x))
 
 
@@ -281,7 +296,7 @@ def test_without_the_engine_the_reference_runs_with_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match=r"the engine is not available .* slow reference") as record:
         found = Session.from_program(plain_program(), 2)
     assert record[0].filename == __file__
-    assert type(found._executor) is ReferenceExecutor
+    assert type(found.at().executor) is ReferenceExecutor
     assert bitstrata_runtime.available_isas() == ()
     for kwargs in ({"executor": "engine"}, {"isa": "avx2"}):
         with pytest.raises(ImportError, match="the engine is not available"):
@@ -295,6 +310,8 @@ def test_without_the_engine_the_reference_runs_with_a_warning(monkeypatch):
         ({"executor": "reference", "isa": "avx2"}, "isa = 'avx2': only the engine has instruction sets"),
         ({"threads": 0}, "threads = 0: must be a positive integer"),
         ({"threads": 1.0}, "threads = 1.0"),
+        ({"keep": 0}, "keep = 0: must be a positive integer"),
+        ({"keep": True}, "keep = True"),
     ],
 )
 def test_wrong_arguments_are_errors(path, kwargs, message):
@@ -311,3 +328,5 @@ def test_what_is_no_artifact_is_an_error(tmp_path):
     write(program, tmp_path / "net.strata")
     with pytest.raises(ArtifactError, match="7"):
         load(tmp_path / "net.strata", 7)
+    with pytest.raises(ProgramError, match="there is no 7"):
+        load(tmp_path / "net.strata", 1, executor="oracle").at(7)

@@ -15,6 +15,16 @@ std::vector<std::string> available_isas();
 // named.
 std::vector<std::string> emulated_isas();
 
+// A row of the table, whether this build has it or not.
+struct KernelRow {
+  std::string isa;
+  bool emulated;
+  std::string lacks;  // what this machine or this build lacks to run it; empty: it runs
+};
+
+// Every row there is, slowest first, then those that are emulated.
+std::vector<KernelRow> kernel_table();
+
 // The row named `isa`; if empty, the one that the environment variable BITSTRATA_ISA names; if that is unset or empty
 // too, the fastest available. Throws std::invalid_argument if the name is unknown to this build or cannot run here.
 const Kernels& select_kernels(const std::string& isa);

@@ -155,6 +155,9 @@ struct Kernels {
   bool short_requant = false;  // requant uses RequantArgs::factor and the like
   const Training* training;    // quantization and normalization of a training step
   const ProductKernels* products;
+  // The first thing that the processor or its operating system lacks, null if `supported`. If there is no such
+  // function, it is not known.
+  const char* (*lacks)() = nullptr;
 };
 
 }  // namespace bitstrata

@@ -31,10 +31,18 @@ bool permitted() {
 #endif
 }
 
-bool supported() {
-  static const bool yes = kAvx512VnniKernels.supported() && has_amx() && permitted();
-  return yes;
+const char* find_lacking() {
+  if (const char* lacking = kAvx512VnniKernels.lacks()) return lacking;
+  if (!has_amx()) return "processor flags amx_tile and amx_int8";
+  return permitted() ? nullptr : "the operating system's permission to use the tile registers";
 }
+
+const char* lacks() {
+  static const char* const lacking = find_lacking();
+  return lacking;
+}
+
+bool supported() { return lacks() == nullptr; }
 
 constexpr ConvKernel kConv = TileConv<Tiles>::staged("amx");
 constexpr ConvKernel kDirect = TileConv<Tiles>::direct("amx-direct");
@@ -65,6 +73,7 @@ Kernels kernels() {
   Kernels row = kAvx512VnniKernels;
   row.isa = "amx";
   row.supported = supported;
+  row.lacks = lacks;
   row.conv = pick_conv;
   row.products = &kProducts;
   return row;

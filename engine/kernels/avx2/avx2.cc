@@ -76,7 +76,12 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   return avx2_narrow_fits(s) ? &kAvx2Narrow : &kAvx2Wide;
 }
 
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
+const char* lacks() {
+  if (!__builtin_cpu_supports("avx2")) return "processor flag avx2";
+  return __builtin_cpu_supports("bmi2") ? nullptr : "processor flag bmi2";
+}
+
+bool supported() { return lacks() == nullptr; }
 
 }  // namespace
 
@@ -96,6 +101,7 @@ const Kernels kAvx2Kernels = {
     true,
     &kAvx2Training,
     &kAvx2Products,
+    lacks,
 };
 
 }  // namespace bitstrata

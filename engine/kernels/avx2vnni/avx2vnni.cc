@@ -46,11 +46,17 @@ const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
   return depthwise(s) ? &form().depthwise_weight_grad : &form().weight_grad;
 }
 
-bool supported() {  // found once: asking a virtual processor takes long
-  static const bool yes =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && (has_avxvnni() || has_avx512vnni());
-  return yes;
+const char* find_lacking() {
+  if (const char* lacking = kAvx2Kernels.lacks()) return lacking;
+  return has_avxvnni() || has_avx512vnni() ? nullptr : "processor flag avx_vnni, or avx512_vnni with avx512vl";
 }
+
+const char* lacks() {  // found once: asking a virtual processor takes long
+  static const char* const lacking = find_lacking();
+  return lacking;
+}
+
+bool supported() { return lacks() == nullptr; }
 
 ProductKernels products() {
   ProductKernels row = kAvx2Products;
@@ -65,6 +71,7 @@ Kernels kernels() {
   Kernels row = kAvx2Kernels;
   row.isa = "avx2vnni";
   row.supported = supported;
+  row.lacks = lacks;
   row.conv = pick_conv;
   row.products = &kProducts;
   return row;

@@ -132,11 +132,17 @@ const ConvKernel* pick_conv(const ConvShape& s) {
 }
 
 // The compiler's checks include that the operating system saves the registers.
-bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+const char* lacks() {
+  if (!__builtin_cpu_supports("avx2")) return "processor flag avx2";
+  if (!__builtin_cpu_supports("bmi2")) return "processor flag bmi2";
+  if (!__builtin_cpu_supports("avx512f")) return "processor flag avx512f";
+  if (!__builtin_cpu_supports("avx512bw")) return "processor flag avx512bw";
+  if (!__builtin_cpu_supports("avx512vl")) return "processor flag avx512vl";
+  if (!__builtin_cpu_supports("avx512dq")) return "processor flag avx512dq";
+  return __builtin_cpu_supports("avx512vnni") ? nullptr : "processor flag avx512_vnni";
 }
+
+bool supported() { return lacks() == nullptr; }
 
 }  // namespace
 
@@ -156,6 +162,7 @@ const Kernels kAvx512VnniKernels = {
     true,
     &kAvx512VnniTraining,
     &kAvx512VnniProducts,
+    lacks,
 };
 
 }  // namespace bitstrata

@@ -66,6 +66,7 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 constexpr ConvKernel kConv = {"generic", packed_bytes, pack, staged_row_bytes, stage, run};
 
 const ConvKernel* pick_conv(const ConvShape&) { return &kConv; }
+const char* lacks() { return nullptr; }
 bool supported() { return true; }
 
 }  // namespace
@@ -86,6 +87,7 @@ const Kernels kGenericKernels = {
     false,
     &kGenericTraining,
     &kGenericProducts,
+    lacks,
 };
 
 }  // namespace bitstrata

@@ -17,6 +17,7 @@ from bitstrata.cli.common import CommandError
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.eval import Eval
 from bitstrata.cli.info import Info
+from bitstrata.cli.kernels import fill_in
 from bitstrata.cli.lower import Lower
 from bitstrata.cli.pack import Pack
 from bitstrata.cli.quantize import Quantize
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = fill_in([argument for argument in arguments if argument != "--debug"])
     try:
         command = tyro.cli(Command, prog="bitstrata", description=DESCRIPTION, args=arguments)
     except SystemExit as stop:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from bitstrata.cli.common import CommandError, choose, cpu_name, output, parse_bits, write_json
+from bitstrata.cli.kernels import LIST, print_kernel_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,15 +24,16 @@ class Bench:
     """Measure latency per precision, instruction set and thread count, on random pixels.
 
     The peer of each row is the same program on the engine's own generic kernels, with as many threads;
-    ratio = peer_ms / ours_ms. The generic rows have no peer.
+    ratio = peer_ms / ours_ms. The generic rows have no peer. With --isa alone, list the instruction sets instead.
     """
 
-    artifact: Annotated[Path, tyro.conf.Positional]
+    artifact: Annotated[Path | None, tyro.conf.Positional] = None
     """Artifact directory."""
     bits: str | None = None
     """Precisions, as 1,2,4; default all."""
     isa: str | None = None
-    """Instruction sets, separated by commas; default all that this machine has."""
+    """Instruction sets, separated by commas; default all that this machine has. Without a value, or as "list": print
+    which there are, which this machine can run and which is used, and measure nothing."""
     threads: str = "1"
     """Thread counts, separated by commas."""
     batch: int = 1
@@ -44,7 +46,14 @@ class Bench:
     """Also write the rows to this file."""
 
     def run(self) -> None:
-        """Print a table of medians."""
+        """Print a table of medians, or of instruction sets."""
+        if self.isa == LIST:
+            return print_kernel_table()
+        if self.artifact is None:
+            raise CommandError("bench: name the artifact to measure, or give --isa alone to list instruction sets")
+        return self._measure_all(self.artifact)
+
+    def _measure_all(self, path: Path) -> None:
         import numpy as np
         from rich.table import Table
 
@@ -52,14 +61,14 @@ class Bench:
 
         if min(self.batch, self.runs, self.repeats) < 1:
             raise CommandError("bench: --batch, --runs and --repeats must be at least 1")
-        artifact = Artifact.open(self.artifact)
+        artifact = Artifact.open(path)
         program, generator = artifact.manifest.program, np.random.default_rng(0)
         size = (self.batch, *program.input_shape)
         pixels = program.input_kind == "pixels"
         image = generator.integers(0, 256, size, dtype=np.uint8) if pixels else generator.standard_normal(size)
         bits = parse_bits(self.bits) if self.bits is not None else artifact.precisions
-        rows = self._rows(bits, image)
-        shown = Table(title=f"{self.artifact.name}, batch {self.batch}, {cpu_name()}", title_justify="left")
+        rows = self._rows(path, bits, image)
+        shown = Table(title=f"{path.name}, batch {self.batch}, {cpu_name()}", title_justify="left")
         for column in ("bits", "isa", "threads", "ms", "peer", "peer ms", "ratio"):
             shown.add_column(column, justify="right")
         for row in rows:
@@ -71,7 +80,7 @@ class Bench:
         if self.json is not None:
             write_json(self.json, rows)
 
-    def _rows(self, bits: tuple[int, ...], image: NDArray[Any]) -> list[dict[str, Any]]:
+    def _rows(self, path: Path, bits: tuple[int, ...], image: NDArray[Any]) -> list[dict[str, Any]]:
         from bitstrata_runtime.engine import available_isas
 
         known = available_isas()
@@ -79,12 +88,14 @@ class Bench:
         rows: list[dict[str, Any]] = []
         for threads in _thread_counts(self.threads):
             for precision in bits:
-                ours = {isa: self._measure(precision, isa, threads, image) for isa in dict.fromkeys((GENERIC, *isas))}
+                ours = {
+                    isa: self._measure(path, precision, isa, threads, image) for isa in dict.fromkeys((GENERIC, *isas))
+                }
                 for isa in isas:
                     peer_ms = None if isa == GENERIC else ours[GENERIC]
                     rows.append(
                         {
-                            "case": f"{self.artifact.name} batch {self.batch}",
+                            "case": f"{path.name} batch {self.batch}",
                             "threads": threads,
                             "isa": isa,
                             "bits": precision,
@@ -96,11 +107,11 @@ class Bench:
                     )
         return rows
 
-    def _measure(self, bits: int, isa: str, threads: int, image: NDArray[Any]) -> float:
+    def _measure(self, path: Path, bits: int, isa: str, threads: int, image: NDArray[Any]) -> float:
         """Median of the medians of `runs` series, in milliseconds, after a warm-up."""
         import bitstrata_runtime as runtime
 
-        session = runtime.load(self.artifact, bits=bits, isa=isa, threads=threads)
+        session = runtime.load(path, bits=bits, isa=isa, threads=threads)
         for _ in range(3):
             session.run(image, floats=image.dtype != "uint8")
         return statistics.median(self._series(session, image) for _ in range(self.runs))
