@@ -27,10 +27,6 @@ class ThreadPool;
 struct Made;
 struct Operand;
 
-using Pair = std::array<int64_t, 2>;    // height, width; or before, after
-using Triple = std::array<int64_t, 3>;  // start, stop, step
-using Sides = std::array<int64_t, 4>;   // top, bottom, left, right
-
 struct ConvParams {
   const int8_t* codes;          // (out, in / groups, kernel_h, kernel_w), copied
   std::array<int64_t, 4> dims;  // of codes
