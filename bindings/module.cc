@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -20,6 +21,7 @@ namespace {
 using bitstrata::DType;
 using bitstrata::Graph;
 using bitstrata::Pair;
+using bitstrata::Resources;
 using bitstrata::Shape;
 using bitstrata::Sides;
 using bitstrata::Triple;
@@ -82,7 +84,7 @@ void check_batch(const Graph& g, const Batch& x) {
 }
 
 // The values of `wanted`, computed for a batch.
-std::vector<nb::ndarray<nb::numpy>> run(Graph& g, Batch x, const std::vector<int>& wanted) {
+std::vector<nb::ndarray<nb::numpy>> run(const Graph& g, Batch x, const std::vector<int>& wanted) {
   check_batch(g, x);
   const int64_t batch = static_cast<int64_t>(x.shape(0));
   std::vector<nb::ndarray<nb::numpy>> results;
@@ -111,8 +113,15 @@ NB_MODULE(_engine, m) {
   bind_layer_norm(m);
   m.def("available_isas", &bitstrata::available_isas);
   m.def("emulated_isas", &bitstrata::emulated_isas);
+  nb::class_<Resources>(m, "Resources")
+      .def(nb::init<int, int>(), "threads"_a, "callers"_a)
+      .def("set_threads", &Resources::set_threads, "threads"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("trim", &Resources::trim, "bytes"_a)
+      .def_prop_ro("threads", &Resources::threads)
+      .def_prop_ro("callers", &Resources::callers)
+      .def_prop_ro("bytes", &Resources::bytes);
   nb::class_<Graph>(m, "Graph")
-      .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
+      .def(nb::init<const std::string&, std::shared_ptr<Resources>>(), "isa"_a, "resources"_a)
       .def("input", [](Graph& g, Triple shape, const std::string& dtype, int64_t lo,
                        int64_t hi) { return g.input(to_shape(shape), parse_dtype(dtype), lo, hi); })
       .def("conv", &conv, "name"_a, "x"_a, "codes"_a.noconvert(), "mul"_a, "add"_a, "stride"_a, "padding"_a,
@@ -153,5 +162,7 @@ NB_MODULE(_engine, m) {
       .def("kernel", &Graph::kernel)
       .def_prop_ro("isa", &Graph::isa)
       .def_prop_ro("chunk", &Graph::chunk)
-      .def_prop_ro("arena_bytes", &Graph::arena_bytes);
+      .def_prop_ro("arena_bytes", &Graph::arena_bytes)
+      .def_prop_ro("run_bytes", &Graph::run_bytes)
+      .def_prop_ro("constant_bytes", &Graph::constant_bytes);
 }

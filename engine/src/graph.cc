@@ -8,13 +8,12 @@
 #include "arena.h"
 #include "bitstrata/dispatch.h"
 #include "checks.h"
+#include "lease.h"
 #include "ops.h"
-#include "thread_pool.h"
 
 namespace bitstrata {
 namespace {
 
-constexpr int kMaxThreads = 256;
 constexpr int64_t kChunkBytes = 256 << 10;  // what a chunk of images may occupy, to stay in the second-level cache
 constexpr int64_t kMaxChunk = 64;
 constexpr int64_t kTileBytes = 48 << 10;  // of a tile's values
@@ -36,11 +35,11 @@ int64_t find_outside(const void* data, int64_t count, int32_t lo, int32_t hi) {
 
 }  // namespace
 
-// What a thread needs to run a chunk.
+// Where a thread has what it needs to run a chunk, all in the memory that is leased for it.
 struct Graph::Worker {
-  AlignedBuffer arena;   // values and scratch, of this thread's images or, where threads share images, of all
-  AlignedBuffer locals;  // of the group that runs
-  std::vector<uint8_t*> values;
+  uint8_t** values;
+  uint8_t* locals;  // of the group that runs
+  uint8_t* arena;   // values and scratch, of this thread's images or, where threads share images, of all
 };
 
 // Operations that are run one after the other on a tile of pixels while it is in the cache, then on the next tile: one
@@ -60,9 +59,10 @@ struct Graph::Group {
   int64_t tile;               // the same, no more than there are
 };
 
-Graph::Graph(const std::string& isa, int threads)
-    : kernels_(select_kernels(isa)),
-      threads_(static_cast<int>(check_range("graph", "threads", threads, 1, kMaxThreads))) {}
+Graph::Graph(const std::string& isa, int threads) : Graph(isa, std::make_shared<Resources>(threads)) {}
+
+Graph::Graph(const std::string& isa, std::shared_ptr<Resources> resources)
+    : kernels_(select_kernels(isa)), resources_(std::move(resources)) {}
 
 Graph::~Graph() = default;
 
@@ -137,10 +137,25 @@ void Graph::finish(int output) {
   lay_out_arena(output, 1);
   chunk_ = std::clamp(kChunkBytes / std::max<int64_t>(arena_bytes_, 1), int64_t{1}, kMaxChunk);
   lay_out_arena(output, chunk_);
-  workers_.resize(static_cast<size_t>(threads_));
-  for (Worker& worker : workers_) worker.values.resize(values_.size());
-  if (threads_ > 1) pool_ = std::make_unique<ThreadPool>(threads_);
+  resources_->reserve(run_bytes());
   output_ = output;
+}
+
+int64_t Graph::run_bytes() const {
+  return align_up(static_cast<int64_t>(values_.size() * sizeof(uint8_t*))) + align_up(local_bytes_) +
+         align_up(arena_bytes_);
+}
+
+Graph::Worker Graph::worker(const Lease& lease, int thread) const {
+  uint8_t* memory = lease.memory(thread);
+  uint8_t* locals = memory + align_up(static_cast<int64_t>(values_.size() * sizeof(uint8_t*)));
+  return {reinterpret_cast<uint8_t**>(memory), locals, locals + align_up(local_bytes_)};
+}
+
+int64_t Graph::constant_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& op : ops_) bytes += op->constant_bytes();
+  return bytes;
 }
 
 void Graph::form_groups(int output) {
@@ -222,86 +237,92 @@ void Graph::check_input(const void* input, int64_t batch) const {
                                 " is outside the input's range " + str(v.lo) + ".." + str(v.hi));
 }
 
-void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations) {
+void Graph::check_run(const void* input, int64_t batch, const std::vector<void*>& destinations) const {
   if (output_ < 0) throw std::invalid_argument("run: the graph is not finished");
   if (destinations.size() != values_.size() || destinations[static_cast<size_t>(output_)] == nullptr)
     throw std::invalid_argument("run: destinations need one entry a value, and one for the output");
-  if (batch == 0) return;
   check_range("run", "batch", batch, 0, kMaxElements);
-  check_input(input, batch);
-  const std::lock_guard<std::mutex> turn(running_);
-  const int64_t images = std::min(chunk_, (batch + threads_ - 1) / threads_);
+  if (batch > 0) check_input(input, batch);
+}
+
+void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations) const {
+  check_run(input, batch, destinations);
+  if (batch > 0) run_batch(Lease(*resources_, run_bytes()), input, batch, destinations);
+}
+
+void Graph::run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const {
+  check_run(input, batch, destinations);
+  if (reinterpret_cast<uintptr_t>(memory) % kAlign != 0)
+    throw std::invalid_argument("run: the memory must be aligned to " + str(kAlign) + " bytes");
+  if (batch > 0) run_batch(Lease(static_cast<uint8_t*>(memory)), input, batch, destinations);
+}
+
+void Graph::run_batch(const Lease& lease, const void* input, int64_t batch,
+                      const std::vector<void*>& destinations) const {
+  const int threads = lease.threads();
+  const int64_t images = std::min(chunk_, (batch + threads - 1) / threads);
   const int64_t chunks = (batch + images - 1) / images;
-  const bool share_rows = threads_ > 1 && chunks < threads_;
-  const Call call{static_cast<const uint8_t*>(input), batch, destinations, share_rows};
-  const int busy = share_rows ? 1 : threads_;
-  for (int t = 0; t < threads_; ++t) {
-    Worker& worker = workers_[static_cast<size_t>(t)];
-    if (t < busy && worker.arena.data() == nullptr) worker.arena = AlignedBuffer(arena_bytes_);
-    if (worker.locals.data() == nullptr) worker.locals = AlignedBuffer(local_bytes_);
-  }
+  const bool share_rows = threads > 1 && chunks < threads;
+  const Call call{lease, static_cast<const uint8_t*>(input), batch, destinations, threads, share_rows};
   std::atomic<int64_t> next{0};
   const auto work = [&](int t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      run_chunk(call, i * images, std::min(images, batch - i * images), workers_[static_cast<size_t>(t)]);
+      run_chunk(call, i * images, std::min(images, batch - i * images), t);
   };
-  if (busy > 1)
-    pool_->run(work);
-  else
+  if (share_rows)
     work(0);
+  else
+    lease.run(work);
 }
 
-void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker) {
+void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const {
+  const Worker worker = this->worker(call.lease, thread);
   for (size_t v = 0; v < values_.size(); ++v) {
     uint8_t* destination = static_cast<uint8_t*>(call.destinations[v]);
-    worker.values[v] =
-        destination != nullptr ? destination + begin * values_[v].bytes() : worker.arena.data() + offsets_[v];
+    worker.values[v] = destination != nullptr ? destination + begin * values_[v].bytes() : worker.arena + offsets_[v];
   }
   const uint8_t* input = call.input + begin * values_[0].bytes();
   if (call.destinations[0] != nullptr)
     std::memcpy(worker.values[0], input, static_cast<size_t>(images * values_[0].bytes()));
   worker.values[0] = const_cast<uint8_t*>(input);  // operations only read their inputs
   if (call.share_rows)
-    for (Worker& other : workers_)
-      if (&other != &worker) other.values = worker.values;
-  const int self = static_cast<int>(&worker - workers_.data());
-  uint8_t* arena = worker.arena.data();
+    for (int t = 1; t < call.threads; ++t)
+      std::copy_n(worker.values, values_.size(), this->worker(call.lease, t).values);
   for (const Group& group : groups_) {
     int64_t cost = 0;
     for (size_t i = group.first; i < group.end; ++i) cost += ops_[i]->cost() * images;
     const auto divide = [&](int64_t items, const auto& work) {
       if (call.share_rows && cost >= kSharedCost)
-        pool_->run([&](int t) { work(t, items * t / threads_, items * (t + 1) / threads_); });
+        call.lease.run([&](int t) { work(t, items * t / call.threads, items * (t + 1) / call.threads); });
       else
-        work(self, int64_t{0}, items);
+        work(thread, int64_t{0}, items);
     };
     const Op& op = *ops_[group.first];
-    const Frame frame{worker.values.data(), arena + offsets_[values_.size() + group.first], images};
+    const Frame frame{worker.values, worker.arena + offsets_[values_.size() + group.first], images};
     const int untiled = group.unit > 0 ? op.phases() - 1 : op.phases();
     for (int phase = 0; phase < untiled; ++phase)
       divide(op.items(phase, images), [&](int, int64_t from, int64_t to) { op.run(phase, frame, from, to); });
     if (group.unit > 0)
       divide(group.pixels * images / group.unit, [&](int t, int64_t from, int64_t to) {
-        run_tiles(group, call, images, arena, t, from * group.unit, to * group.unit);
+        run_tiles(group, call, images, worker.arena, t, from * group.unit, to * group.unit);
       });
   }
 }
 
 // The last phase of a group for the pixels [begin, end) of all images, on a thread.
 void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
-                      int64_t end) {
-  Worker& worker = workers_[static_cast<size_t>(thread)];
-  std::vector<uint8_t*>& values = worker.values;
+                      int64_t end) const {
+  const Worker worker = this->worker(call.lease, thread);
   for (int64_t from = begin; from < end; from += group.tile) {
     const int64_t to = std::min(from + group.tile, end);
     // Operations address a pixel from the start of its value, of which only the tile exists.
     for (const Group::Local& l : group.locals)
       if (call.destinations[static_cast<size_t>(l.value)] == nullptr)
-        values[static_cast<size_t>(l.value)] = reinterpret_cast<uint8_t*>(
-            reinterpret_cast<uintptr_t>(worker.locals.data() + l.at) - static_cast<uintptr_t>(from * l.pixel_bytes));
+        worker.values[l.value] = reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(worker.locals + l.at) -
+                                                            static_cast<uintptr_t>(from * l.pixel_bytes));
     for (size_t i = group.first; i < group.end; ++i) {
       const Op& op = *ops_[i];
-      const Frame frame{values.data(), arena + offsets_[values_.size() + i], images};
+      const Frame frame{worker.values, arena + offsets_[values_.size() + i], images};
       const int64_t each = op.items_of_pixel();
       if (each > 0)
         op.run(op.phases() - 1, frame, from * each, to * each);

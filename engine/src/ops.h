@@ -35,6 +35,7 @@ class Op {
   virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }
+  virtual int64_t constant_bytes() const { return 0; }  // weights as the kernel reads them, tables
 
   const std::vector<int> inputs;
   const int output;

@@ -21,7 +21,8 @@ class ConvOp final : public Op {
         shape_(shape),
         linear_(is_linear(shape)),
         row_bytes_(kernel.staged_row_bytes(shape)),
-        packed_(kernel.packed_bytes(shape)) {
+        packed_bytes_(kernel.packed_bytes(shape)),
+        packed_(packed_bytes_) {
     kernel_.pack(shape_, p.codes, p.pad_code, packed_.data());
     if (linear_) {
       shape_.in_h = shape_.out_h = kMaxExtent;
@@ -38,6 +39,7 @@ class ConvOp final : public Op {
     return rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
   }
   const char* kernel() const override { return kernel_.name; }
+  int64_t constant_bytes() const override { return packed_bytes_; }
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
     const bool stage = stages(phase);
@@ -70,7 +72,7 @@ class ConvOp final : public Op {
   const ConvKernel& kernel_;
   ConvShape shape_;
   bool linear_;
-  int64_t row_bytes_;
+  int64_t row_bytes_, packed_bytes_;
   AlignedBuffer packed_;
 };
 
@@ -92,9 +94,13 @@ void check_pad_codes(const std::string& name, const Value& x, const ConvParams& 
 void check_weights(const std::string& name, const ConvParams& p, int64_t count, ConvShape* s) {
   s->mul = static_cast<int32_t>(check_range(name, "mul", p.mul, INT16_MIN, INT16_MAX));
   s->add = static_cast<int32_t>(check_range(name, "add", p.add, INT16_MIN, INT16_MAX));
-  const auto [lo, hi] = std::minmax_element(p.codes, p.codes + count);
-  s->code_lo = *lo;
-  s->code_hi = *hi;
+  int8_t lo = p.codes[0], hi = p.codes[0];  // a reduction that compilers vectorize
+  for (int64_t i = 1; i < count; ++i) {
+    lo = std::min(lo, p.codes[i]);
+    hi = std::max(hi, p.codes[i]);
+  }
+  s->code_lo = lo;
+  s->code_hi = hi;
   check_range(name, "weight mul * code + add", s->mul * s->code_lo + s->add, INT16_MIN, INT16_MAX);
   check_range(name, "weight mul * code + add", s->mul * s->code_hi + s->add, INT16_MIN, INT16_MAX);
 }

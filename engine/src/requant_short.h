@@ -18,6 +18,7 @@ namespace bitstrata {
 struct ShortRequant {
   ShortRequant() = default;
   explicit ShortRequant(const RequantArgs& args);
+  int64_t bytes() const { return static_cast<int64_t>(from.size() * 5 * sizeof(int32_t) + in_short.size()); }
   std::vector<int32_t> from, to, multiplier, addend, shift;
   std::vector<uint8_t> in_short;
 };

@@ -46,15 +46,16 @@ void ThreadPool::stop() {
   for (auto& worker : workers_) worker.join();
 }
 
-void ThreadPool::run(const std::function<void(int)>& body) {
+void ThreadPool::run_all(Call call, const void* body) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    body_ = &body;
+    call_ = call;
+    body_ = body;
     pending_ = static_cast<int>(workers_.size());
     ++generation_;
   }
   start_.notify_all();
-  body(0);
+  call(body, 0);
   const auto finished = [this] { return pending_ == 0; };
   if (soon(finished)) return;
   std::unique_lock<std::mutex> lock(mutex_);
@@ -69,14 +70,16 @@ void ThreadPool::work(int thread) {
       std::unique_lock<std::mutex> lock(mutex_);
       start_.wait(lock, called);
     }
-    const std::function<void(int)>* body;
+    Call call;
+    const void* body;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (stop_) return;
       seen = generation_;
+      call = call_;
       body = body_;
     }
-    (*body)(thread);
+    call(body, thread);
     if (--pending_ == 0) {
       std::lock_guard<std::mutex> lock(mutex_);  // between the caller's look and its sleep there is no gap
       done_.notify_one();

@@ -36,19 +36,59 @@ def emulated_isas() -> tuple[str, ...]:
     return tuple(_engine.emulated_isas())
 
 
+class Resources:
+    """Threads, and memory for intermediate values, which executors share. Safe for use by several threads at once.
+
+    threads: 1 to 256. One run at a time has them all; a run that finds them taken works on its caller's thread alone.
+    callers: 1 to 4096, how many runs may be under way at once, those beyond it wait; None takes the number of
+    processors, and at least 4. Results depend on neither. Raises ValueError.
+    """
+
+    def __init__(self, threads: int = 1, callers: int | None = None) -> None:
+        if callers is not None and callers < 1:
+            raise ValueError(f"callers = {callers!r}: must be a positive integer")
+        self._native = _engine.Resources(threads, callers or 0)
+
+    @property
+    def threads(self) -> int:
+        """How many threads a run may have."""
+        return int(self._native.threads)
+
+    def set_threads(self, threads: int) -> None:
+        """For runs that begin from now on. Raises ValueError."""
+        self._native.set_threads(threads)
+
+    @property
+    def callers(self) -> int:
+        """How many runs may be under way at once."""
+        return int(self._native.callers)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held for intermediate values, by runs under way or for the next ones."""
+        return int(self._native.bytes)
+
+    def trim(self, bytes: int) -> None:
+        """Give back what no run uses, but for this many bytes for one caller and each thread."""
+        self._native.trim(bytes)
+
+
 class EngineExecutor:
-    """Runs a plan. Immutable once made; `run` may be called from several threads, which take turns.
+    """Runs a plan. Immutable once made; `run` may be called from several threads at once.
 
     isa: instruction set, one of `available_isas()` or `emulated_isas()`; None takes the one the environment variable
-    BITSTRATA_ISA names, else the fastest. threads: 1 to 256; results do not depend on it.
+    BITSTRATA_ISA names, else the fastest. threads: 1 to 256, of its own; or resources, shared with other executors.
+    Results depend on none of these. Memory for one run at a time is allocated here.
 
     Raises ValueError if the instruction set is unknown or unsupported, or if the plan is inconsistent.
     """
 
-    def __init__(self, plan: p.Plan, *, isa: str | None = None, threads: int = 1) -> None:
+    def __init__(
+        self, plan: p.Plan, *, isa: str | None = None, threads: int = 1, resources: Resources | None = None
+    ) -> None:
         self.plan = plan
-        self.threads = threads
-        self._graph = _engine.Graph(isa or "", threads)
+        self.resources = Resources(threads) if resources is None else resources
+        self._graph = _engine.Graph(isa or "", self.resources._native)
         self._index: dict[int, int] = {}  # plan value -> engine value
         source = plan.values[plan.input]
         self._index[plan.input] = self._graph.input(source.shape, source.dtype, source.lo, source.hi)
@@ -76,6 +116,16 @@ class EngineExecutor:
     def arena_bytes(self) -> int:
         """Memory for a chunk's intermediate values, in bytes a thread."""
         return int(self._graph.arena_bytes)
+
+    @property
+    def run_bytes(self) -> int:
+        """What a run takes of the resources' memory, in bytes a thread: `arena_bytes` and a little more."""
+        return int(self._graph.run_bytes)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Memory for weights, packed for the kernels, and other constants."""
+        return int(self._graph.constant_bytes)
 
     def run(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """Input codes (N, H, W, C), uint8 or int8 as the plan says -> the output value (N, H, W, C), int32.

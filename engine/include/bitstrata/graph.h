@@ -7,23 +7,23 @@
 //   g.run(pixels, batch, destinations);
 //
 // Everything given is checked when it is given: std::invalid_argument names the operation, the argument and the cause.
-// A finished graph is immutable; `run` may be called from several threads, and takes turns.
+// A finished graph is immutable; `run` may be called from several threads at once.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "bitstrata/kernels.h"
+#include "bitstrata/resources.h"
 #include "bitstrata/types.h"
 
 namespace bitstrata {
 
+class Lease;
 class Op;
-class ThreadPool;
 struct Made;
 struct Operand;
 
@@ -55,8 +55,10 @@ struct PoolParams {
 
 class Graph {
  public:
-  // isa: see select_kernels. threads: 1..256; more than one starts threads - 1 workers.
+  // isa: see select_kernels. threads: 1..256; more than one starts threads - 1 workers, of this graph's own.
   Graph(const std::string& isa, int threads);
+  // With threads and memory that it shares with other graphs.
+  Graph(const std::string& isa, std::shared_ptr<Resources> resources);
   ~Graph();
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
@@ -74,29 +76,35 @@ class Graph {
   int pad(const std::string& name, int x, Pair h, Pair w, Pair c);
   int flatten(const std::string& name, int x);
 
-  // Closes the graph: lays out its memory and allows `run`.
+  // Closes the graph: lays out its memory, reserves it for one caller and allows `run`.
   void finish(int output);
 
   // destinations[v], if not null, receives value v: batch images of value(v). Other values live in the arena while
   // they are needed. Throws std::invalid_argument if an input element is outside the input's bounds.
-  void run(const void* input, int64_t batch, const std::vector<void*>& destinations);
+  void run(const void* input, int64_t batch, const std::vector<void*>& destinations) const;
+  // The same on the caller's thread, in the caller's memory: run_bytes() bytes, aligned to 64.
+  void run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const;
 
   const Value& value(int index) const;
   const char* kernel(int index) const;  // name of the convolution kernel that computes the value, or ""
   int values() const { return static_cast<int>(values_.size()); }
   int output() const { return output_; }
   const char* isa() const { return kernels_.isa; }
-  int threads() const { return threads_; }
+  int threads() const { return resources_->threads(); }
   int64_t chunk() const { return chunk_; }                             // images that pass through the graph together
   int64_t arena_bytes() const { return arena_bytes_ + local_bytes_; }  // of one thread
+  int64_t run_bytes() const;                                           // the same with what finds its values
+  int64_t constant_bytes() const;                                      // packed weights and other constants
 
  private:
   struct Worker;
   struct Group;
   struct Call {
+    const Lease& lease;
     const uint8_t* input;
     int64_t batch;
     const std::vector<void*>& destinations;
+    int threads;      // of the lease
     bool share_rows;  // all threads work on the same images
   };
 
@@ -106,13 +114,16 @@ class Graph {
   void find_locals(int output, Group* group);
   void lay_out_locals(int64_t images, Group* group);
   void lay_out_arena(int output, int64_t images);
+  void check_run(const void* input, int64_t batch, const std::vector<void*>& destinations) const;
   void check_input(const void* input, int64_t batch) const;
-  void run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker);
+  Worker worker(const Lease& lease, int thread) const;
+  void run_batch(const Lease& lease, const void* input, int64_t batch, const std::vector<void*>& destinations) const;
+  void run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const;
   void run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
-                 int64_t end);
+                 int64_t end) const;
 
   const Kernels& kernels_;
-  const int threads_;
+  const std::shared_ptr<Resources> resources_;
   int output_ = -1;
   std::vector<Value> values_;  // 0 is the input; operation i makes value i + 1
   std::vector<std::unique_ptr<Op>> ops_;
@@ -121,9 +132,6 @@ class Graph {
   int64_t local_bytes_ = 0;       // of a thread: the largest group's tile
   std::vector<Group> groups_;     // of successive operations, run tile by tile
   std::vector<int64_t> offsets_;  // in the arena: of each value, then of each operation's scratch
-  std::vector<Worker> workers_;   // one a thread
-  std::unique_ptr<ThreadPool> pool_;
-  std::mutex running_;
 };
 
 }  // namespace bitstrata
