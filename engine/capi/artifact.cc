@@ -34,7 +34,7 @@ class CallbackSource : public Source {
 };
 
 std::string file_name(const bs_file& file, const std::string& argument) {
-  const std::string name = required(file.name, (argument + "->name").c_str());
+  const std::string name = &required(file.name, (argument + "->name").c_str());
   if (file.data == nullptr && file.bytes > 0) invalid(argument + "->data is NULL, its bytes are not 0");
   return name;
 }

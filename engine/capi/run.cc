@@ -114,9 +114,9 @@ void run_images(const Ready& r, bool pixels, const Request<T>& q, uint8_t* stagi
     for (int64_t i = 0; i < images; ++i)
       encode(r, pixels, q.input + (begin + i) * in.shape.elements(), codes + i * in.bytes());
     if (q.work != nullptr)
-      r.graph.run_in(q.work, codes, images, result);
+      r.graph.run_in(q.work, codes, images, static_cast<void*>(result));
     else
-      r.graph.run(codes, images, result);
+      r.graph.run(codes, images, static_cast<void*>(result));
     for (int64_t i = 0; i < images; ++i) decode(r, result + i * out.shape.elements(), begin + i, q.output);
   }
 }
