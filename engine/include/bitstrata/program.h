@@ -21,6 +21,7 @@
 // (accumulators, requantization constants, fixed point).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
