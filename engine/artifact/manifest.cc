@@ -60,6 +60,18 @@ std::vector<FileEntry> decode_files(const Field& field, const Program& program, 
   return files;
 }
 
+// Looked at before anything else, so that a later version is named as such whatever else it has.
+void check_version(const Field& root) {
+  const bool there = root.has("version");
+  if (there && root["version"].is(kVersion)) return;
+  const std::string message = "format version " + (there ? shortened(root["version"].raw()) : "missing") +
+                              "; this reader knows version " + kVersion;
+  if (there && root["version"].is(JsonKind::integer) && root["version"].raw().front() != '-' &&
+      !root["version"].is("0"))
+    throw ArtifactError(ArtifactError::Kind::newer, kManifest, message);
+  root.fail(message);
+}
+
 }  // namespace
 
 void add_name(const Field& field, const std::string& name, Names* names) {
@@ -132,9 +144,7 @@ Manifest decode_manifest(std::string text) {
   const Field root(document);
   if (!root.is(JsonKind::object) || !root.has("format") || !root["format"].is("\"" + std::string(kFormat) + "\""))
     root.fail("is not the manifest of a bitstrata artifact (format \"" + std::string(kFormat) + "\")");
-  if (!root.has("version") || !root["version"].is(kVersion))
-    root.fail("format version " + (root.has("version") ? shortened(root["version"].raw()) : "missing") +
-              "; this reader knows version " + kVersion);
+  check_version(root);
   Manifest manifest;
   manifest.sha256 = root["sha256"].sha256();
   const std::string actual = seal_of(document);

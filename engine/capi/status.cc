@@ -17,6 +17,8 @@ bs_status status_of(const ArtifactError& error) {
   switch (error.kind()) {
     case ArtifactError::Kind::source:
       return BS_UNREADABLE;
+    case ArtifactError::Kind::newer:
+      return BS_NEWER_FORMAT;
     case ArtifactError::Kind::request:
       return BS_UNKNOWN_PRECISION;
     default:
