@@ -20,9 +20,8 @@ class CallbackSource : public Source {
     if (source_.size(source_.user, name.c_str(), &bytes) != 0)
       throw ArtifactError(ArtifactError::Kind::source, name, "the source does not have it");
     if (bytes > limit)
-      throw ArtifactError(
-          ArtifactError::Kind::source, name,
-          "has " + std::to_string(bytes) + " bytes, at most " + std::to_string(limit) + " are allowed");
+      throw ArtifactError(ArtifactError::Kind::source, name,
+                          "has " + std::to_string(bytes) + " bytes, at most " + std::to_string(limit) + " are allowed");
     Bytes data(static_cast<size_t>(bytes));
     if (bytes > 0 && source_.read(source_.user, name.c_str(), data.data(), bytes) != 0)
       throw ArtifactError(ArtifactError::Kind::source, name, "the source cannot read it");
@@ -186,8 +185,7 @@ bs_status bs_artifact_open_source(const bs_source* source, bs_artifact** artifac
 void bs_artifact_free(bs_artifact* artifact) { delete artifact; }
 
 bs_status bs_artifact_supply(bs_artifact* artifact, const bs_file* file) {
-  return guarded("bs_artifact_supply",
-                 [&] { required(artifact, "artifact").shared->supply(required(file, "file")); });
+  return guarded("bs_artifact_supply", [&] { required(artifact, "artifact").shared->supply(required(file, "file")); });
 }
 
 bs_status bs_artifact_info(const bs_artifact* artifact, bs_info* info) {
@@ -208,15 +206,13 @@ bs_status bs_artifact_info(const bs_artifact* artifact, bs_info* info) {
 }
 
 bs_status bs_artifact_precision(const bs_artifact* artifact, size_t index, int32_t* precision) {
-  return guarded("bs_artifact_precision", [&] {
-    required(precision, "precision") = entry(shared(artifact).program().precisions, index);
-  });
+  return guarded("bs_artifact_precision",
+                 [&] { required(precision, "precision") = entry(shared(artifact).program().precisions, index); });
 }
 
 bs_status bs_artifact_plan(const bs_artifact* artifact, size_t index, const char** name) {
-  return guarded("bs_artifact_plan", [&] {
-    required(name, "name") = entry(shared(artifact).program().plans, index).name.c_str();
-  });
+  return guarded("bs_artifact_plan",
+                 [&] { required(name, "name") = entry(shared(artifact).program().plans, index).name.c_str(); });
 }
 
 bs_status bs_artifact_layer(const bs_artifact* artifact, size_t index, bs_layer* layer) {

@@ -17,12 +17,15 @@ const Value& input_of(const Ready& r) { return r.graph.value(0); }
 const Value& output_of(const Ready& r) { return r.graph.value(r.graph.output()); }
 
 // Of a run's memory: the input's codes and the output's integers of some images.
-size_t codes_bytes(const Ready& r, int64_t images) { return aligned(static_cast<size_t>(input_of(r).bytes() * images)); }
+size_t codes_bytes(const Ready& r, int64_t images) {
+  return aligned(static_cast<size_t>(input_of(r).bytes() * images));
+}
 size_t result_bytes(const Ready& r, int64_t images) {
   return aligned(static_cast<size_t>(output_of(r).bytes() * images));
 }
 
-// Calls convert(i, c) for the element of a (C, H, W) image whose place in (H, W, C) is i, and whose own is c * pixels + p.
+// Calls convert(i, c) for the element of a (C, H, W) image whose place in (H, W, C) is i, and whose own is c * pixels +
+// p.
 template <typename Convert>
 void for_each_element(const Shape& shape, const Convert& convert) {
   const int64_t pixels = shape.pixels();
@@ -42,8 +45,7 @@ void encode(const Ready& r, bool pixels, const float* image, uint8_t* codes) {
   const double lo = input_of(r).lo, hi = input_of(r).hi;
   for_each_element(input_of(r).shape, [&](int64_t to, int64_t from, int64_t c) {
     const double x = image[from];
-    const double code =
-        std::nearbyint(pixels ? x * 255.0 : x / r.input_step - r.input_offset[static_cast<size_t>(c)]);
+    const double code = std::nearbyint(pixels ? x * 255.0 : x / r.input_step - r.input_offset[static_cast<size_t>(c)]);
     codes[to] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(code, lo), hi)));
   });
 }
@@ -99,7 +101,8 @@ void check_output(const Ready& r, size_t batch, const bs_output& output) {
 
 void check_work(const Ready& r, const uint8_t* work, size_t bytes) {
   if (bytes < work_bytes(r))
-    invalid("work_bytes is " + std::to_string(bytes) + ", the present precision needs " + std::to_string(work_bytes(r)));
+    invalid("work_bytes is " + std::to_string(bytes) + ", the present precision needs " +
+            std::to_string(work_bytes(r)));
   if (reinterpret_cast<uintptr_t>(work) % kWorkAlignment != 0)
     invalid("work is not aligned to " + std::to_string(kWorkAlignment) + " bytes");
 }
@@ -136,8 +139,8 @@ void run(Session& session, const Request<T>& q) {
     run_images(*ready, program.pixels, q, q.work + aligned(static_cast<size_t>(ready->graph.run_bytes())), chunk);
   } else {
     if (session.callers_memory()) invalid("work is NULL, but the session was created with callers_memory");
-    const int64_t step = std::max<int64_t>(
-        std::min<int64_t>(chunk * ready->graph.threads(), static_cast<int64_t>(q.batch)), 1);
+    const int64_t step =
+        std::max<int64_t>(std::min<int64_t>(chunk * ready->graph.threads(), static_cast<int64_t>(q.batch)), 1);
     Session::Buffer buffer = session.take_buffer(codes_bytes(*ready, step) + result_bytes(*ready, step));
     run_images(*ready, program.pixels, q, buffer.data(), step);
     session.give_back(std::move(buffer));
@@ -155,24 +158,25 @@ uint64_t work_bytes(const Ready& r) {
 }  // namespace bitstrata::capi
 
 using bitstrata::capi::guarded;
-using bitstrata::capi::required;
 using bitstrata::capi::Request;
+using bitstrata::capi::required;
 
 extern "C" {
 
 bs_status bs_run_u8(bs_session* session, const uint8_t* pixels, size_t count, size_t batch, bs_output* output,
                     void* work, size_t work_bytes) {
   return guarded("bs_run_u8", [&] {
-    bitstrata::capi::run(required(session, "session").session,
-                         Request<uint8_t>{"pixels", pixels, count, batch, output, static_cast<uint8_t*>(work), work_bytes});
+    bitstrata::capi::run(
+        required(session, "session").session,
+        Request<uint8_t>{"pixels", pixels, count, batch, output, static_cast<uint8_t*>(work), work_bytes});
   });
 }
 
 bs_status bs_run_f32(bs_session* session, const float* values, size_t count, size_t batch, bs_output* output,
                      void* work, size_t work_bytes) {
   return guarded("bs_run_f32", [&] {
-    bitstrata::capi::run(required(session, "session").session,
-                         Request<float>{"values", values, count, batch, output, static_cast<uint8_t*>(work), work_bytes});
+    bitstrata::capi::run(required(session, "session").session, Request<float>{"values", values, count, batch, output,
+                                                                              static_cast<uint8_t*>(work), work_bytes});
   });
 }
 

@@ -50,8 +50,8 @@ void check_size(const T& given, const char* argument, size_t least = sizeof(T)) 
             std::to_string(least) + "; initialize the structure with its BS_..._INIT");
 }
 
-// The caller's structure as this library knows it: members that the caller lacks are as in `defaults`; members that this
-// library lacks must be zero.
+// The caller's structure as this library knows it: members that the caller lacks are as in `defaults`; members that
+// this library lacks must be zero.
 template <typename T>
 T read_struct(const T* given, const char* argument, T defaults) {
   check_size(required(given, argument), argument);

@@ -34,8 +34,8 @@ class Builder {
 
   void add(const PlanRequant& r) {
     graph_.requant(name(), input(),
-                   {r.multiplier.data(), r.bias.data(), r.shift.data(), static_cast<int64_t>(r.multiplier.size()),
-                    r.lo, r.hi, result_->value.dtype});
+                   {r.multiplier.data(), r.bias.data(), r.shift.data(), static_cast<int64_t>(r.multiplier.size()), r.lo,
+                    r.hi, result_->value.dtype});
   }
 
   void add(const PlanAdd& a) { graph_.add(name(), op_->inputs[0], op_->inputs[1], a.shift_a, a.shift_b); }

@@ -35,8 +35,8 @@ int exponent_of(const PlanValue& v) {
   return 1 - exponent;
 }
 
-// The largest real magnitude of a clipped line over `bounds`, and of its gains: clipping can leave a channel far narrower
-// than a unit of its input. NaN if anything is.
+// The largest real magnitude of a clipped line over `bounds`, and of its gains: clipping can leave a channel far
+// narrower than a unit of its input. NaN if anything is.
 double largest_real(const Line& line, const Bounds& bounds, const RealClip& clip) {
   double largest = 0;
   const auto take = [&](double v) {
@@ -244,9 +244,7 @@ class Derivation {
     store(clamp_bounds(bounds(0), limits), as_input(), PlanClip{limits.lo, limits.hi});
   }
 
-  void add(const MaxPoolNode& n) {
-    store(bounds(0), as_input(), PlanMaxPool{{n.kernel, n.stride, n.padding}});
-  }
+  void add(const MaxPoolNode& n) { store(bounds(0), as_input(), PlanMaxPool{{n.kernel, n.stride, n.padding}}); }
 
   void add(const AvgPoolNode& n) {
     const int64_t window = n.kernel[0] * n.kernel[1];

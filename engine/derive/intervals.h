@@ -57,7 +57,8 @@ int64_t align_value(int64_t value, int64_t shift);
 Bounds align_bounds(Bounds bounds, int64_t shift);
 Bounds clamp_bounds(Bounds bounds, Limits limits);
 
-// Section 3: [low, high] narrowed by real clip bounds rounded to `unit`s. Throws ArtifactError (program) if nothing is left.
+// Section 3: [low, high] narrowed by real clip bounds rounded to `unit`s. Throws ArtifactError (program) if nothing is
+// left.
 Limits clamp_range(const RealClip& clip, double unit, Limits limits, const std::string& where);
 
 // Section 3: the codes of real clip bounds on the grid step * (code + offset), themselves clamped to its range.

@@ -2,8 +2,8 @@
  *
  *   capi_test GOOD TRUNCATED NEWER IMAGE_BYTES CLASSES
  *
- * GOOD: an artifact on pixels at 1, 2, 3, 4 bits without plans, of which TRUNCATED lacks the end of a file and NEWER is of a
- * later format version. IMAGE_BYTES, CLASSES: sizes of GOOD's input and output.
+ * GOOD: an artifact on pixels at 1, 2, 3, 4 bits without plans, of which TRUNCATED lacks the end of a file and NEWER is
+ * of a later format version. IMAGE_BYTES, CLASSES: sizes of GOOD's input and output.
  */
 #include <math.h>
 #include <pthread.h>
@@ -24,47 +24,47 @@ static int failures = 0;
   } while (0)
 
 /* The call is refused with `status`, and the message names `text`. */
-#define REFUSED(status, text, call)                                                                         \
-  do {                                                                                                      \
-    const bs_status found = (call);                                                                         \
-    if (found != (status) || strstr(bs_last_error(), (text)) == NULL) {                                     \
-      ++failures;                                                                                           \
-      printf("%s:%d: %s: %s: %s\n", __FILE__, __LINE__, #call, bs_status_name(found), bs_last_error());     \
-    }                                                                                                       \
+#define REFUSED(status, text, call)                                                                     \
+  do {                                                                                                  \
+    const bs_status found = (call);                                                                     \
+    if (found != (status) || strstr(bs_last_error(), (text)) == NULL) {                                 \
+      ++failures;                                                                                       \
+      printf("%s:%d: %s: %s: %s\n", __FILE__, __LINE__, #call, bs_status_name(found), bs_last_error()); \
+    }                                                                                                   \
   } while (0)
 
 /* Allocations are counted where the C library lets a program put its own in front; sanitizers have theirs. */
 #if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define COUNTS_ALLOCATIONS 1
-void *__libc_malloc(size_t bytes);
-void *__libc_calloc(size_t count, size_t bytes);
-void *__libc_realloc(void *data, size_t bytes);
-void *__libc_memalign(size_t alignment, size_t bytes);
+void* __libc_malloc(size_t bytes);
+void* __libc_calloc(size_t count, size_t bytes);
+void* __libc_realloc(void* data, size_t bytes);
+void* __libc_memalign(size_t alignment, size_t bytes);
 static volatile long allocations = 0;
-void *malloc(size_t bytes) {
+void* malloc(size_t bytes) {
   ++allocations;
   return __libc_malloc(bytes);
 }
-void *calloc(size_t count, size_t bytes) {
+void* calloc(size_t count, size_t bytes) {
   ++allocations;
   return __libc_calloc(count, bytes);
 }
-void *realloc(void *data, size_t bytes) {
+void* realloc(void* data, size_t bytes) {
   ++allocations;
   return __libc_realloc(data, bytes);
 }
-void *aligned_alloc(size_t alignment, size_t bytes) {
+void* aligned_alloc(size_t alignment, size_t bytes) {
   ++allocations;
   return __libc_memalign(alignment, bytes);
 }
-int posix_memalign(void **data, size_t alignment, size_t bytes) {
+int posix_memalign(void** data, size_t alignment, size_t bytes) {
   ++allocations;
   *data = __libc_memalign(alignment, bytes);
   return *data == NULL ? 12 : 0;
 }
 #endif
 
-static const char *good;
+static const char* good;
 static size_t pixels_bytes, classes;
 
 static bs_choice bits(int32_t precision) {
@@ -73,11 +73,11 @@ static bs_choice bits(int32_t precision) {
   return choice;
 }
 
-static void *aligned(void *data) { return (char *)data + (64 - (uintptr_t)data % 64) % 64; }
+static void* aligned(void* data) { return (char*)data + (64 - (uintptr_t)data % 64) % 64; }
 
 static void test_versions(void) {
   uint32_t api = 0, format = 0;
-  const char *name = NULL;
+  const char* name = NULL;
   size_t count = 0, i;
   EXPECT(bs_version(&api, &format) == BS_OK && api == BS_API_VERSION && format == 1);
   REFUSED(BS_INVALID_ARGUMENT, "api_version is NULL", bs_version(NULL, &format));
@@ -89,8 +89,8 @@ static void test_versions(void) {
 }
 
 static void test_null(void) {
-  bs_artifact *artifact = NULL;
-  bs_session *session = NULL;
+  bs_artifact* artifact = NULL;
+  bs_session* session = NULL;
   bs_info info = BS_INFO_INIT;
   bs_state state = BS_STATE_INIT;
   bs_layer layer = BS_LAYER_INIT;
@@ -100,7 +100,7 @@ static void test_null(void) {
   bs_source source = {sizeof source, NULL, NULL, NULL, NULL};
   int32_t number;
   size_t count;
-  const char *name;
+  const char* name;
   uint8_t pixel = 0;
   REFUSED(BS_INVALID_ARGUMENT, "artifact is NULL", bs_artifact_open(good, NULL));
   REFUSED(BS_INVALID_ARGUMENT, "directory is NULL", bs_artifact_open(NULL, &artifact));
@@ -124,16 +124,16 @@ static void test_null(void) {
   bs_session_free(NULL);
 }
 
-static void test_artifacts(const char *truncated, const char *newer) {
-  bs_artifact *artifact = NULL;
-  bs_session *session = NULL;
+static void test_artifacts(const char* truncated, const char* newer) {
+  bs_artifact* artifact = NULL;
+  bs_session* session = NULL;
   bs_info info = BS_INFO_INIT;
   bs_layer layer = BS_LAYER_INIT;
   bs_file file = {"notes.txt", "x", 1};
   bs_choice choice = bits(4);
   bs_options options = BS_OPTIONS_INIT;
   int32_t number;
-  const char *name;
+  const char* name;
   size_t count = 0;
   REFUSED(BS_UNREADABLE, "no such directory", bs_artifact_open("/nowhere/at/all.strata", &artifact));
   REFUSED(BS_NEWER_FORMAT, "format version 2", bs_artifact_open(newer, &artifact));
@@ -170,8 +170,8 @@ static void test_artifacts(const char *truncated, const char *newer) {
 }
 
 static void test_choices(void) {
-  bs_artifact *artifact;
-  bs_session *session = NULL;
+  bs_artifact* artifact;
+  bs_session* session = NULL;
   bs_options options = BS_OPTIONS_INIT;
   bs_choice choice = bits(5);
   bs_state state = BS_STATE_INIT;
@@ -235,13 +235,13 @@ static void test_choices(void) {
 }
 
 static void test_runs(void) {
-  bs_artifact *artifact;
-  bs_session *session;
+  bs_artifact* artifact;
+  bs_session* session;
   bs_output output = BS_OUTPUT_INIT;
-  uint8_t *pixels = calloc(2, pixels_bytes);
-  float *values = calloc(2 * pixels_bytes, sizeof(float));
-  float *logits = calloc(2 * classes, sizeof(float));
-  char *work = malloc(64);
+  uint8_t* pixels = calloc(2, pixels_bytes);
+  float* values = calloc(2 * pixels_bytes, sizeof(float));
+  float* logits = calloc(2 * classes, sizeof(float));
+  char* work = malloc(64);
   EXPECT(bs_artifact_open(good, &artifact) == BS_OK);
   EXPECT(bs_session_create(artifact, NULL, &session) == BS_OK);
   REFUSED(BS_INVALID_ARGUMENT, "output is NULL", bs_run_u8(session, pixels, pixels_bytes, 1, NULL, NULL, 0));
@@ -276,14 +276,14 @@ static void test_runs(void) {
 /* In the caller's memory runs allocate nothing, stay inside it, and give what they give in the library's own. */
 static void test_callers_memory(void) {
   enum { kBatch = 70 };
-  bs_artifact *artifact;
+  bs_artifact* artifact;
   bs_session *session, *plain;
   bs_options options = BS_OPTIONS_INIT;
   bs_state state = BS_STATE_INIT;
   bs_output output = BS_OUTPUT_INIT;
   int32_t precision;
   const size_t count = kBatch * pixels_bytes;
-  uint8_t *pixels = malloc(count);
+  uint8_t* pixels = malloc(count);
   int32_t *expected = malloc(kBatch * classes * sizeof *expected), *found = malloc(kBatch * classes * sizeof *found);
   size_t i;
   for (i = 0; i < count; ++i) pixels[i] = (uint8_t)(i * 2654435761U >> 13);
@@ -315,8 +315,7 @@ static void test_callers_memory(void) {
     EXPECT(allocations == 0);
 #endif
     EXPECT(memcmp(expected, found, kBatch * classes * sizeof *found) == 0);
-    for (i = 0; i < 32; ++i)
-      EXPECT((uint8_t)work[-1 - (long)i] == 0xA5 && (uint8_t)work[state.work_bytes + i] == 0xA5);
+    for (i = 0; i < 32; ++i) EXPECT((uint8_t)work[-1 - (long)i] == 0xA5 && (uint8_t)work[state.work_bytes + i] == 0xA5);
     free(block);
   }
 #ifdef COUNTS_ALLOCATIONS
@@ -334,15 +333,15 @@ static void test_callers_memory(void) {
 /* Runs from several threads while the precision changes: each result is one precision's. */
 enum { kThreads = 3, kRuns = 200 };
 typedef struct {
-  bs_session *session;
-  const uint8_t *pixels;
-  const int32_t *expected; /* of precisions 1 and 2 */
+  bs_session* session;
+  const uint8_t* pixels;
+  const int32_t* expected; /* of precisions 1 and 2 */
   int wrong;
 } shared_t;
 
-static void *serve(void *argument) {
-  shared_t *shared = argument;
-  int32_t *found = malloc(classes * sizeof *found);
+static void* serve(void* argument) {
+  shared_t* shared = argument;
+  int32_t* found = malloc(classes * sizeof *found);
   bs_output output = BS_OUTPUT_INIT;
   int i;
   output.integers = found;
@@ -358,12 +357,12 @@ static void *serve(void *argument) {
 }
 
 static void test_shared_session(void) {
-  bs_artifact *artifact;
-  bs_session *session;
+  bs_artifact* artifact;
+  bs_session* session;
   bs_output output = BS_OUTPUT_INIT;
   pthread_t threads[kThreads];
   shared_t shared[kThreads];
-  uint8_t *pixels = malloc(pixels_bytes);
+  uint8_t* pixels = malloc(pixels_bytes);
   int32_t *expected = malloc(2 * classes * sizeof *expected), precision;
   size_t i;
   for (i = 0; i < pixels_bytes; ++i) pixels[i] = (uint8_t)(37 * i);
@@ -395,7 +394,7 @@ static void test_shared_session(void) {
   bs_artifact_free(artifact);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   if (argc != 6) return 2;
   good = argv[1];
   pixels_bytes = (size_t)atol(argv[4]);

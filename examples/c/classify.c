@@ -2,8 +2,8 @@
  *
  *   classify NET.strata IMAGE [FOLDER]
  *
- * IMAGE: a PGM or PPM file (P5, P6, 8 bits) of the network's size; or raw bytes in C, H, W order; or, for networks on real
- * values, raw float32. FOLDER: where files come from that NET.strata lacks, as if they arrived later.
+ * IMAGE: a PGM or PPM file (P5, P6, 8 bits) of the network's size; or raw bytes in C, H, W order; or, for networks on
+ * real values, raw float32. FOLDER: where files come from that NET.strata lacks, as if they arrived later.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,20 +17,20 @@ static void check(bs_status status) {
   exit(1);
 }
 
-static void fail(const char *message, const char *detail) {
+static void fail(const char* message, const char* detail) {
   fprintf(stderr, "%s: %s\n", message, detail);
   exit(1);
 }
 
-static void *allocate(size_t bytes) {
-  void *data = malloc(bytes > 0 ? bytes : 1);
+static void* allocate(size_t bytes) {
+  void* data = malloc(bytes > 0 ? bytes : 1);
   if (data == NULL) fail("no memory", "malloc");
   return data;
 }
 
-static unsigned char *read_file(const char *path, size_t *bytes) {
-  FILE *file = fopen(path, "rb");
-  unsigned char *data;
+static unsigned char* read_file(const char* path, size_t* bytes) {
+  FILE* file = fopen(path, "rb");
+  unsigned char* data;
   long size;
   if (file == NULL) fail("cannot open", path);
   if (fseek(file, 0, SEEK_END) != 0 || (size = ftell(file)) < 0) fail("cannot tell the size of", path);
@@ -43,7 +43,7 @@ static unsigned char *read_file(const char *path, size_t *bytes) {
 }
 
 /* One number of a PNM header, behind white space and comments. */
-static long header_number(const unsigned char *data, size_t bytes, size_t *at) {
+static long header_number(const unsigned char* data, size_t bytes, size_t* at) {
   long value = 0;
   while (*at < bytes && (data[*at] <= ' ' || data[*at] == '#')) {
     if (data[*at] == '#')
@@ -51,12 +51,13 @@ static long header_number(const unsigned char *data, size_t bytes, size_t *at) {
     else
       ++*at;
   }
-  while (*at < bytes && data[*at] >= '0' && data[*at] <= '9' && value < 65536) value = 10 * value + (data[(*at)++] - '0');
+  while (*at < bytes && data[*at] >= '0' && data[*at] <= '9' && value < 65536)
+    value = 10 * value + (data[(*at)++] - '0');
   return value;
 }
 
 /* The image in C, H, W order. A PNM file has H, W, C. */
-static unsigned char *read_image(const char *path, const int32_t shape[3], size_t element, size_t *bytes) {
+static unsigned char* read_image(const char* path, const int32_t shape[3], size_t element, size_t* bytes) {
   const size_t channels = (size_t)shape[0], pixels = (size_t)shape[1] * (size_t)shape[2];
   unsigned char *data = read_file(path, bytes), *image;
   size_t at = 2, c, p;
@@ -82,13 +83,13 @@ static bs_choice at_precision(int32_t precision) {
 }
 
 /* Hands over what the artifact has not read yet and the choice needs, from `folder`. */
-static void supply_missing(bs_artifact *artifact, const bs_choice *choice, const char *folder) {
+static void supply_missing(bs_artifact* artifact, const bs_choice* choice, const char* folder) {
   size_t count, i, bytes;
   check(bs_artifact_missing_count(artifact, choice, &count));
   for (i = 0; i < count; ++i) {
     bs_file file;
     char path[4096];
-    unsigned char *data;
+    unsigned char* data;
     check(bs_artifact_missing(artifact, choice, i, &file));
     if (snprintf(path, sizeof path, "%s/%s", folder, file.name) >= (int)sizeof path) fail("path too long", folder);
     data = read_file(path, &bytes);
@@ -101,26 +102,26 @@ static void supply_missing(bs_artifact *artifact, const bs_choice *choice, const
 }
 
 /* Memory that runs work in: as much as the session asks for now, aligned. `block` is what to free. */
-static void *work_memory(bs_session *session, void **block, size_t *bytes) {
+static void* work_memory(bs_session* session, void** block, size_t* bytes) {
   bs_state state = BS_STATE_INIT;
   check(bs_session_state(session, &state));
   free(*block);
   *bytes = (size_t)state.work_bytes;
   *block = allocate(*bytes + (size_t)state.work_alignment);
-  return (char *)*block + (state.work_alignment - (uintptr_t)*block % state.work_alignment) % state.work_alignment;
+  return (char*)*block + (state.work_alignment - (uintptr_t)*block % state.work_alignment) % state.work_alignment;
 }
 
 typedef struct {
-  const void *data;
+  const void* data;
   size_t bytes;
   int pixels; /* else float32 */
 } image_t;
 
-static void classify(bs_session *session, const image_t *image, size_t classes, void **block) {
-  int32_t *integers = allocate(classes * sizeof *integers);
+static void classify(bs_session* session, const image_t* image, size_t classes, void** block) {
+  int32_t* integers = allocate(classes * sizeof *integers);
   bs_output output = BS_OUTPUT_INIT;
   size_t work_bytes, best = 0, i;
-  void *work = work_memory(session, block, &work_bytes);
+  void* work = work_memory(session, block, &work_bytes);
   output.integers = integers;
   output.count = classes;
   if (image->pixels)
@@ -135,15 +136,15 @@ static void classify(bs_session *session, const image_t *image, size_t classes, 
   free(integers);
 }
 
-int main(int argc, char **argv) {
-  bs_artifact *artifact;
-  bs_session *session;
+int main(int argc, char** argv) {
+  bs_artifact* artifact;
+  bs_session* session;
   bs_info info = BS_INFO_INIT;
   bs_options options = BS_OPTIONS_INIT;
   bs_choice choice;
   image_t image;
-  unsigned char *data;
-  void *block = NULL;
+  unsigned char* data;
+  void* block = NULL;
   int32_t narrowest, precision;
   size_t classes, i;
 

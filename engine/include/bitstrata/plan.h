@@ -72,8 +72,8 @@ struct PlanPad {
 };
 struct PlanFlatten {};
 
-using PlanOperation = std::variant<PlanConv, PlanRequant, PlanAdd, PlanClip, PlanMaxPool, PlanSumPool, PlanSlice,
-                                   PlanPad, PlanFlatten>;
+using PlanOperation =
+    std::variant<PlanConv, PlanRequant, PlanAdd, PlanClip, PlanMaxPool, PlanSumPool, PlanSlice, PlanPad, PlanFlatten>;
 
 struct PlanOp {
   std::vector<int> inputs;  // values
