@@ -43,7 +43,8 @@ def succeed(*command: str | Path, **options: Any) -> str:
 @functools.cache
 def build(sanitize: bool = False) -> Path:
     """Folder with the library and its test programs; kept between runs, so that only changes are compiled."""
-    cmake, cc, cxx = find("cmake"), os.environ.get("CC") or find("cc", "gcc"), os.environ.get("CXX") or find("c++", "g++")
+    cmake = find("cmake")
+    cc, cxx = os.environ.get("CC") or find("cc", "gcc"), os.environ.get("CXX") or find("c++", "g++")
     if not (cmake and cc and cxx):
         pytest.skip(f"the C interface needs cmake, a C and a C++ compiler; found {cmake}, {cc}, {cxx}")
     folder = ROOT / "build" / ("native-sanitized" if sanitize else "native")
@@ -87,8 +88,8 @@ class Options(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
         ("choice", ctypes.POINTER(Choice)),
-        ("threads", ctypes.c_int32),
         ("isa", ctypes.c_char_p),
+        ("threads", ctypes.c_int32),
         ("callers_memory", ctypes.c_int32),
     )
 
@@ -183,7 +184,7 @@ class CSession:
         self.out_shape = out_shape
         self.handle = ctypes.c_void_p()
         name = isa.encode() if isa else None
-        options = Options(ctypes.sizeof(Options), ctypes.pointer(choice), threads, name, 0)
+        options = Options(ctypes.sizeof(Options), ctypes.pointer(choice), name, threads, 0)
         capi().call("bs_session_create", artifact, ctypes.byref(options), ctypes.byref(self.handle))
 
     def change(self, function: str, choice: Choice) -> None:

@@ -150,11 +150,11 @@ typedef struct bs_session bs_session;
 typedef struct bs_options {
   size_t struct_size;
   const bs_choice* choice; /* NULL: the narrowest precision */
-  int32_t threads;         /* 1 to 256 */
   const char* isa;         /* NULL: what the variable BITSTRATA_ISA names, else the fastest */
+  int32_t threads;         /* 1 to 256 */
   int32_t callers_memory;  /* 1: every run brings its work memory, the session keeps none of its own */
 } bs_options;
-#define BS_OPTIONS_INIT {sizeof(bs_options), NULL, 1, NULL, 0}
+#define BS_OPTIONS_INIT {sizeof(bs_options), NULL, NULL, 1, 0}
 
 /* Reads what the choice needs and gets ready to run. options: NULL for the defaults. */
 BS_API bs_status bs_session_create(bs_artifact* artifact, const bs_options* options, bs_session** session);

@@ -179,7 +179,7 @@ static void test_choices(void) {
   size_t i;
   struct {
     bs_options known;
-    int later;
+    size_t later;
   } future = {BS_OPTIONS_INIT, 0};
   EXPECT(bs_artifact_open(good, &artifact) == BS_OK);
   options.choice = &choice;

@@ -42,6 +42,12 @@ EXAMPLE = ROOT / "examples" / "c"
 PROGRAMS = {"plain": plain_program, "residual": residual_program}
 
 
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs these artifacts after a power failure."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     path = tmp_path / "plain.strata"

@@ -1,8 +1,9 @@
-"""Native derivation equals `derive`: every constant, shift, pad code, bound, scale and parameter, or a refusal of both."""
+"""Native derivation equals `derive`: every constant, bound, scale and parameter, or a refusal of both."""
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,12 @@ from bitstrata_runtime import AffineInfo, Node, Program, ProgramError, derive
 from bitstrata_runtime.artifact import write
 
 Compare = Callable[[Program, Sequence[Any]], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs these artifacts after a power failure."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +98,10 @@ def test_numbers_of_every_size(compare: Compare) -> None:
     for _ in range(150):
         program = residual_program()
         for factors in program.factors.values():
-            for name, lines_of in factors.affine.items():
-                sizes = np.ldexp(1.0, rng.integers(-70, 40, lines_of.shape)) if rng.uniform() < 0.3 else 1.0
-                factors.affine[name] = lines_of * sizes * rng.choice([-1.0, 0.0, 1.0], lines_of.shape, p=[0.3, 0.1, 0.6])
+            for name, found in factors.affine.items():
+                sizes = np.ldexp(1.0, rng.integers(-70, 40, found.shape)) if rng.uniform() < 0.3 else 1.0
+                signs = rng.choice([-1.0, 0.0, 1.0], found.shape, p=[0.3, 0.1, 0.6])
+                factors.affine[name] = found * sizes * signs
             for name in factors.step:
                 factors.step[name] *= float(np.ldexp(1.0, rng.integers(-30, 30))) if rng.uniform() < 0.2 else 1.0
         clip = [None, float(rng.uniform(0, 4))] if rng.uniform() < 0.5 else [-1e30, 1e30]
