@@ -220,7 +220,7 @@ std::string held(const Artifact& artifact) {
 }
 
 std::string error_text(const ArtifactError& error) {
-  static const char* const kKinds[] = {"source", "content", "program", "request"};
+  static const char* const kKinds[] = {"source", "content", "program", "request", "newer"};
   Writer out;
   out.object([&] {
     out.key("kind").add(kKinds[static_cast<int>(error.kind())]).key("file").add(error.file());

@@ -11,9 +11,9 @@ class ArtifactError : public std::runtime_error {
   enum class Kind {
     source,   // a file could not be delivered: it is missing, too long, no regular file, or reading it failed
     content,  // a file's bytes are not what spec/artifact.md or the manifest say
-    newer,    // the artifact is of a later format version than this reader knows
     program,  // the program, or its plan at some precisions, breaks spec/numerics.md
     request,  // the caller asked for what the artifact does not have
+    newer,    // the artifact is of a later format version than this reader knows
   };
 
   // file: name of the file at fault within the artifact, or "" where no file is. The message is "<file>: <message>".
