@@ -254,28 +254,47 @@ void Graph::check_input(const void* input, int64_t batch) const {
                                 " is outside the input's range " + str(v.lo) + ".." + str(v.hi));
 }
 
-void Graph::check_run(const void* input, int64_t batch, const std::vector<void*>& destinations) const {
-  if (output_ < 0) throw std::invalid_argument("run: the graph is not finished");
-  if (destinations.size() != values_.size() || destinations[static_cast<size_t>(output_)] == nullptr)
+Graph::Destinations Graph::all(const std::vector<void*>& destinations) const {
+  if (output_ >= 0 && (destinations.size() != values_.size() || destinations[static_cast<size_t>(output_)] == nullptr))
     throw std::invalid_argument("run: destinations need one entry a value, and one for the output");
+  return {destinations.data(), 0, nullptr};
+}
+
+Graph::Destinations Graph::only(void* output) const { return {nullptr, static_cast<size_t>(output_), output}; }
+
+void Graph::check_run(const void* input, int64_t batch) const {
+  if (output_ < 0) throw std::invalid_argument("run: the graph is not finished");
   check_range("run", "batch", batch, 0, kMaxElements);
   if (batch > 0) check_input(input, batch);
 }
 
 void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations) const {
-  check_run(input, batch, destinations);
+  run_on_lease(input, batch, all(destinations));
+}
+
+void Graph::run(const void* input, int64_t batch, void* output) const { run_on_lease(input, batch, only(output)); }
+
+void Graph::run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const {
+  run_in_memory(memory, input, batch, all(destinations));
+}
+
+void Graph::run_in(void* memory, const void* input, int64_t batch, void* output) const {
+  run_in_memory(memory, input, batch, only(output));
+}
+
+void Graph::run_on_lease(const void* input, int64_t batch, const Destinations& destinations) const {
+  check_run(input, batch);
   if (batch > 0) run_batch(Lease(*resources_, run_bytes()), input, batch, destinations);
 }
 
-void Graph::run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const {
-  check_run(input, batch, destinations);
+void Graph::run_in_memory(void* memory, const void* input, int64_t batch, const Destinations& destinations) const {
+  check_run(input, batch);
   if (reinterpret_cast<uintptr_t>(memory) % kAlign != 0)
     throw std::invalid_argument("run: the memory must be aligned to " + str(kAlign) + " bytes");
   if (batch > 0) run_batch(Lease(static_cast<uint8_t*>(memory)), input, batch, destinations);
 }
 
-void Graph::run_batch(const Lease& lease, const void* input, int64_t batch,
-                      const std::vector<void*>& destinations) const {
+void Graph::run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations) const {
   const int threads = lease.threads();
   const int64_t images = std::min(chunk_, (batch + threads - 1) / threads);
   const int64_t chunks = (batch + images - 1) / images;

@@ -181,6 +181,6 @@ def _at_shift(
 def fraction_bits(bound: float, where: str) -> int:
     """Section 4: the largest f <= 30 with bound * 2^f <= 2^31 - 2^10. Raises ProgramError if f would be negative."""
     for f in range(30, -1, -1):
-        if math.ldexp(bound, f) <= FIXED_LIMIT:
+        if bound <= math.ldexp(FIXED_LIMIT, -f):  # exact, and no bound is too large for it
             return f
     raise ProgramError(f"{where}: values up to {bound!r} do not fit 32-bit fixed point")

@@ -27,10 +27,6 @@ class Op;
 struct Made;
 struct Operand;
 
-using Pair = std::array<int64_t, 2>;    // height, width; or before, after
-using Triple = std::array<int64_t, 3>;  // start, stop, step
-using Sides = std::array<int64_t, 4>;   // top, bottom, left, right
-
 struct ConvParams {
   const int8_t* codes;          // (out, in / groups, kernel_h, kernel_w), copied
   std::array<int64_t, 4> dims;  // of codes
@@ -88,6 +84,9 @@ class Graph {
   void run(const void* input, int64_t batch, const std::vector<void*>& destinations) const;
   // The same on the caller's thread, in the caller's memory: run_bytes() bytes, aligned to 64.
   void run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const;
+  // The same for the output alone; in the caller's memory, these allocate nothing.
+  void run(const void* input, int64_t batch, void* output) const;
+  void run_in(void* memory, const void* input, int64_t batch, void* output) const;
 
   const Value& value(int index) const;
   const char* kernel(int index) const;  // name of the convolution kernel that computes the value, or ""
@@ -103,11 +102,18 @@ class Graph {
  private:
   struct Worker;
   struct Group;
+  // Where values go: a table of all, or the output alone.
+  struct Destinations {
+    void* const* table;
+    size_t output;
+    void* only;
+    void* operator[](size_t v) const { return table != nullptr ? table[v] : v == output ? only : nullptr; }
+  };
   struct Call {
     const Lease& lease;
     const uint8_t* input;
     int64_t batch;
-    const std::vector<void*>& destinations;
+    const Destinations& destinations;
     int threads;      // of the lease
     bool share_rows;  // all threads work on the same images
   };
@@ -119,10 +125,14 @@ class Graph {
   void find_fused(Group* group);
   void lay_out_locals(int64_t images, Group* group);
   void lay_out_arena(int output, int64_t images);
-  void check_run(const void* input, int64_t batch, const std::vector<void*>& destinations) const;
+  Destinations all(const std::vector<void*>& destinations) const;
+  Destinations only(void* output) const;
+  void run_on_lease(const void* input, int64_t batch, const Destinations& destinations) const;
+  void run_in_memory(void* memory, const void* input, int64_t batch, const Destinations& destinations) const;
+  void check_run(const void* input, int64_t batch) const;
   void check_input(const void* input, int64_t batch) const;
   Worker worker(const Lease& lease, int thread) const;
-  void run_batch(const Lease& lease, const void* input, int64_t batch, const std::vector<void*>& destinations) const;
+  void run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations) const;
   void run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const;
   void run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
                  int64_t end) const;

@@ -1,9 +1,14 @@
 // Values of a graph: NHWC tensors of u8, s8 or i32 with proved bounds.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace bitstrata {
+
+using Pair = std::array<int64_t, 2>;    // height, width; or before, after
+using Triple = std::array<int64_t, 3>;  // start, stop, step
+using Sides = std::array<int64_t, 4>;   // top, bottom, left, right
 
 enum class DType : uint8_t { u8 = 0, s8 = 1, i32 = 2 };
 constexpr int kDTypes = 3;
