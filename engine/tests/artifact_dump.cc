@@ -4,7 +4,7 @@
 // A case: the number of files (u32), their names and bytes; or u32 2^32-1 and the path of a directory. Then the number
 // of steps (u32) and the steps:
 //   load <planes> <key>,<key>..   factor keys as in file names
-//   precision <p>   |   plan <name>   |   map <p>,<p>..  of the layers in their order
+//   everything   |   precision <p>   |   plan <name>   |   map <p>,<p>..  of the layers in their order
 // Strings and bytes have their length (u32) before them. Numbers are little endian. An argument "floats" makes it read
 // lines of 16 hexadecimal digits, the bits of doubles, and print two spellings and two readings of each.
 #include <cstdio>
@@ -258,6 +258,11 @@ Needs needs_of(const Artifact& artifact, const std::string& step) {
     return artifact.needs(select(program, map));
   }
   Needs needs;
+  if (verb == "everything") {
+    for (size_t i = 0; i < program.factors.size(); ++i) needs.factors.push_back(static_cast<int>(i));
+    needs.planes = 8;
+    return needs;
+  }
   needs.planes = std::stoi(argument);
   for (const std::string& key : split(keys)) needs.factors.push_back(key_index(program, key));
   return needs;
@@ -319,6 +324,7 @@ void run_case() {
     }
     std::cout << "{\"error\":" << error << ",\"held\":" << held(*artifact) << "}\n";
   }
+  std::cout << std::flush;
 }
 
 int print_floats() {
