@@ -181,7 +181,7 @@ def _file_of(error: ArtifactError) -> str:
 
 
 def compare(reader: NativeReader, files: Files) -> bool:
-    """Whether both readers accept the artifact. They must agree on that, and on all that is in it or the file at fault."""
+    """Whether both readers accept the artifact. They must agree on that, and on the content or the file at fault."""
     artifact, program, file = python_verdict(files)
     opened, loaded = reader.ask(files, "everything")
     error = opened.get("error") or (loaded or {}).get("error")
