@@ -28,12 +28,16 @@ class NativeReader:
     def __init__(self, program: Path) -> None:
         self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def ask(self, source: Files | Path, *steps: str) -> list[Any]:
-        """What opening gives, then what each step gives. See artifact_dump.cc for the steps."""
+    def ask(self, source: Files | Path, *steps: str, careless: bool = False) -> list[Any]:
+        """What opening gives, then what each step gives. See artifact_dump.cc for the steps.
+
+        careless: the files come from a function that ignores the limit it is given.
+        """
         if isinstance(source, Path):
             parts = [struct.pack("<I", (1 << 32) - 1), _text(str(source).encode())]
         else:
-            parts = [struct.pack("<I", len(source))]
+            parts = [struct.pack("<I", (1 << 32) - 2)] if careless else []
+            parts.append(struct.pack("<I", len(source)))
             for name, data in source.items():
                 parts += [_text(name.encode()), _text(data)]
         parts += [struct.pack("<I", len(steps)), *(_text(step.encode()) for step in steps)]

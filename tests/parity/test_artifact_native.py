@@ -149,6 +149,9 @@ def test_requests_for_what_is_not_there(reader: NativeReader, artifacts: dict[st
         "plan mixed": "there is no plan 'mixed'",
         "map 1,2": "the precision map leaves out layer 'head'",
         "load 9 1": "the number of bit-planes is from 0 to 8, got 9",
+        "indices 0,0": "the selection is not one of this program",
+        "indices 0,0,4": "the selection is not one of this program",
+        "indices 0,-1,0": "the selection is not one of this program",
         "load 2 7": "factors -1: there are 4 of precisions and plans",
     }
     for step, message in steps.items():
@@ -230,6 +233,20 @@ def test_manifests_of_very_many_values(reader: NativeReader, artifacts: dict[str
     many = hostile.canonical({"format": "bitstrata.strata", "provenance": {"x": [[]] * 1_000_000}, "version": 1})
     assert not compare(reader, {**files, "manifest.json": many})
     assert not compare(reader, {**files, "manifest.json": b" " * ((1 << 24) + 1)})
+
+
+def test_a_function_that_ignores_the_limit_is_caught(reader: NativeReader, artifacts: dict[str, Files]) -> None:
+    files = artifacts["plain"]
+    opened, loaded = reader.ask(files, "everything", careless=True)
+    assert opened == reader.ask(files)[0]
+    assert loaded["error"] is None
+    _, loaded = reader.ask(
+        {**files, "base.safetensors": files["base.safetensors"] + b"\0"}, "precision 1", careless=True
+    )
+    message = "base.safetensors: has 226 bytes, at most 225 are allowed"
+    assert loaded["error"] == {"kind": "source", "file": "base.safetensors", "message": message}
+    (opened,) = reader.ask({"manifest.json": b" " * ((1 << 24) + 1)}, careless=True)
+    assert "has 16777217 bytes, at most 16777216 are allowed" in opened["error"]["message"]
 
 
 # Directories
