@@ -32,6 +32,13 @@ struct Stage {
   std::vector<FileEntry> reads;
 };
 
+void check_selection(const Program& program, const Selection& selection) {
+  const int precisions = static_cast<int>(program.precisions.size());
+  bool fits = selection.map.size() == program.layers.size() && selection.plan < static_cast<int>(program.plans.size());
+  for (int precision : selection.map) fits &= precision >= 0 && precision < precisions;
+  if (!fits) throw ArtifactError(ArtifactError::Kind::request, "", "the selection is not one of this program");
+}
+
 double read_double(const uint8_t* bytes) {
   uint64_t bits = 0;
   for (int i = 0; i < 8; ++i) bits |= uint64_t{bytes[i]} << (8 * i);
@@ -105,10 +112,12 @@ void check_factors(const Program& program, const StoredFile& file, const Factors
       if (!std::isfinite(line.mul[c]) || !std::isfinite(line.add[c]))
         wrong("affine '" + program.affines[affine].name + "', channel " + std::to_string(c) + ": is not finite");
   }
-  for (size_t i = 0; i < factors.steps().size(); ++i)
-    if (!(factors.steps()[i] >= kMinStep && factors.steps()[i] <= kMaxStep))
-      wrong("step of layer '" + program.layers[i].name + "' = " + std::to_string(factors.steps()[i]) +
-            ": must be in [1e-30, 1e30]");
+  for (size_t i = 0; i < factors.steps().size(); ++i) {
+    const double step = factors.steps()[i];
+    if (step >= kMinStep && step <= kMaxStep) continue;
+    const std::string shown = std::isfinite(step) ? artifact::canonical_float(step) : "not finite";
+    wrong("step of layer '" + program.layers[i].name + "' is " + shown + ", must be in [1e-30, 1e30]");
+  }
 }
 
 void add_factors(const Program& program, const StoredFile& file, const uint8_t* bytes, Stage* stage) {
@@ -153,14 +162,15 @@ const std::vector<FileEntry>& Artifact::reads() const { return state_->reads; }
 
 Needs Artifact::needs(const Selection& selection) const {
   const Program& program = this->program();
+  check_selection(program, selection);
   Needs found;
   std::vector<bool> used(program.factors.size());
   for (size_t i = 0; i < program.layers.size(); ++i) {
-    const int precision = selection.map.at(i);
-    used.at(precision) = true;
-    if (program.layers[i].planes) found.planes = std::max(found.planes, program.layers[i].at.at(precision).weight_bits);
+    const int precision = selection.map[i];
+    used[precision] = true;
+    if (program.layers[i].planes) found.planes = std::max(found.planes, program.layers[i].at[precision].weight_bits);
   }
-  if (selection.plan >= 0) used.at(program.factors_of_plan(selection.plan)) = true;
+  if (selection.plan >= 0) used[program.factors_of_plan(selection.plan)] = true;
   for (size_t i = 0; i < used.size(); ++i)
     if (used[i]) found.factors.push_back(static_cast<int>(i));
   return found;

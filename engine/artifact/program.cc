@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "bitstrata/error.h"
 #include "layout.h"
@@ -76,11 +77,15 @@ Selection select(const Program& program, const std::vector<std::pair<std::string
 
 std::vector<std::vector<int>> code_readers(const Program& program) {
   std::vector<std::vector<int>> readers(program.nodes.size());
+  std::set<std::pair<int, int>> known;  // origin, layer
+  const auto add = [&](int origin, int layer) {
+    if (known.emplace(origin, layer).second) readers[origin].push_back(layer);
+  };
   for (size_t i = 0; i < program.nodes.size(); ++i) {
     const Node& node = program.nodes[i];
-    if (const auto* requant = std::get_if<RequantNode>(&node.attributes)) readers[i] = {requant->layer};
+    if (const auto* requant = std::get_if<RequantNode>(&node.attributes)) add(static_cast<int>(i), requant->layer);
     if (const auto* conv = std::get_if<ConvNode>(&node.attributes))
-      readers[program.values[node.inputs[0]].origin].push_back(conv->layer);
+      add(program.values[node.inputs[0]].origin, conv->layer);
   }
   return readers;
 }

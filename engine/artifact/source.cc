@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <limits>
 #include <system_error>
 #include <utility>
 
@@ -57,7 +58,8 @@ class Descriptor {
 
 // Up to `size` bytes; fewer if the file ends earlier.
 Bytes read_up_to(const std::string& name, int descriptor, uint64_t size) {
-  Bytes data(size);
+  if (size > std::numeric_limits<size_t>::max() / 2) fail(name, "is larger than this machine's memory");
+  Bytes data(static_cast<size_t>(size));
   uint64_t done = 0;
   while (done < size) {
     const ssize_t got = ::read(descriptor, data.data() + done, size - done);
@@ -74,7 +76,8 @@ Bytes read_up_to(const std::string& name, int descriptor, uint64_t size) {
 
 DirectorySource::DirectorySource(std::string path) : path_(std::move(path)) {
   struct stat status;
-  if (stat(path_.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))
+  const bool nul = path_.find('\0') != std::string::npos;  // the system would see another path
+  if (nul || stat(path_.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))
     fail("", path_ + ": no such directory; an artifact is a directory with a manifest.json");
 }
 

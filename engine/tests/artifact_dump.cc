@@ -1,10 +1,12 @@
 // What the reader makes of artifacts, for comparison with another reader. Reads cases from standard input until its end
 // and prints one line of JSON for each of a case's steps, the opening first.
 //
-// A case: the number of files (u32), their names and bytes; or u32 2^32-1 and the path of a directory. Then the number
-// of steps (u32) and the steps:
+// A case: the number of files (u32), their names and bytes; or u32 2^32-1 and the path of a directory; or u32 2^32-2,
+// number, names and bytes of files that come from a function without regard to the limit. Then the number of steps
+// (u32) and the steps:
 //   load <planes> <key>,<key>..   factor keys as in file names
-//   precision <p>   |   plan <name>   |   map <p>,<p>..  of the layers in their order
+//   everything   |   precision <p>   |   plan <name>   |   map <p>,<p>..  of the layers in their order   |   indices
+//   <i>,<i>..  of precisions
 // Strings and bytes have their length (u32) before them. Numbers are little endian. An argument "floats" makes it read
 // lines of 16 hexadecimal digits, the bits of doubles, and print two spellings and two readings of each.
 #include <cstdio>
@@ -257,11 +259,23 @@ Needs needs_of(const Artifact& artifact, const std::string& step) {
       map.emplace_back(program.layers.at(map.size()).name, std::stoi(part));
     return artifact.needs(select(program, map));
   }
+  if (verb == "indices") {
+    Selection selection;
+    for (const std::string& part : split(argument)) selection.map.push_back(std::stoi(part));
+    return artifact.needs(selection);
+  }
   Needs needs;
+  if (verb == "everything") {
+    for (size_t i = 0; i < program.factors.size(); ++i) needs.factors.push_back(static_cast<int>(i));
+    needs.planes = 8;
+    return needs;
+  }
   needs.planes = std::stoi(argument);
   for (const std::string& key : split(keys)) needs.factors.push_back(key_index(program, key));
   return needs;
 }
+
+constexpr uint32_t kDirectory = UINT32_MAX, kCareless = UINT32_MAX - 1;
 
 uint32_t read_u32() {
   uint8_t bytes[4] = {};
@@ -275,14 +289,28 @@ std::string read_string() {
   return text;
 }
 
+std::unique_ptr<Source> source_of(uint32_t kind, const std::string& directory,
+                                  const std::map<std::string, std::string>& files) {
+  if (kind == kDirectory) return std::make_unique<DirectorySource>(directory);
+  if (kind == kCareless)
+    return std::make_unique<FunctionSource>([&files](const std::string& name, uint64_t) {
+      const std::string& data = files.at(name);
+      return Bytes(data.begin(), data.end());
+    });
+  std::map<std::string, MemorySource::Span> spans;
+  for (const auto& [name, data] : files) spans[name] = {reinterpret_cast<const uint8_t*>(data.data()), data.size()};
+  return std::make_unique<MemorySource>(spans);
+}
+
 void run_case() {
-  const uint32_t count = read_u32();
+  const uint32_t kind = read_u32();
   if (!std::cin) return;
   std::string directory;
   std::map<std::string, std::string> files;
-  if (count == UINT32_MAX) {
+  if (kind == kDirectory) {
     directory = read_string();
   } else {
+    const uint32_t count = kind == kCareless ? read_u32() : kind;
     for (uint32_t i = 0; i < count; ++i) {
       std::string name = read_string();
       files[name] = read_string();
@@ -290,17 +318,9 @@ void run_case() {
   }
   std::vector<std::string> steps(read_u32());
   for (std::string& step : steps) step = read_string();
-  std::map<std::string, MemorySource::Span> spans;
-  for (const auto& [name, data] : files) spans[name] = {reinterpret_cast<const uint8_t*>(data.data()), data.size()};
   std::unique_ptr<Artifact> artifact;
   try {
-    std::unique_ptr<Source> source;
-    if (count == UINT32_MAX) {
-      source = std::make_unique<DirectorySource>(directory);
-    } else {
-      source = std::make_unique<MemorySource>(spans);
-    }
-    artifact = std::make_unique<Artifact>(std::move(source));
+    artifact = std::make_unique<Artifact>(source_of(kind, directory, files));
     std::cout << "{\"sha256\":\"" << artifact->sha256() << "\",\"program\":" << Dump(artifact->program()).whole()
               << "}\n";
   } catch (const ArtifactError& error) {
@@ -319,6 +339,7 @@ void run_case() {
     }
     std::cout << "{\"error\":" << error << ",\"held\":" << held(*artifact) << "}\n";
   }
+  std::cout << std::flush;
 }
 
 int print_floats() {

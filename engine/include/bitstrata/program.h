@@ -199,7 +199,8 @@ Selection select(const Program& program, const std::vector<std::pair<std::string
 // Throws ArtifactError (program) unless layers that read the same codes have equal ranges and offsets at `map`.
 void check_shared_codes(const Program& program, const std::vector<int>& map);
 
-// The layers that take part in the grid of the codes that a node makes, in order of nodes; the first gives the step.
+// The layers that take part in the grid of the codes that a node makes, each once, in order of nodes; the first gives
+// the step.
 // Empty for nodes that make no codes.
 std::vector<std::vector<int>> code_readers(const Program& program);
 
