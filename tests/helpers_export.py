@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,70 @@ class Native:
     def check(self, plan: Plan, codes: NDArray[Any]) -> None:
         """The exported network gives the reference's integers."""
         np.testing.assert_array_equal(self.outputs(plan, codes), OracleExecutor(plan).run(codes))
+
+
+# Arm
+
+BOARDS = {"cortex-m4": "mps2-an386", "cortex-m7": "mps2-an500"}  # qemu's machines
+ARM = ["-mthumb", "-mfloat-abi=soft", "-O2", "-ffunction-sections", "-fdata-sections", "-fstack-usage"]
+INSTRUCTIONS_A_TICK = 40  # with -icount shift=0 an instruction takes 1 ns, and the board's timer runs at 25 MHz
+SOFT_FLOAT = re.compile(r"__aeabi_(f|d|i2f|i2d|ui2f|ui2d|l2f|l2d|ul2f|ul2d|cf|cd)|__\w+[sd]f\d?$")
+ALLOCATION = re.compile(r"\b_*(malloc|calloc|realloc|free|sbrk)(_r)?$")
+
+
+@dataclass(frozen=True)
+class BoardRun:
+    """outputs: (N, H, W, C). Bytes: flash (code and constants), ram (static), stack (touched by the runs)."""
+
+    outputs: NDArray[np.int32]
+    flash: int
+    flash_code: int
+    ram: int
+    stack: int
+    instructions: int  # of the last run
+
+
+def missing_arm_tools() -> list[str]:
+    """What is needed for Arm and not installed."""
+    needed = ("arm-none-eabi-gcc", "arm-none-eabi-nm", "qemu-system-arm")
+    return [tool for tool in needed if shutil.which(tool) is None]
+
+
+def run_on_board(folder: Path, codes: NDArray[Any], shape: tuple[int, ...], cpu: str) -> BoardRun:
+    """Build the network exported to `folder` for a processor, and run it in qemu on inputs (N, H, W, C)."""
+    ctype = "uint8_t" if codes.dtype == np.uint8 else "int8_t"
+    values = ", ".join(map(str, codes.reshape(-1).tolist()))
+    (folder / "vectors.h").write_text(f"enum {{ COUNT = {len(codes)} }};\nstatic const {ctype} inputs[] = {{{values}}};\n")
+    flags = [f"-mcpu={cpu}", *ARM, "-I."]
+    for source in ("model.c", RUNTIME):
+        run("arm-none-eabi-gcc", *STRICT, *flags, "-c", source, folder=folder)
+    run("arm-none-eabi-gcc", *STRICT, *flags, "-c", FOLDER / "board.c", folder=folder)
+    script = f"-Wl,-T,{FOLDER / 'mps2.ld'},--gc-sections,-Map=board.map"
+    objects = ("model.o", "bitstrata_mcu.o", "board.o")
+    run("arm-none-eabi-gcc", *flags, "-nostartfiles", "-specs=nano.specs", script, *objects, "-o", "board.elf", folder=folder)
+    machine = ("-M", BOARDS[cpu], "-nographic", "-semihosting", "-icount", "shift=0", "-kernel", "board.elf")
+    command = ["qemu-system-arm", *machine]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+    lines = [line.split() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    said = {key: [int(word, 16) for word in words] for key, *words in lines if key in ("ticks", "stack")}
+    outputs = [[int(word, 16) for word in words] for key, *words in lines if key == "out"]
+    assert len(outputs) == len(codes), f"{cpu}: {result.stdout[-500:]}{result.stderr[-500:]}"
+    code, constants, ram = map_sizes((folder / "board.map").read_text())
+    return BoardRun(
+        outputs=np.array(outputs, np.uint32).astype(np.int32).reshape(len(codes), *shape),
+        flash=code + constants,
+        flash_code=code,
+        ram=ram,
+        stack=said["stack"][0],
+        instructions=said["ticks"][0] * INSTRUCTIONS_A_TICK,
+    )
+
+
+def map_sizes(text: str) -> tuple[int, int, int]:
+    """Bytes of code, constants and static memory in a linker map: of all that is linked but the board's own file."""
+    text = text[text.index("Linker script and memory map") :]
+    sizes = {"text": 0, "rodata": 0, "bss": 0, "data": 0}
+    for match in re.finditer(r"^ \.(text|rodata|bss|data)\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE):
+        if not match[3].endswith("board.o"):
+            sizes[match[1]] += int(match[2], 16)
+    return sizes["text"], sizes["rodata"] + sizes["data"], sizes["bss"] + sizes["data"]

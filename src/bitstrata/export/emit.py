@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bitstrata_runtime import intervals
 from bitstrata_runtime.plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Requant, Slice, SumPool
 
 from . import requant
@@ -24,12 +25,23 @@ def scratch_name(op: Op) -> str:
     return f"scratch of {op.name}"
 
 
+def accumulator_bounds(op: Op, plan: Schedule) -> requant.Bounds:
+    """The least and largest accumulator of each channel of a convolution, for inputs within their value's bounds."""
+    assert isinstance(op, Conv)
+    source = plan.values[op.inputs[0]]
+    inputs = intervals.constant(source.lo, source.hi, source.shape[2])
+    if any(op.padding):
+        inputs = intervals.join(inputs, op.pad_code)
+    return intervals.conv(op.codes, op.mul, op.add, op.groups, inputs)
+
+
 class Emitter:
     """Writes the tables of one schedule. convs: op.output -> its packed weights."""
 
     def __init__(self, plan: Schedule, convs: Mapping[int, PackedConv], arena: Arena, tiles: list[int]) -> None:
         self.plan, self.convs, self.arena, self.tiles = plan, convs, arena, tiles
         self.tables = Tables()
+        self.bounds = {index: accumulator_bounds(op, plan) for index, op in plan.makers(Conv).items()}
         self.forms: dict[str, int] = {}  # kernel -> operations, for reports
 
     def write(self) -> str:
@@ -103,7 +115,9 @@ class Emitter:
         return f"bs_conv_{c.kernel}", self._struct(op, "bs_conv", fields)
 
     def _requant(self, op: Requant) -> tuple[str, str]:
-        form: Form = requant.choose(op, self.plan.values[op.inputs[0]], self.plan.values[op.output])
+        source = op.inputs[0]
+        bounds = self.bounds.get(source)
+        form: Form = requant.choose(op, self.plan.values[source], self.plan.values[op.output], bounds)
         if isinstance(form, Thresholds):
             return self._thresholds(op, form)
         array, tag = self.tables.array, str(op.output)
@@ -120,7 +134,8 @@ class Emitter:
                 own |= {"from": array(f"from{tag}", form.start), "to": array(f"to{tag}", form.stop)}
             return "bs_requant_short", self._struct(op, "bs_requant_short_args", {**common, **own})
         own = {"bias": array(f"bias{tag}", form.bias)}
-        return "bs_requant_wide", self._struct(op, "bs_requant_wide_args", {**common, **own})
+        kernel = "bs_requant_split" if form.split else "bs_requant_wide"
+        return kernel, self._struct(op, "bs_requant_wide_args", {**common, **own})
 
     def _thresholds(self, op: Requant, form: Thresholds) -> tuple[str, str]:
         falling = None

@@ -103,24 +103,25 @@ def overlap(plan: Schedule, source: int, result: int, run: Run) -> Overlap:
     first, last = _bytes_read(plan, source, run)
     starts = np.arange(0, group.pixels, tile)
     begin, end = starts * sizes[1], np.minimum(starts + tile, group.pixels) * sizes[1]
-    # Within a tile, all steps before the writing one are over.
+    # A tile's steps run one after the other; within the writing one, only equal places of equal elements can be shared.
     over = max(readers) < writer
-    in_place = max(readers) == writer and isinstance(group.ops[writer], ELEMENTWISE)
+    in_place = max(readers) == writer and isinstance(group.ops[writer], ELEMENTWISE) and sizes[0] == sizes[1]
     in_place = in_place and all(reads_own_pixel(group.ops[step], source, plan.values) for step in readers)
-    later = 1 if over or in_place else 0  # whether the tile itself need not be kept
-    if not run.backward:
-        needed = np.minimum.accumulate(first[::-1])[::-1]  # by a tile and those after it
-        needed = np.append(needed, _NOTHING)[later : later + len(starts)]
-        most = int((needed - end).min())
-        if in_place:
-            most = min(most, int((starts * sizes[0] - begin).min()))
-        return Overlap(most=most)
-    needed = np.maximum.accumulate(last)
-    needed = np.append(-_NOTHING, needed)[1 - later :][: len(starts)]
-    least = int((needed - begin).max())
-    if in_place:
-        return Overlap(same=least <= 0 and sizes[0] == sizes[1])
-    return Overlap(least=least)
+    kept, later = _limits(first, last, begin, end, run.backward)
+    at_once = later if over else kept
+    same = in_place and (later <= 0 if run.backward else later >= 0)
+    return Overlap(least=at_once, same=same) if run.backward else Overlap(most=at_once, same=same)
+
+
+def _limits(
+    first: NDArray[np.int64], last: NDArray[np.int64], begin: NDArray[np.int64], end: NDArray[np.int64], backward: bool
+) -> tuple[int, int]:
+    """How far a result may reach if a tile keeps all that it reads, and if it keeps only what later tiles read."""
+    if backward:
+        needed = np.append(-_NOTHING, np.maximum.accumulate(last))
+        return int((needed[1:] - begin).max()), int((needed[:-1] - begin).max())
+    needed = np.append(np.minimum.accumulate(first[::-1])[::-1], _NOTHING)
+    return int((needed[:-1] - end).min()), int((needed[1:] - end).min())
 
 
 def plan_bytes(plan: Schedule, index: int) -> int:

@@ -16,14 +16,14 @@ from bitstrata_runtime.plan import Conv, Plan
 from bitstrata_runtime.reference import OracleExecutor, check_codes
 
 from .emit import Emitter, scratch_name
-from .memory import Arena, Buffer, element_bytes, plan_arena
+from .memory import Arena, Buffer, element_bytes, plan_arena, plan_bytes
 from .packing import PackedConv, pack, scratch_bytes
 from .schedule import Schedule, schedule
 from .tables import Tables
 
 RUNTIME = ("bitstrata_mcu.h", "bitstrata_mcu.c")
-TILES = (8, 4, 2)  # pixels, over which a row of weights is unpacked once
-_WORTH = 0.98  # smaller tiles must shrink the arena at least to this
+TILES = (16, 8, 4, 2)  # pixels, over which a row of weights is unpacked once
+_WORTH = 1.05  # how much larger than the smallest arena one with larger tiles may be
 _MOST_BYTES = (1 << 31) - 1  # positions in maps and in the arena are 32-bit numbers
 
 
@@ -81,14 +81,29 @@ def _plan(plan: Plan) -> _Planned:
     for most in TILES:
         tiles = [min(most, group.pixels) for group in scheduled.groups]
         found.append((plan_arena(scheduled, _tile_buffers(scheduled, convs, tiles), tiles), tiles))
-    best = found[0]
-    for other in found[1:]:
-        if other[0].bytes < _WORTH * best[0].bytes:
-            best = other
+    allowed = _WORTH * min(arena.bytes for arena, _ in found)
+    best = next(one for one in found if one[0].bytes <= allowed)
+    roomy = _widened(scheduled, convs, *best)
+    raised = (plan_arena(scheduled, _tile_buffers(scheduled, convs, roomy), roomy), roomy)
+    best = raised if raised[0].bytes <= allowed else best
     largest = max([best[0].bytes, *(int(np.prod(value.shape)) * 4 for value in scheduled.values)])
     if largest > _MOST_BYTES:
         raise ProgramError(f"export: {largest} bytes, of a map or of all, are more than 32-bit positions can address")
     return _Planned(scheduled, convs, *best)
+
+
+def _widened(plan: Schedule, convs: dict[int, PackedConv], arena: Arena, tiles: list[int]) -> list[int]:
+    """The largest tiles for groups which then still need less than the arena."""
+    spans = plan.first_last()
+    wide = [min(TILES[0], group.pixels) for group in plan.groups]
+    alive = [0] * len(wide)
+    for index, (first, last) in spans.items():
+        if index not in (plan.input, plan.output):
+            for position in range(first, last + 1):
+                alive[position] += plan_bytes(plan, index)
+    for buffer in _tile_buffers(plan, convs, wide):
+        alive[buffer.first] += buffer.bytes
+    return [w if bytes_ <= arena.bytes else t for w, t, bytes_ in zip(wide, tiles, alive, strict=True)]
 
 
 def _convs(plan: Schedule) -> list[Conv]:

@@ -76,12 +76,12 @@ def scratch_bytes(conv: PackedConv, tile: int) -> int:
     """What the convolution's kernel needs beside its maps; see bitstrata_mcu.h."""
     if conv.kernel == "depthwise":
         return 8 * conv.depth * conv.words
-    return 4 * (2 * conv.words + tile * (conv.words + 1))
+    return 4 * (2 * conv.words + (tile + tile % 2) * (conv.words + 1))
 
 
 def _turns(largest: int) -> int:
     turns = min(_MOST_PRODUCT // largest if largest else _MOST_TURNS, _MOST_TURNS)
-    return turns // 4 * 4 if turns >= 4 else turns
+    return turns // 4 * 4 if turns >= 8 else turns
 
 
 def _depthwise_rows(codes: NDArray[np.uint32], block: int) -> NDArray[np.uint32]:

@@ -53,25 +53,33 @@ class Short:
 
 @dataclass(frozen=True)
 class Wide:
-    """The definition itself, in 64 bits; arrays as of `Short`."""
+    """The definition itself, in 64 bits; arrays as of `Short`. split: 32 bits give the same, the constants in two parts.
+
+    With M = 2^s*Mh + Ml and B likewise, (x*M + B) >> s = x*Mh + Bh + ((x*Ml + Bl) >> s), as the first terms are whole
+    numbers. If the result is a 32-bit number they may wrap; x*Ml + Bl must not.
+    """
 
     multiplier: NDArray[np.int32]
     bias: NDArray[np.int64]
     shift: NDArray[np.uint8]
     lowest: int
     highest: int
+    split: bool
 
 
 Form = Thresholds | Short | Wide
+Bounds = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def choose(op: Requant, source: Value, result: Value) -> Form:
-    """The form for inputs within the proved bounds of `source`, which equals `op` for each of them."""
+def choose(op: Requant, source: Value, result: Value, bounds: Bounds | None = None) -> Form:
+    """The form which equals `op` for inputs within the proved bounds of `source`, or within `bounds`, one a channel."""
     constants = np.stack([op.multiplier.astype(object), op.bias.astype(object), op.shift.astype(object)], axis=1)
+    firsts, lasts = bounds or (np.full(len(constants), source.lo), np.full(len(constants), source.hi))
     if (constants == constants[0]).all():
-        constants = constants[:1]
+        constants, firsts, lasts = constants[:1], firsts.min(keepdims=True), lasts.max(keepdims=True)
     lo, hi = max(op.lo, result.lo), min(op.hi, result.hi)  # results are proved to be within the value's bounds
-    channels = [_Channel(int(m), int(b), int(s), lo, hi, source.lo, source.hi) for m, b, s in constants]
+    ends = zip(firsts.tolist(), lasts.tolist(), strict=True)
+    channels = [_Channel(int(m), int(b), int(s), lo, hi, *end) for (m, b, s), end in zip(constants, ends, strict=True)]
     if result.dtype != "i32":
         if hi - lo <= MOST_THRESHOLDS:
             thresholds = _thresholds(channels)
@@ -82,7 +90,8 @@ def choose(op: Requant, source: Value, result: Value) -> Form:
             if short is not None:
                 return short
     multiplier, bias, shift = (np.array(column.tolist(), np.int64) for column in constants.T)
-    return Wide(multiplier.astype(np.int32), bias, shift.astype(np.uint8), lo, hi)
+    split = result.dtype == "i32" and all(channel.splits() for channel in channels)
+    return Wide(multiplier.astype(np.int32), bias, shift.astype(np.uint8), lo, hi, split)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,13 @@ class _Channel:
 
     def at(self, x: int) -> int:
         return min(max((x * self.m + self.b) >> self.s, self.lo), self.hi)
+
+    def splits(self) -> bool:
+        """Whether no result needs the clamp, and the lower parts of the constants stay within 32 bits."""
+        ends = [(x * self.m + self.b) >> self.s for x in (self.first, self.last)]
+        part = (1 << self.s) - 1
+        fits = (max(abs(self.first), abs(self.last)) + 1) * part <= INT32_MAX
+        return fits and self.lo <= min(ends) and max(ends) <= self.hi
 
     def step(self, level: int) -> tuple[int, int]:
         """The x next to each other between which f reaches `level`: with at least `level`, and with less. m != 0."""

@@ -39,6 +39,10 @@ class Schedule:
     output: int
     maps: frozenset[int]
 
+    def makers(self, kind: type[Op]) -> dict[int, Op]:
+        """Value -> the operation of this kind that makes it."""
+        return {op.output: op for group in self.groups for op in group.ops if isinstance(op, kind)}
+
     def first_last(self) -> dict[int, tuple[int, int]]:
         """Of every value in `maps`: the group that makes it (-1: the input) and the last one that reads it."""
         spans = dict.fromkeys(self.maps, (-1, -1))

@@ -86,40 +86,45 @@ static int32_t under(const bs_window *w, const bs_value *v, position p, uint32_t
 
 static const uint32_t BYTES = 0x01010101u, HALVES = 0x00010001u; /* a 1 in each lane of a word */
 
-/* Adds a section of a row of weights to the words `out`, count of them: fields of `width` bits, shifted by `shift`.
+/* Adds a section of a row of weights to `count` words, `pitch` words apart: fields of `width` bits, shifted by `shift`.
  * Returns the next section. */
-static const uint32_t *unpack_section(const uint32_t *in, uint32_t *out, uint32_t count, uint32_t width, uint32_t shift,
-                                      uint32_t lanes, int first) {
+static const uint32_t *unpack_section(const uint32_t *in, uint32_t *out, uint32_t count, uint32_t pitch, uint32_t lanes,
+                                      uint32_t width, uint32_t shift, int first) {
   const uint32_t mask = lanes * ((1u << width) - 1u), fields = (lanes == BYTES ? 8u : 16u) / width;
   while (count > 0) {
-    const uint32_t n = smaller(fields, count);
-    uint32_t word = *in++;
+    uint32_t word = *in++, n = smaller(fields, count);
     count -= n;
     if (first) {
-      for (uint32_t i = 0; i < n; ++i, word >>= width % 32u) *out++ = (word & mask) << shift;
+      for (; n > 0; --n, out += pitch, word >>= width) *out = (word & mask) << shift;
     } else {
-      for (uint32_t i = 0; i < n; ++i, word >>= width % 32u) *out++ |= (word & mask) << shift;
+      for (; n > 0; --n, out += pitch, word >>= width) *out |= (word & mask) << shift;
     }
   }
   return in;
 }
 
-static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t lanes) {
+static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t pitch, uint32_t lanes) {
   const uint32_t *in = c->weights + row * c->row_words;
   uint32_t shift = c->bits;
   int first = 1;
   for (uint32_t width = 8; width > 0; width >>= 1) {
     if ((c->bits & width) == 0) continue;
     shift -= width;
-    in = unpack_section(in, out, c->words, width, shift, lanes, first);
+    in = unpack_section(in, out, c->words, pitch, lanes, width, shift, first);
     first = 0;
   }
 }
 
-/* Codes of one position, less `low`. */
+/* memcpy, which small C libraries have byte by byte. */
+static void copy(uint8_t *to, const uint8_t *from_bytes, uint32_t count) {
+  for (; count >= 4; count -= 4, to += 4, from_bytes += 4) memcpy(to, from_bytes, 4);
+  for (; count > 0; --count) *to++ = *from_bytes++;
+}
+
+/* Codes less `low`. */
 static void take_bytes(const uint8_t *in, uint32_t count, int32_t low, uint8_t *out) {
   if (low == 0) {
-    memcpy(out, in, count);
+    copy(out, in, count);
   } else {
     const int8_t *codes = (const int8_t *)in;
     for (uint32_t i = 0; i < count; ++i) out[i] = (uint8_t)(codes[i] - low);
@@ -130,36 +135,52 @@ static void take_bytes(const uint8_t *in, uint32_t count, int32_t low, uint8_t *
 static void take_patch(const bs_state *s, const bs_step *step, position p, uint32_t channel, uint32_t count,
                        uint32_t pitch, uint8_t *out) {
   const bs_conv *c = step->args;
-  for (uint32_t ky = 0; ky < c->window.kernel_h; ++ky) {
-    for (uint32_t kx = 0; kx < c->window.kernel_w; ++kx, out += pitch) {
-      const int32_t pixel = under(&c->window, step->a, p, ky, kx);
-      if (pixel >= 0)
-        take_bytes(from(s, step->a, (uint32_t)pixel) + channel, count, c->low, out);
-      else if (c->pad != NULL)
-        memcpy(out, c->pad + channel, count);
-      else
+  const bs_window *w = &c->window;
+  const int whole_rows = w->dilation_w == 1 && count == step->a->channels && count == pitch;
+  for (uint32_t ky = 0; ky < w->kernel_h; ++ky) {
+    for (uint32_t kx = 0, run; kx < w->kernel_w; kx += run, out += run * pitch) {
+      const int32_t pixel = under(w, step->a, p, ky, kx);
+      run = 1;
+      if (pixel >= 0) {
+        if (whole_rows) run = smaller(w->kernel_w - kx, step->a->width - (p.x * w->stride_w + kx - w->left));
+        take_bytes(from(s, step->a, (uint32_t)pixel) + channel, run * count, c->low, out);
+      } else if (c->pad != NULL) {
+        copy(out, c->pad + channel, count);
+      } else {
         memset(out, c->pad_code, count);
+      }
     }
   }
 }
 
-static uint32_t sum_bytes(const uint8_t *codes, uint32_t count) {
-  uint32_t sum = 0;
-  for (uint32_t i = 0; i < count; ++i) sum += codes[i];
-  return sum;
-}
-
 static uint32_t even_bytes(uint32_t x) { return x & 0x00ff00ffu; }
 
-/* Bytes in the second half of `words` words become pairs, in the same memory: four bytes a time, 0 and 2, then 1 and 3. */
-static void spread(uint32_t *words, uint32_t count) {
-  const uint8_t *bytes = (const uint8_t *)words + 2 * count;
-  for (; count > 0; count -= 2, bytes += 4) {
-    uint32_t x;
-    memcpy(&x, bytes, 4);
-    *words++ = even_bytes(x);
-    *words++ = even_bytes(x >> 8);
+/* sum + the four bytes of x. */
+static uint32_t add_bytes(uint32_t x, uint32_t sum) {
+#if defined(__ARM_FEATURE_DSP)
+  return __usada8(x, 0, sum);
+#else
+  return sum + ((even_bytes(x) + even_bytes(x >> 8)) * 0x00010001u >> 16);
+#endif
+}
+
+/* Lays out a patch in every second word and returns the sum of its codes. */
+static uint32_t lay_out(const uint32_t *patch, uint32_t words, uint32_t lanes, uint32_t *out) {
+  uint32_t sum = 0;
+  if (lanes == BYTES) {
+    for (; words > 0; --words, out += 2) {
+      *out = *patch++;
+      sum = add_bytes(*out, sum);
+    }
+  } else {
+    for (; words > 0; words -= 2, out += 4) {
+      const uint32_t x = *patch++;
+      out[0] = even_bytes(x);
+      out[2] = even_bytes(x >> 8);
+      sum = add_bytes(x, sum);
+    }
   }
+  return sum;
 }
 
 /* sum + the products of both halves, of numbers below 256. */
@@ -171,45 +192,68 @@ static uint32_t multiply_pairs(uint32_t a, uint32_t b, uint32_t sum) {
 #endif
 }
 
-/* Sums of products of two patches and two rows: [patch 0 row 0, patch 0 row 1, patch 1 row 0, patch 1 row 1]. */
-typedef void dot_kernel(const uint32_t *a0, const uint32_t *a1, const uint32_t *w0, const uint32_t *w1, uint32_t words,
-                        uint32_t turns, uint32_t *sums);
+/* Sums of products of two patches and two rows, of which words alternate: [patch 0 row 0, patch 0 row 1, patch 1 row 0,
+ * patch 1 row 1]. */
+typedef void dot_kernel(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums);
 
 /* Four codes a word. Byte 3 of the product of two words is the sum of four products, as the weights are in reverse. */
-static void dot_bytes(const uint32_t *a0, const uint32_t *a1, const uint32_t *w0, const uint32_t *w1, uint32_t words,
-                      uint32_t turns, uint32_t *sums) {
-  uint32_t s00 = 0, s01 = 0, s10 = 0, s11 = 0;
+static void dot_bytes(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+  sums[0] = sums[1] = sums[2] = sums[3] = 0;
   while (words > 0) {
-    uint32_t p00 = 0, p01 = 0, p10 = 0, p11 = 0, n = smaller(turns, words);
+    uint32_t p0 = 0, p1 = 0, p2 = 0, p3 = 0, n = smaller(turns, words);
     words -= n;
-    for (; n >= 4; n -= 4) {
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t a = *a0++, b = *a1++, v = *w0++, w = *w1++;
-        p00 += a * v, p01 += a * w, p10 += b * v, p11 += b * w;
-      }
+    for (; n >= 4; n -= 4, a += 8, w += 8) {
+      p0 += a[0] * w[0], p1 += a[0] * w[1], p2 += a[1] * w[0], p3 += a[1] * w[1];
+      p0 += a[2] * w[2], p1 += a[2] * w[3], p2 += a[3] * w[2], p3 += a[3] * w[3];
+      p0 += a[4] * w[4], p1 += a[4] * w[5], p2 += a[5] * w[4], p3 += a[5] * w[5];
+      p0 += a[6] * w[6], p1 += a[6] * w[7], p2 += a[7] * w[6], p3 += a[7] * w[7];
     }
-    for (; n > 0; --n) {
-      const uint32_t a = *a0++, b = *a1++, v = *w0++, w = *w1++;
-      p00 += a * v, p01 += a * w, p10 += b * v, p11 += b * w;
-    }
-    s00 += p00 >> 24, s01 += p01 >> 24, s10 += p10 >> 24, s11 += p11 >> 24;
+    for (; n > 0; --n, a += 2, w += 2) p0 += a[0] * w[0], p1 += a[0] * w[1], p2 += a[1] * w[0], p3 += a[1] * w[1];
+    sums[0] += p0 >> 24, sums[1] += p1 >> 24, sums[2] += p2 >> 24, sums[3] += p3 >> 24;
   }
-  sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
+}
+
+/* The same for turns of 6 or 7 words: no inner loop. */
+static void dot_bytes_six(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+  sums[0] = sums[1] = sums[2] = sums[3] = 0;
+  for (; words >= 6; words -= 6, a += 12, w += 12) {
+    uint32_t p0 = a[0] * w[0], p1 = a[0] * w[1], p2 = a[1] * w[0], p3 = a[1] * w[1];
+    p0 += a[2] * w[2], p1 += a[2] * w[3], p2 += a[3] * w[2], p3 += a[3] * w[3];
+    p0 += a[4] * w[4], p1 += a[4] * w[5], p2 += a[5] * w[4], p3 += a[5] * w[5];
+    p0 += a[6] * w[6], p1 += a[6] * w[7], p2 += a[7] * w[6], p3 += a[7] * w[7];
+    p0 += a[8] * w[8], p1 += a[8] * w[9], p2 += a[9] * w[8], p3 += a[9] * w[9];
+    p0 += a[10] * w[10], p1 += a[10] * w[11], p2 += a[11] * w[10], p3 += a[11] * w[11];
+    sums[0] += p0 >> 24, sums[1] += p1 >> 24, sums[2] += p2 >> 24, sums[3] += p3 >> 24;
+  }
+  if (words > 0) {
+    uint32_t rest[4];
+    dot_bytes(a, w, words, turns, rest);
+    for (int i = 0; i < 4; ++i) sums[i] += rest[i];
+  }
+}
+
+/* The same for turns = 1. */
+static void dot_bytes_once(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+  uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  (void)turns;
+  for (; words > 0; --words, a += 2, w += 2) {
+    s0 += a[0] * w[0] >> 24, s1 += a[0] * w[1] >> 24;
+    s2 += a[1] * w[0] >> 24, s3 += a[1] * w[1] >> 24;
+  }
+  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
 }
 
 /* Two codes a word; an even number of words. */
-static void dot_pairs(const uint32_t *a0, const uint32_t *a1, const uint32_t *w0, const uint32_t *w1, uint32_t words,
-                      uint32_t turns, uint32_t *sums) {
-  uint32_t s00 = 0, s01 = 0, s10 = 0, s11 = 0;
+static void dot_pairs(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+  uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
   (void)turns;
-  for (; words > 0; words -= 2) {
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t a = *a0++, b = *a1++, v = *w0++, w = *w1++;
-      s00 = multiply_pairs(a, v, s00), s01 = multiply_pairs(a, w, s01);
-      s10 = multiply_pairs(b, v, s10), s11 = multiply_pairs(b, w, s11);
-    }
+  for (; words > 0; words -= 2, a += 4, w += 4) {
+    s0 = multiply_pairs(a[0], w[0], s0), s1 = multiply_pairs(a[0], w[1], s1);
+    s2 = multiply_pairs(a[1], w[0], s2), s3 = multiply_pairs(a[1], w[1], s3);
+    s0 = multiply_pairs(a[2], w[2], s0), s1 = multiply_pairs(a[2], w[3], s1);
+    s2 = multiply_pairs(a[3], w[2], s2), s3 = multiply_pairs(a[3], w[3], s3);
   }
-  sums[0] = s00, sums[1] = s01, sums[2] = s10, sums[3] = s11;
+  sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
 }
 
 static int32_t finish(const bs_conv *c, uint32_t channel, uint32_t products, uint32_t codes) {
@@ -217,20 +261,19 @@ static int32_t finish(const bs_conv *c, uint32_t channel, uint32_t products, uin
   return to_signed((uint32_t)c->multiplier * products + (uint32_t)c->addend * codes + base);
 }
 
-/* Rows `row` and, if `rows` is 2, the next one with a tile of patches; each patch is followed by the sum of its codes. */
-static void multiply_rows(const bs_conv *c, dot_kernel *dot, const uint32_t *weights, uint32_t row, uint32_t rows,
-                          uint32_t count, int32_t *out, uint32_t channels) {
-  const uint32_t words = c->words;
-  const uint32_t *patch = weights + 2 * words, *second_row = rows > 1 ? weights + words : weights;
-  for (uint32_t i = 0; i < count; i += 2, patch += 2 * (words + 1), out += 2 * channels) {
-    const uint32_t *other = i + 1 < count ? patch + words + 1 : patch;
+/* Rows `row` and, if `rows` is 2, the next one with `count` patches. Two patches lie together, and behind them their
+ * sums of codes. */
+static void multiply_rows(const bs_conv *c, dot_kernel *dot, const uint32_t *weights, const uint32_t *patches,
+                          uint32_t row, uint32_t rows, uint32_t count, int32_t *out, uint32_t channels) {
+  for (uint32_t i = 0; i < count; i += 2, patches += 2 * (c->words + 1), out += 2 * channels) {
+    const uint32_t *codes = patches + 2 * c->words;
     uint32_t products[4];
-    dot(patch, other, weights, second_row, words, c->turns, products);
-    out[row] = finish(c, row, products[0], patch[words]);
-    if (rows > 1) out[row + 1] = finish(c, row + 1, products[1], patch[words]);
-    if (other == patch) continue;
-    out[channels + row] = finish(c, row, products[2], other[words]);
-    if (rows > 1) out[channels + row + 1] = finish(c, row + 1, products[3], other[words]);
+    dot(patches, weights, c->words, c->turns, products);
+    out[row] = finish(c, row, products[0], codes[0]);
+    if (rows > 1) out[row + 1] = finish(c, row + 1, products[1], codes[0]);
+    if (i + 1 == count) break;
+    out[channels + row] = finish(c, row, products[2], codes[1]);
+    if (rows > 1) out[channels + row + 1] = finish(c, row + 1, products[3], codes[1]);
   }
 }
 
@@ -238,29 +281,29 @@ static void convolve(const bs_state *s, const bs_step *step, uint32_t first, uin
                      uint32_t lanes) {
   const bs_conv *c = step->args;
   const uint32_t words = c->words, channels = step->out->channels, in_group = step->a->channels / c->groups;
-  const uint32_t rows = channels / c->groups, in_bytes = lanes == BYTES ? 4 * words : 2 * words;
-  uint32_t *const weights = (uint32_t *)(void *)(s->arena + step->scratch);
+  const uint32_t rows = channels / c->groups;
+  uint32_t *const weights = (uint32_t *)(void *)(s->arena + step->scratch), *const patches = weights + 2 * words;
   int32_t *const out = (int32_t *)(void *)at(s, step->out, first);
   for (uint32_t group = 0; group < c->groups; ++group) {
-    uint32_t *patch = weights + 2 * words;
     position p = start_at(step, first);
-    for (uint32_t i = 0; i < count; ++i, patch += words + 1, advance(step, &p)) {
-      uint8_t *bytes = (uint8_t *)(patch + words) - in_bytes;
-      take_patch(s, step, p, group * in_group, in_group, in_group, bytes);
-      memset(bytes + c->depth, 0, in_bytes - c->depth);
-      patch[words] = sum_bytes(bytes, c->depth);
-      if (lanes != BYTES) spread(patch, words);
+    for (uint32_t i = 0; i < count; ++i, advance(step, &p)) {
+      uint32_t *pair = patches + (i & ~1u) * (words + 1);
+      weights[(c->depth - 1) / 4] = 0; /* the patch, before it is laid out; its last word may not be full */
+      take_patch(s, step, p, group * in_group, in_group, in_group, (uint8_t *)weights);
+      pair[2 * words + (i & 1u)] = lay_out(weights, words, lanes, pair + (i & 1u));
     }
     for (uint32_t k = 0; k < rows; k += 2) {
       const uint32_t row = group * rows + k, n = smaller(2, rows - k);
-      for (uint32_t i = 0; i < n; ++i) unpack_row(c, row + i, weights + i * words, lanes);
-      multiply_rows(c, dot, weights, row, n, count, out, channels);
+      for (uint32_t i = 0; i < n; ++i) unpack_row(c, row + i, weights + i, 2, lanes);
+      multiply_rows(c, dot, weights, patches, row, n, count, out, channels);
     }
   }
 }
 
 void bs_conv_bytes(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  convolve(s, step, first, count, dot_bytes, BYTES);
+  const uint32_t turns = ((const bs_conv *)step->args)->turns;
+  dot_kernel *const dot = turns == 1 ? dot_bytes_once : turns == 6 || turns == 7 ? dot_bytes_six : dot_bytes;
+  convolve(s, step, first, count, dot, BYTES);
 }
 
 void bs_conv_pairs(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
@@ -306,7 +349,7 @@ void bs_conv_depthwise(const bs_state *s, const bs_step *step, uint32_t first, u
   for (uint32_t from_channel = 0, row = 0; from_channel < channels; from_channel += c->block) {
     const uint32_t n = smaller(c->block, channels - from_channel);
     position p = start_at(step, first);
-    for (uint32_t i = 0; i < c->depth; ++i, ++row) unpack_row(c, row, weights + i * c->words, BYTES);
+    for (uint32_t i = 0; i < c->depth; ++i, ++row) unpack_row(c, row, weights + i * c->words, 1, BYTES);
     for (uint32_t i = 0; i < count; ++i, advance(step, &p)) {
       take_patch(s, step, p, from_channel, n, row_bytes, (uint8_t *)codes);
       for (uint32_t k = 0; k < n; k += 4)
@@ -316,33 +359,33 @@ void bs_conv_depthwise(const bs_state *s, const bs_step *step, uint32_t first, u
   }
 }
 
-/* Operations on single elements. Channels run fastest, and `count` pixels lie one after the other. */
-
-static void store(uint8_t *out, uint32_t type, uint32_t i, int32_t x) {
-  if (type == BS_I32)
-    ((int32_t *)(void *)out)[i] = x;
-  else
-    out[i] = (uint8_t)x;
-}
-
-/* How many of `count` thresholds x reaches. */
-static int32_t count_reached(const void *thresholds, int wide, uint32_t at_first, uint32_t count, int32_t x) {
-  int32_t reached = 0;
-  for (uint32_t i = at_first; i < at_first + count; ++i)
-    reached += x >= (wide ? ((const int32_t *)thresholds)[i] : ((const int16_t *)thresholds)[i]);
-  return reached;
-}
+/* Requantization goes through the pixels of one channel after the other, so that constants are loaded once. */
 
 static void compare(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count, int wide) {
   const bs_thresholds *t = step->args;
-  const int32_t *x = integers(s, step->a, first);
+  const uint32_t channels = step->out->channels;
+  const int32_t *in = integers(s, step->a, first);
   uint8_t *out = at(s, step->out, first);
-  for (; count > 0; --count) {
-    for (uint32_t k = 0; k < step->out->channels; ++k) {
-      const uint32_t k_of = t->shared ? 0 : k;
-      const int32_t reached = count_reached(t->thresholds, wide, k_of * t->count, t->count, *x++);
-      const int falls = t->falling != NULL && (t->falling[k_of / 32] >> k_of % 32 & 1u) != 0;
-      *out++ = (uint8_t)(falls ? t->highest - reached : t->lowest + reached);
+  int32_t row[BS_MOST_THRESHOLDS] = {0};
+  for (uint32_t k = 0; k < channels; ++k, ++in, ++out) {
+    const uint32_t c = t->shared ? 0 : k, n = t->count;
+    const int falls = t->falling != NULL && (t->falling[c / 32] >> c % 32 & 1u) != 0;
+    const int32_t least = falls ? t->highest : t->lowest, each = falls ? -1 : 1;
+    for (uint32_t i = 0; i < n && (k == 0 || !t->shared); ++i)
+      row[i] = wide ? ((const int32_t *)t->thresholds)[c * n + i] : ((const int16_t *)t->thresholds)[c * n + i];
+    if (n == 1) {
+      const int32_t r0 = row[0], more = least + each;
+      for (uint32_t i = 0; i < count; ++i) out[i * channels] = (uint8_t)(in[i * channels] >= r0 ? more : least);
+    } else {
+      const int32_t r0 = row[0], r1 = row[1], r2 = n > 2 ? row[2] : INT32_MAX;
+      for (uint32_t i = 0; i < count; ++i) {
+        const int32_t x = in[i * channels];
+        int32_t y = least;
+        if (x >= r0) y += each;
+        if (x >= r1) y += each;
+        if (x >= r2) y += each;
+        out[i * channels] = (uint8_t)y;
+      }
     }
   }
 }
@@ -357,36 +400,74 @@ void bs_thresholds32(const bs_state *s, const bs_step *step, uint32_t first, uin
 
 void bs_requant_short(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
   const bs_requant_short_args *r = step->args;
+  const uint32_t channels = step->out->channels;
+  const int32_t lowest = r->lowest, highest = r->highest;
   const int32_t *in = integers(s, step->a, first);
   uint8_t *out = at(s, step->out, first);
-  for (uint32_t i = 0; count > 0; --count) {
-    for (uint32_t k = 0; k < step->out->channels; ++k, ++i) {
-      const uint32_t c = r->shared ? 0 : k;
-      const int32_t x = r->from != NULL ? clamp(in[i], r->from[c], r->to[c]) : in[i];
-      store(out, step->out->type, i, clamp((x * r->multiplier[c] + r->addend[c]) >> r->shift[c], r->lowest, r->highest));
+  for (uint32_t k = 0; k < channels; ++k, ++in, ++out) {
+    const uint32_t c = r->shared ? 0 : k, shift = r->shift[c];
+    const int32_t multiplier = r->multiplier[c], addend = r->addend[c];
+    if (r->from != NULL) {
+      const int32_t least = r->from[c], most = r->to[c];
+      for (uint32_t i = 0; i < count; ++i)
+        out[i * channels] =
+            (uint8_t)clamp((clamp(in[i * channels], least, most) * multiplier + addend) >> shift, lowest, highest);
+    } else {
+      for (uint32_t i = 0; i < count; ++i)
+        out[i * channels] = (uint8_t)clamp((in[i * channels] * multiplier + addend) >> shift, lowest, highest);
     }
   }
 }
 
-void bs_requant_wide(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
+/* The multiplier's and the bias' upper parts are whole numbers after the shift. */
+void bs_requant_split(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
   const bs_requant_wide_args *r = step->args;
+  const uint32_t channels = step->out->channels;
   const int32_t *in = integers(s, step->a, first);
-  uint8_t *out = at(s, step->out, first);
-  for (uint32_t i = 0; count > 0; --count) {
-    for (uint32_t k = 0; k < step->out->channels; ++k, ++i) {
-      const uint32_t c = r->shared ? 0 : k, shift = r->shift[c];
-      const int64_t sum = (int64_t)in[i] * r->multiplier[c] + r->bias[c];
-      int64_t y;
-      if (shift >= 32) { /* the upper half alone: processors of 32 bits need no long shift */
-        store(out, step->out->type, i, clamp((int32_t)(sum >> 32) >> (shift - 32), r->lowest, r->highest));
-        continue;
-      }
-      y = sum >> shift;
-      store(out, step->out->type, i,
-            y < r->lowest ? r->lowest : y > r->highest ? r->highest : (int32_t)y);
+  int32_t *out = (int32_t *)(void *)at(s, step->out, first);
+  for (uint32_t k = 0; k < channels; ++k, ++in, ++out) {
+    const uint32_t c = r->shared ? 0 : k, shift = r->shift[c];
+    const int32_t mask = (int32_t)((1u << shift) - 1u), multiplier = r->multiplier[c];
+    const int32_t low = multiplier & mask, bias_low = (int32_t)(r->bias[c] & mask);
+    const uint32_t high = (uint32_t)(multiplier >> shift), bias_high = (uint32_t)(r->bias[c] >> shift);
+    for (uint32_t i = 0; i < count; ++i) {
+      const int32_t x = in[i * channels];
+      out[i * channels] = to_signed((uint32_t)x * high + bias_high + (uint32_t)((x * low + bias_low) >> shift));
     }
   }
 }
+
+static void store(uint8_t *out, uint32_t type, uint32_t i, int32_t x) {
+  if (type == BS_I32)
+    ((int32_t *)(void *)out)[i] = x;
+  else
+    out[i] = (uint8_t)x;
+}
+
+void bs_requant_wide(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
+  const bs_requant_wide_args *r = step->args;
+  const uint32_t type = step->out->type, channels = step->out->channels;
+  const int32_t *in = integers(s, step->a, first);
+  uint8_t *out = at(s, step->out, first);
+  for (uint32_t k = 0; k < channels; ++k) {
+    const uint32_t c = r->shared ? 0 : k, shift = r->shift[c], last = k + count * channels;
+    const int32_t multiplier = r->multiplier[c];
+    const int64_t bias = r->bias[c];
+    if (shift >= 32) { /* the upper half alone: processors of 32 bits need no long shift */
+      for (uint32_t i = k; i < last; i += channels) {
+        const int32_t upper = (int32_t)(((int64_t)in[i] * multiplier + bias) >> 32);
+        store(out, type, i, clamp(upper >> (shift - 32), r->lowest, r->highest));
+      }
+    } else {
+      for (uint32_t i = k; i < last; i += channels) {
+        const int64_t y = ((int64_t)in[i] * multiplier + bias) >> shift;
+        store(out, type, i, y < r->lowest ? r->lowest : y > r->highest ? r->highest : (int32_t)y);
+      }
+    }
+  }
+}
+
+/* Operations on single elements */
 
 static uint32_t align(int32_t x, int shift) {
   if (shift > 31) return 0;

@@ -75,6 +75,8 @@ typedef struct {
   uint8_t bits, pad_code, turns;
 } bs_conv;
 
+enum { BS_MOST_THRESHOLDS = 3 };
+
 /* result = lowest + (number of the channel's thresholds that x reaches), or highest - that number for channels whose bit
  * in falling is set. shared: one set of thresholds for all channels. */
 typedef struct {
@@ -92,7 +94,8 @@ typedef struct {
   uint8_t shared;
 } bs_requant_short_args;
 
-/* result = clamp((x * multiplier + bias) >> shift, lowest, highest) in 64 bits. */
+/* result = clamp((x * multiplier + bias) >> shift, lowest, highest) in 64 bits. bs_requant_split computes the same in 32
+ * bits where the result needs no clamp and x * (2^shift - 1) + 2^shift - 1 fits. */
 typedef struct {
   const int32_t *multiplier;
   const int64_t *bias;
@@ -129,12 +132,13 @@ typedef struct {
 /* Runs `count` groups. arena: aligned to 4 bytes, of the size that the tables were made for. */
 void bs_run(const bs_group *groups, uint32_t count, uint8_t *arena, const void *input, int32_t *output);
 
-/* Scratch, in words: two rows of `words`, then for each pixel of a tile `words` of codes and one for their sum. */
+/* Scratch, in words: two rows of `words`, then for each pixel of a tile, an even number of them, `words` of codes and one
+ * for their sum. */
 bs_kernel bs_conv_bytes, bs_conv_pairs;
 /* Scratch, in words: a block's rows of `words`, and as many of codes. */
 bs_kernel bs_conv_depthwise;
 bs_kernel bs_thresholds16, bs_thresholds32; /* bs_thresholds */
-bs_kernel bs_requant_short, bs_requant_wide, bs_add, bs_clip, bs_sum_pool, bs_slice, bs_pad;
+bs_kernel bs_requant_short, bs_requant_split, bs_requant_wide, bs_add, bs_clip, bs_sum_pool, bs_slice, bs_pad;
 bs_kernel bs_max_pool; /* bs_window */
 bs_kernel bs_flatten;  /* nothing */
 
