@@ -16,6 +16,7 @@ from bitstrata.cli.bench import Bench
 from bitstrata.cli.common import CommandError
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.eval import Eval
+from bitstrata.cli.export import Export
 from bitstrata.cli.info import Info
 from bitstrata.cli.kernels import fill_in
 from bitstrata.cli.lower import Lower
@@ -28,7 +29,7 @@ from bitstrata.cli.verify import Verify
 
 DESCRIPTION = """Low-bit networks: trained once, one artifact, run at every bit-width in pure integer arithmetic.
 
-Serving (numpy only): info, run, bench. Everything else trains and needs pip install "bitstrata[train]".
+Serving (numpy only): info, run, bench, export. Everything else trains and needs pip install "bitstrata[train]".
 Any command takes --debug for a traceback instead of a one-line error."""
 
 Command = (
@@ -42,6 +43,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
 )
 
