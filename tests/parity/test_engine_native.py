@@ -1,4 +1,4 @@
-"""The engine's own kernel test, built with sanitizers: its buffers touch unmapped pages."""
+"""The engine's own tests, built with sanitizers: their buffers touch unmapped pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
     pytest.skip("no C++ compiler with the address and undefined-behaviour sanitizers")
 
 
-def test_kernels_on_guarded_buffers(compiler: str, tmp_path: Path) -> None:
+def test_kernels_and_graphs_on_guarded_buffers(compiler: str, tmp_path: Path) -> None:
     cmake = find("cmake")
     if cmake is None:
         pytest.skip("no cmake")
@@ -43,6 +43,7 @@ def test_kernels_on_guarded_buffers(compiler: str, tmp_path: Path) -> None:
     for command in (
         (cmake, "-S", str(ROOT), "-B", str(tmp_path), *options, *flags),
         (cmake, "--build", str(tmp_path), "--parallel", "2"),
+        (str(tmp_path / "graph_test"), "60"),
         (str(tmp_path / "kernel_test"),),
     ):
         result = run(*command)
