@@ -18,6 +18,12 @@ extern const Kernels kAvx512VnniKernels;
 #ifdef BITSTRATA_HAVE_AMX
 extern const Kernels kAmxKernels;
 #endif
+#ifdef BITSTRATA_HAVE_NEON
+extern const Kernels kNeonKernels;
+#endif
+#ifdef BITSTRATA_HAVE_NEONDOT
+extern const Kernels kNeonDotKernels;
+#endif
 extern const Kernels kAmxEmulatedKernels;
 
 namespace {
@@ -36,6 +42,12 @@ const Kernels* const kTable[] = {
 #endif
 #ifdef BITSTRATA_HAVE_AMX
     &kAmxKernels,
+#endif
+#ifdef BITSTRATA_HAVE_NEON
+    &kNeonKernels,
+#endif
+#ifdef BITSTRATA_HAVE_NEONDOT
+    &kNeonDotKernels,
 #endif
 };
 

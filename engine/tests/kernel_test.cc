@@ -1,12 +1,15 @@
-// Every kernel of every instruction set available or emulated here, on buffers that touch unmapped pages, against plain
-// formulas.
+// Every kernel of every instruction set available or emulated here, or of those that are named, on buffers that touch
+// unmapped pages, against plain formulas:
+//   kernel_test [ISA...]
 #include <algorithm>
+#include <exception>
 #include <string>
 #include <vector>
 
 #include "bitstrata/dispatch.h"
 #include "guarded.h"
 #include "tiles_test.h"
+#include "weight_grad_test.h"
 
 namespace bitstrata::test {
 namespace {
@@ -305,10 +308,14 @@ void test_pools(const Kernels& row, DType t, int64_t channels, Edge edge, uint64
   }
 }
 
-int run_all() {
-  test_emulated_tiles();
+std::vector<std::string> all_isas() {
   std::vector<std::string> isas = available_isas();
   for (const std::string& isa : emulated_isas()) isas.push_back(isa);
+  return isas;
+}
+
+int run_all(const std::vector<std::string>& isas) {
+  test_emulated_tiles();
   for (const std::string& isa : isas) {
     const Kernels& row = select_kernels(isa);
     if (isa != row.isa) {
@@ -317,6 +324,7 @@ int run_all() {
     }
     test_convs(row);
     test_large_convs(row);
+    test_weight_grads(row);
     uint64_t seed = 0;
     for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65})
       for (Edge edge : {Edge::end, Edge::begin}) {
@@ -334,4 +342,12 @@ int run_all() {
 }  // namespace
 }  // namespace bitstrata::test
 
-int main() { return bitstrata::test::run_all(); }
+int main(int argc, char** argv) {
+  using namespace bitstrata::test;
+  try {
+    return run_all(argc > 1 ? std::vector<std::string>(argv + 1, argv + argc) : all_isas());
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

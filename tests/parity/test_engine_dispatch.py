@@ -238,6 +238,13 @@ def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "linear": "avx512vnni-direct",
         },
         "amx": {"stem": "amx", "conv": "amx", "depthwise": "avx512vnni-depthwise", "linear": "amx-direct"},
+        "neon": {"stem": "neon", "conv": "neon", "depthwise": "neon-depthwise-narrow", "linear": "neon-direct"},
+        "neon-dot": {
+            "stem": "neon-dot",
+            "conv": "neon-dot",
+            "depthwise": "neon-depthwise-narrow",
+            "linear": "neon-dot-direct",
+        },
         "amx-emulated": {
             "stem": "amx-emulated",
             "conv": "amx-emulated",

@@ -9,10 +9,14 @@ from helpers_native import SANITIZE_THREADS, build, run, sanitizing_compiler
 TESTS = "-DBITSTRATA_ENGINE_TESTS=ON"
 
 
-def test_kernels_on_guarded_buffers(tmp_path: Path) -> None:
+def test_kernels_and_graphs_on_guarded_buffers(tmp_path: Path) -> None:
     compiler = sanitizing_compiler(tmp_path)
-    for test, isas in (("kernel_test", ("generic", "amx-emulated")), ("callers_test", ("generic",))):
-        result = run(str(build(test, tmp_path, compiler, TESTS)))
+    for test, arguments, isas in (
+        ("kernel_test", (), ("generic", "amx-emulated")),
+        ("graph_test", ("60",), ("generic", "amx-emulated")),
+        ("callers_test", (), ("generic",)),
+    ):
+        result = run(str(build(test, tmp_path, compiler, TESTS)), *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
         for isa in isas:
             assert f"{isa}: ok" in result.stdout

@@ -15,6 +15,7 @@ namespace {
 struct Vnni256 {
   using Vector = __m256i;
   static constexpr int kLanes = 8, kStep = 4, kOuts = 4, kVectors = 3, kOffset = 128;
+  static constexpr DType kOffsetOf = DType::s8;
 
   static Vector zero() { return _mm256_setzero_si256(); }
   static Vector load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

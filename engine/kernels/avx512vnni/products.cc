@@ -12,6 +12,7 @@ namespace {
 struct Vnni {
   using Vector = __m512i;
   static constexpr int kLanes = 16, kStep = 4, kOuts = 8, kVectors = 3, kOffset = 128;
+  static constexpr DType kOffsetOf = DType::s8;
 
   static Vector zero() { return _mm512_setzero_si512(); }
   static Vector load(const int32_t* p) { return _mm512_loadu_si512(p); }

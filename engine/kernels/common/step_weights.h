@@ -1,5 +1,6 @@
-// Packed weights of kernels that multiply four bytes of a window, a step, by the four weights that belong to them in
-// each of kLanes output channels. See pointwise.h for the unnamed namespace.
+// Packed weights of kernels that multiply a few bytes of a window, a step, by the weights that belong to them in each
+// of kLanes output channels. Staged bytes are unsigned, or signed where T is. See pointwise.h for the unnamed
+// namespace.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +15,12 @@ namespace {
 
 // Sizes and positions of everything that is packed: int32 correction[groups][vectors * kLanes]; padding; weights.
 // Vectors of a group come in sets of nearly equal size, at most kVectors; weights are
-// [group][set][step][vector of the set][lane][4].
-template <int kLanes, int kVectors>
+// [group][set][step][vector of the set][lane][kStepBytes].
+template <int kLanesOfVector, int kVectorsOfSet, typename T = uint8_t, int kStepBytes = 4>
 struct StepWeights {
-  static constexpr int64_t kStep = 4, kVectorBytes = kLanes * kStep;
+  using Staged = T;
+  static constexpr int64_t kLanes = kLanesOfVector, kVectors = kVectorsOfSet;
+  static constexpr int64_t kStep = kStepBytes, kVectorBytes = kLanes * kStep;
 
   // direct: windows are read from the image itself. most: steps of a chunk, at most. A run of a window is cut into
   // chunks of equal size, of which the last begins early where they do not divide it; there its first weights are 0.
@@ -27,7 +30,7 @@ struct StepWeights {
         runs(s, stage),
         vectors(round_up(s.group_out(), kLanes) / kLanes),
         sets((vectors + kVectors - 1) / kVectors),
-        fours(stage.lanes / kStep),
+        tap_steps(stage.lanes / kStep),
         run_steps(runs.elements / kStep),
         chunks((run_steps + most - 1) / most),
         chunk(round_up(run_steps, chunks) / chunks),
@@ -40,19 +43,19 @@ struct StepWeights {
   int64_t first_vector(int64_t set) const { return set * vectors / sets; }
   // Of a run, the step at which chunk c begins.
   int64_t chunk_at(int64_t c) const { return c + 1 < chunks ? c * chunk : run_steps - chunk; }
-  // Where the first four channels of a tap are: a step of the packed weights.
-  int64_t step_of(int64_t ky, int64_t kx, int64_t four) const {
+  // Where step `first` of a tap's channels is: a step of the packed weights.
+  int64_t step_of(int64_t ky, int64_t kx, int64_t first) const {
     const bool apart = runs.per_row > 1;
-    const int64_t run = apart ? ky * runs.per_row + kx : ky, step = (apart ? 0 : kx * fours) + four;
+    const int64_t run = apart ? ky * runs.per_row + kx : ky, step = (apart ? 0 : kx * tap_steps) + first;
     const int64_t skipped = step >= (chunks - 1) * chunk ? chunks * chunk - run_steps : 0;
     return run * chunks * chunk + step + skipped;
   }
 
   WeightForm form;
-  Staging<uint8_t> stage;
-  Runs<uint8_t> runs;
+  Staging<T> stage;
+  Runs<T> runs;
   int64_t vectors, sets;             // of output channels, in each group
-  int64_t fours;                     // steps of a tap
+  int64_t tap_steps;                 // of a tap
   int64_t run_steps, chunks, chunk;  // of a run: its steps, its chunks, and the steps of each
   int64_t steps;                     // of a window
   int64_t row_bytes;                 // of what `run` reads
@@ -67,14 +70,14 @@ int32_t pack_channels(const ConvShape& s, const Weights& p, const WeightCodes& w
                       const uint8_t* factor, int64_t begin, int64_t end, int64_t pitch, uint8_t* to) {
   int32_t sum = 0;
   const auto place = [&](const int8_t* from, int64_t in, int64_t count, uint8_t* there) {
-    uint8_t four[Weights::kStep] = {};
+    uint8_t step[Weights::kStep] = {};
     for (int64_t k = 0; k < count; ++k) {
       const int32_t plain = from[k * w.in_step];
       const int32_t code = factor == nullptr ? plain : static_cast<int8_t>(plain * factor[in + k]);
-      four[k] = static_cast<uint8_t>(p.form.pack_mul * code + p.form.pack_add);
+      step[k] = static_cast<uint8_t>(p.form.pack_mul * code + p.form.pack_add);
       sum += code;
     }
-    std::memcpy(there, four, sizeof(four));
+    std::memcpy(there, step, sizeof(step));
   };
   for (int64_t ky = 0; ky < s.kernel_h; ++ky)
     for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
@@ -88,19 +91,19 @@ int32_t pack_channels(const ConvShape& s, const Weights& p, const WeightCodes& w
 }
 
 // A set of vectors of one group: part group * sets + set.
-template <int kLanes, int kVectors>
-void pack_set(const ConvShape& s, const StepWeights<kLanes, kVectors>& p, const WeightCodes& w, const uint8_t* factor,
-              const int32_t* pad, void* packed, int64_t part) {
-  using Weights = StepWeights<kLanes, kVectors>;
+template <typename Weights>
+void pack_set(const ConvShape& s, const Weights& p, const WeightCodes& w, const uint8_t* factor, const int32_t* pad,
+              void* packed, int64_t part) {
+  constexpr int64_t kLanes = Weights::kLanes;
   constexpr int64_t kTogether = 32;  // input channels whose packed weights for a set stay in the L1 cache
   uint8_t* base = static_cast<uint8_t*>(packed);
-  if (part == 0) stage_padding(s, p.stage, pad, base + p.padding_at);
+  if (part == 0) stage_padding(s, p.stage, pad, reinterpret_cast<typename Weights::Staged*>(base + p.padding_at));
   const int64_t group = part / p.sets, first = p.first_vector(part % p.sets);
   const int64_t vectors = p.first_vector(part % p.sets + 1) - first, pitch = vectors * Weights::kVectorBytes;
   const int64_t left = s.group_out() - first * kLanes, outs = left < vectors * kLanes ? left : vectors * kLanes;
   uint8_t* weights = base + p.weights_at + (group * p.vectors + first) * p.steps * Weights::kVectorBytes;
   std::memset(weights, 0, static_cast<size_t>(p.steps * pitch));
-  int32_t sums[kVectors * kLanes] = {};
+  int32_t sums[Weights::kVectors * kLanes] = {};
   for (int64_t in = 0; in < s.group_in(); in += kTogether) {
     const int64_t end = in + kTogether < s.group_in() ? in + kTogether : s.group_in();
     for (int64_t o = 0; o < outs; ++o)

@@ -9,7 +9,7 @@
 // gradient moves along the columns not at all and along the rows whole rows at a time, one packed copy of the input
 // serves all taps.
 //
-// `Isa` has: Vector; kLanes, kStep, kOuts, kVectors; kOffset: what is added to signed codes;
+// `Isa` has: Vector; kLanes, kStep, kOuts, kVectors; kOffset: what is added to codes of the type kOffsetOf;
 //   zero(), load(int32_t*), store(int32_t*, Vector), load_packed(void*), broadcast(const void* four_bytes);
 //   multiply(sum, codes, broadcast gradient); pack_codes(from, pitch, is_signed, to): a vector from kStep positions
 //   `pitch` bytes apart; pack_gradient(from, pitch, to): kOuts groups of four bytes;
@@ -182,7 +182,7 @@ struct LanesWeightGrad {
             Isa::pack_gradient(row + step * kStep * outs + panel * kOuts, outs, to + step * kGradientBytes);
         }
       }
-    if (Isa::kOffset == 0 || s.input_dtype != DType::s8) return;
+    if (Isa::kOffset == 0 || s.input_dtype != Isa::kOffsetOf) return;
     for (int64_t image = 0; image < c.images; ++image)
       for (int64_t panel = 0; panel < c.layout.panels; ++panel)
         correct(c, c.gs + (image * c.packed.g_image + panel * c.packed.g_panel) * kGradientBytes,
