@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +212,24 @@ def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for executor in (by_environment, by_argument):
         assert executor.isa == isa
         assert executor.kernels == expected
+
+
+def counts_bits() -> bool:
+    """Whether this processor has AVX-512 VPOPCNTDQ."""
+    return "avx512_vpopcntdq" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_low_bits_have_their_own_kernels(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    shape, wide = (14, 14, 128), (-(2**31), 2**31 - 1)
+    chosen = {}
+    for a_bits, w_bits in ((1, 1), (2, 2), (4, 4), (8, 8)):
+        values = (p.Value("x", shape, "u8", 0, 2**a_bits - 1), p.Value("y", shape, "i32", *wide))
+        plan = p.Plan(values, (conv("y", 0, 1, rng, channels=128, out=128, bits=w_bits),), 0, 1, 1.0, (0.0,))
+        chosen[a_bits, w_bits] = EngineExecutor(plan, isa=isa).kernels["y"]
+    one_bit = {"avx512vnni": "avx512vpopcnt"} if counts_bits() else {}
+    assert chosen[1, 1] == one_bit.get(isa, chosen[4, 4])
 
 
 def test_default_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
