@@ -5,6 +5,9 @@
 
 #include "bitstrata/dispatch.h"
 #include "conv_check.h"
+#ifdef BITSTRATA_HAVE_AVX2
+#include "../kernels/avx2/avx2.h"
+#endif
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
 #include "../kernels/avx512vpopcnt/avx512vpopcnt.h"
 #endif
@@ -64,9 +67,43 @@ void expect_chosen(const char* isa, const ConvShape& s, const char* name, bool c
   std::fprintf(stderr, "%s: %s for %s\n", isa, kernel, describe(s).c_str());
 }
 
-bool always(const ConvShape&) { return true; }
+#ifdef BITSTRATA_HAVE_AVX2
+void test_tables(const char* isa) {
+  const char* name = kAvx2Table.name;
+  const Range one{DType::u8, 0, 1}, two{DType::u8, 0, 3};
+  const ConvShape layers[] = {shape_of(56, 64, 64, 3, 1), shape_of(28, 128, 128, 3, 1), shape_of(14, 256, 256, 3, 1),
+                              shape_of(7, 512, 512, 3, 1), shape_of(16, 32, 32, 3, 1)};
+  for (const ConvShape& s : layers) {
+    expect_chosen(isa, with_bounds(s, one, 1), name, true);
+    expect_chosen(isa, with_bounds(s, two, 1), name, true);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 15}, 4), name, false);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 255}, 1), name, false);
+  }
+  expect_chosen(isa, with_bounds(shape_of(28, 128, 128, 3, 1), two, 2), name, true);
+  expect_chosen(isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), name, false);
+  expect_chosen(isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), name, false);  // groups of one channel
+}
+
+// The most inputs whose sums of products 16 bits hold, and one more.
+void test_the_bound_of_tables(const char* isa) {
+  struct Bound {
+    Range range;
+    int bits;
+    int64_t taps;
+  };
+  for (const Bound& b : {Bound{{DType::u8, 0, 1}, 1, 65535}, Bound{{DType::s8, -1, 2}, 2, 7281}}) {
+    const ConvShape within = with_bounds(shape_of(1, b.taps, 64, 1, 1), b.range, b.bits);
+    const ConvShape beyond = with_bounds(shape_of(1, b.taps + 1, 64, 1, 1), b.range, b.bits);
+    expect_chosen(isa, within, kAvx2Table.name, true);
+    expect_chosen(isa, beyond, kAvx2Table.name, false);
+    for (const ConvShape& s : {within, beyond}) check_kernel(isa, *select_kernels(isa).conv(s), s, Edge::end, 1, true);
+  }
+}
+#endif
 
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
+bool always(const ConvShape&) { return true; }
+
 void test_vpopcnt() {
   const Kernels& row = select_kernels("avx512vnni");
   test_kernel(row.isa, kAvx512VpopcntConv, always);
@@ -82,7 +119,7 @@ void test_vpopcnt() {
     expect_chosen(row.isa, with_bounds(s, one, 8), name, false);
   }
   expect_chosen(row.isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), name, false);
-  expect_chosen(row.isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), name, false);  // no group of one channel
+  expect_chosen(row.isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), name, false);  // groups of one channel
 }
 #endif
 
@@ -95,6 +132,14 @@ bool available(const char* isa) {
 }  // namespace
 
 void test_low_bit_kernels() {
+#ifdef BITSTRATA_HAVE_AVX2
+  if (available("avx2")) {
+    test_kernel("avx2", kAvx2Table, avx2_table_fits);
+    test_the_bound_of_tables("avx2");
+  }
+  for (const char* isa : {"avx2", "avx2vnni"})
+    if (available(isa)) test_tables(isa);
+#endif
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
   if (available("avx512vnni") && avx512vpopcnt_supported()) test_vpopcnt();
 #endif

@@ -228,8 +228,12 @@ def test_low_bits_have_their_own_kernels(isa: str) -> None:
         values = (p.Value("x", shape, "u8", 0, 2**a_bits - 1), p.Value("y", shape, "i32", *wide))
         plan = p.Plan(values, (conv("y", 0, 1, rng, channels=128, out=128, bits=w_bits),), 0, 1, 1.0, (0.0,))
         chosen[a_bits, w_bits] = EngineExecutor(plan, isa=isa).kernels["y"]
-    one_bit = {"avx512vnni": "avx512vpopcnt"} if counts_bits() else {}
-    assert chosen[1, 1] == one_bit.get(isa, chosen[4, 4])
+    low = {"avx2": "avx2-table", "avx2vnni": "avx2-table"} | ({"avx512vnni": "avx512vpopcnt"} if counts_bits() else {})
+    plain = {"avx2": "avx2-narrow"}.get(isa, isa)
+    assert chosen[1, 1] == low.get(isa, plain)
+    assert chosen[2, 2] == low.get(isa, plain)
+    assert chosen[4, 4] == plain
+    assert chosen[8, 8] == {"avx2": "avx2-wide"}.get(isa, isa)
 
 
 def test_default_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

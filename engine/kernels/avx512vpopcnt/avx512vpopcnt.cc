@@ -2,7 +2,8 @@
 // known.
 #include "avx512vpopcnt.h"
 
-#include "cells.h"
+#include "../common/cells.h"
+#include "../common/code_planes.h"
 
 namespace bitstrata {
 
@@ -15,7 +16,7 @@ bool avx512vpopcnt_supported() {
 // sums, a pixel and a staged cell take besides.
 bool avx512vpopcnt_pays(const ConvShape& s) {
   const CodePlanes form(s);
-  const Cells cells(s, form);
+  const Cells cells(s, form.input_bits, 32, 4);
   const double pixels = static_cast<double>(s.groups * s.out_h * s.out_w);
   const double staged = static_cast<double>(s.groups * s.padded_h() * cells.count);
   const double vectors = static_cast<double>((s.group_out() + 15) / 16),

@@ -6,10 +6,10 @@
 // are paired in order of falling significance, the sums doubled in between.
 #include <immintrin.h>
 
-#include "../common/conv_stage.h"
+#include "../common/cell_stage.h"
+#include "../common/code_planes.h"
 #include "../common/unroll.h"
 #include "avx512vpopcnt.h"
-#include "stage.h"
 
 namespace bitstrata {
 namespace {
@@ -27,12 +27,12 @@ constexpr int pixels_of(int vectors) { return vectors == kVectors ? 6 : kPixels;
 struct Packed {
   explicit Packed(const ConvShape& s)
       : form(s),
-        cells(s, form),
+        cells(s, form.input_bits, 32, 4),
         vectors((s.group_out() + kLanes - 1) / kLanes),
         sets((vectors + kVectors - 1) / kVectors),
         steps(s.kernel_h * cells.per_row * cells.words),
         pad_at(s.groups * vectors * kLanes * 4),
-        weights_at(round_up(pad_at + s.in_c, 64)),
+        weights_at((pad_at + s.in_c + 63) / 64 * 64),
         bytes(weights_at + s.groups * vectors * form.weight_bits * steps * 64) {}
   int64_t first_vector(int64_t set) const { return set * vectors / sets; }
   // Where the weights of a set start, which holds vectors [first, ...) of the group.
@@ -53,24 +53,13 @@ int64_t staged_row_bytes(const ConvShape& s) { return Packed(s).cells.row_bytes;
 // Packs the codes (channel, tap) of one output channel; weights: its lane of the first step in the first plane. Returns
 // the sum of the codes moved by code_lo.
 int64_t pack_channel(const ConvShape& s, const Packed& p, const int8_t* codes, int64_t set_vectors, uint32_t* weights) {
-  const int64_t taps = s.kernel_h * s.kernel_w, in = s.group_in(), pitch = set_vectors * kLanes;
-  const int64_t cell_columns = p.cells.columns, plane_words = p.steps * pitch;
-  int64_t sum = 0;
-  for (int64_t first_tap = 0; first_tap < taps; first_tap += cell_columns)
-    for (int64_t word = 0; word < p.cells.words; ++word, weights += pitch) {
-      uint8_t moved[32];
-      const int64_t begin = word * 32, count = min64(32, p.cells.codes - begin);
-      int64_t tap = first_tap + begin / in, channel = begin % in;
-      for (int64_t i = 0; i < count; ++i) {
-        moved[i] = static_cast<uint8_t>(codes[channel * taps + tap] - s.code_lo);
-        sum += moved[i];
-        if (++channel == in) channel = 0, ++tap;
-      }
-      const __m256i v = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(~0u >> (32 - count)), moved);
-      for (int plane = 0; plane < p.form.weight_bits; ++plane)
-        weights[plane * plane_words] = _mm256_test_epi8_mask(v, _mm256_set1_epi8(static_cast<char>(1 << plane)));
-    }
-  return sum;
+  const int64_t pitch = set_vectors * kLanes;
+  return visit_weights<32>(s, p.cells, codes, [&](int64_t word, const uint8_t* moved) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(moved));
+    for (int plane = 0; plane < p.form.weight_bits; ++plane)
+      weights[(plane * p.steps + word) * pitch] =
+          _mm256_test_epi8_mask(v, _mm256_set1_epi8(static_cast<char>(1 << plane)));
+  });
 }
 
 void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
@@ -84,18 +73,43 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
     for (int64_t set = 0; set < p.sets; ++set) {
       const int64_t first = p.first_vector(set), vectors = p.first_vector(set + 1) - first;
       uint32_t* weights = reinterpret_cast<uint32_t*>(base + p.weights_of(group, first));
-      const int64_t end = min64(s.group_out(), (first + vectors) * kLanes);
+      const int64_t end = least(s.group_out(), (first + vectors) * kLanes);
       for (int64_t o = first * kLanes; o < end; ++o)
         correction[group * p.vectors * kLanes + o] = p.form.correction(
             s, pack_channel(s, p, codes + (group * s.group_out() + o) * row, vectors, weights + (o - first * kLanes)));
     }
 }
 
+// Up to 64 codes as two words of each plane.
+struct PackPlanes {
+  explicit PackPlanes(const ConvShape& s, const Packed& p)
+      : planes(p.form.input_bits), lo(_mm512_set1_epi8(static_cast<char>(s.input_lo))) {}
+  int64_t operator()(const uint8_t* from, int64_t count, uint8_t* to, int64_t plane_bytes) const {
+    const __mmask64 mask = ~uint64_t{0} >> (64 - count);
+    __m512i codes = _mm512_maskz_sub_epi8(mask, _mm512_maskz_loadu_epi8(mask, from), lo);
+    int64_t sum = 0;
+    for (int plane = 0; plane < planes; ++plane, to += plane_bytes) {
+      const uint64_t bits = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(1));
+      codes = _mm512_srli_epi16(codes, 1);
+      sum += _mm_popcnt_u64(bits) << plane;
+      if (count > 32) {
+        std::memcpy(to, &bits, 8);
+      } else {
+        const uint32_t low = static_cast<uint32_t>(bits);
+        std::memcpy(to, &low, 4);
+      }
+    }
+    return sum;
+  }
+  int planes;
+  __m512i lo;
+};
+
 void stage(const ConvShape& s, const void* packed, const void* image, void* staged, int64_t row_begin,
            int64_t row_end) {
   const Packed p(s);
-  stage_planes(s, p.cells, static_cast<const uint8_t*>(packed) + p.pad_at, static_cast<const uint8_t*>(image),
-               static_cast<uint8_t*>(staged), row_begin, row_end);
+  stage_cells(s, p.cells, PackPlanes(s, p), static_cast<const uint8_t*>(packed) + p.pad_at,
+              static_cast<const uint8_t*>(image), static_cast<uint8_t*>(staged), row_begin, row_end);
 }
 
 inline __m512i broadcast(const uint8_t* x) {
@@ -118,21 +132,10 @@ inline const uint8_t* in_register(const uint8_t* address) {
   return address;
 }
 
-// The words of a window in one plane: `rows` times `per_row` runs of `bytes` bytes.
-struct WordRuns {
-  WordRuns(const ConvShape& s, const Cells& c)
-      : rows(s.kernel_h),
-        per_row(s.dilation_w == 1 ? 1 : c.per_row),
-        bytes((s.dilation_w == 1 ? c.per_row : 1) * c.words * 4),
-        row_step(s.dilation_h * c.row_bytes),
-        column_step(s.dilation_w * c.words * 4) {}
-  int64_t rows, per_row, bytes, row_step, column_step;
-};
-
 // What the blocks of a tile need. A block's first pixel is at window[0], window_sum[0], out.
 struct Block {
   const Packed& p;
-  WordRuns runs;
+  CellRuns runs;
   int64_t input_plane;           // bytes from plane to plane of the staged rows
   int64_t weight_plane;          // vectors from plane to plane of the weights
   const uint8_t* const* window;  // where each pixel's window starts in the first plane
@@ -147,7 +150,7 @@ struct Block {
 
 // Adds the counts of one plane of kP pixels' windows and one plane of kV vectors of weights.
 template <int kP, int kV>
-inline void count(const WordRuns& runs, const uint8_t* const* x, int64_t plane, const __m512i* w,
+inline void count(const CellRuns& runs, const uint8_t* const* x, int64_t plane, const __m512i* w,
                   __m512i (&sum)[kP][kV]) {
   for (int64_t row = 0; row < runs.rows; ++row)
     for (int64_t column = 0; column < runs.per_row; ++column) {
@@ -223,21 +226,13 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
     const int64_t tiles = (end - begin + kTile - 1) / kTile;
     pixels = (end - begin + tiles - 1) / tiles;
     for (int64_t group = 0; group < s.groups; ++group) {
-      for (int64_t i = 0; i < pixels;) {
-        const int64_t y = (begin + i) / s.out_w, x = (begin + i) % s.out_w, count = min64(s.out_w - x, pixels - i);
-        const int64_t step = p.cells.first(s, 1) * p.cells.words * 4;
-        const uint8_t* first =
-            rows + y * s.stride_h * p.cells.row_bytes + p.cells.offset(group, 0, p.cells.first(s, x));
-        for (int64_t j = 0; j < count; ++j) window[i + j] = first + j * step;
-        sum_windows(s, p.cells, rows, group, y, x, count, p.form.base, sums + i);
-        i += count;
-      }
+      find_windows(s, p.cells, rows, group, begin, pixels, p.form.base, window, sums);
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v;
         convolve_tile(
-            {p, WordRuns(s, p.cells), p.cells.count * p.cells.words * 4, p.steps * vectors, window, sums,
+            {p, CellRuns(s, p.cells), p.cells.digit_bytes(), p.steps * vectors, window, sums,
              reinterpret_cast<const __m512i*>(base + p.weights_of(group, v)),
-             correction + (group * p.vectors + v) * kLanes, s.mul, min64(vectors * kLanes, s.group_out() - v * kLanes),
+             correction + (group * p.vectors + v) * kLanes, s.mul, least(vectors * kLanes, s.group_out() - v * kLanes),
              out + begin * s.out_c + group * s.group_out() + v * kLanes, s.out_c},
             vectors, pixels);
       }
