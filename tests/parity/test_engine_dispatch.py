@@ -257,6 +257,28 @@ def test_override_dispatches(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert executor.kernels == expected
 
 
+def counts_bits() -> bool:
+    """Whether this processor has AVX-512 VPOPCNTDQ."""
+    return "avx512_vpopcntdq" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_low_bits_have_their_own_kernels(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    shape, wide = (14, 14, 128), (-(2**31), 2**31 - 1)
+    chosen = {}
+    for a_bits, w_bits in ((1, 1), (2, 2), (4, 4), (8, 8)):
+        values = (p.Value("x", shape, "u8", 0, 2**a_bits - 1), p.Value("y", shape, "i32", *wide))
+        plan = p.Plan(values, (conv("y", 0, 1, rng, channels=128, out=128, bits=w_bits),), 0, 1, 1.0, (0.0,))
+        chosen[a_bits, w_bits] = EngineExecutor(plan, isa=isa).kernels["y"]
+    low = {"avx2": "avx2-table", "avx2vnni": "avx2-table"} | ({"avx512vnni": "avx512vpopcnt"} if counts_bits() else {})
+    plain = {"avx2": "avx2-narrow"}.get(isa, isa)
+    assert chosen[1, 1] == low.get(isa, plain)
+    assert chosen[2, 2] == low.get(isa, plain)
+    assert chosen[4, 4] == plain
+    assert chosen[8, 8] == {"avx2": "avx2-wide"}.get(isa, isa)
+
+
 def test_default_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITSTRATA_ISA", raising=False)
     assert EngineExecutor(residual_plan()).isa == available_isas()[-1]

@@ -241,6 +241,21 @@ def test_conv_every_width(bits: int, a_bits: int) -> None:
         conv_case(2, channels=(1, 1), groups=19, bits=bits, x_range=x_range, form=form, fills=("highest", how), batch=1)
 
 
+@pytest.mark.parametrize("x_range", [(0, 1), (-1, 0), (0, 3), (-2, 1), (-1, 1), (0, 15), (4, 5)])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_conv_low_bits(bits: int, x_range: tuple[int, int]) -> None:
+    """Convolutions large enough for kernels by bit-planes and by tables, with odd channels, groups and borders."""
+    case = {"bits": bits, "x_range": x_range, "dtype": "s8" if x_range[0] < 0 else "u8", "batch": 1}
+    for form, channels in product([(2, 1), (1, 0), (-3, 7)], [(64, 64), (70, 97), (130, 33), (33, 130)]):
+        conv_case(1, form=form, channels=channels, **case)
+    conv_case(2, channels=(16, 40), hw=(9, 11), padding=(2, 1, 0, 3), stride=(2, 2), **case)
+    conv_case(3, channels=(48, 64), hw=(8, 9), dilation=(2, 2), padding=(2, 2, 2, 2), threads=2, **case)
+    conv_case(4, channels=(64, 32), groups=3, hw=(6, 6), fills=("extreme", "random"), **case)
+    conv_case(5, channels=(256, 70), hw=(5, 7), kernel=(1, 1), padding=(0,) * 4, **case)
+    conv_case(6, channels=(300, 40), hw=(1, 1), kernel=(1, 1), padding=(0,) * 4, **(case | {"batch": 9}))
+    conv_case(7, channels=(600, 32), hw=(3, 3), fills=("highest", "highest"), **case)
+
+
 @pytest.mark.parametrize("groups", [2, 3, 4])
 @pytest.mark.parametrize("x_range", [(0, 15), (0, 255)])
 def test_conv_small_groups(groups: int, x_range: tuple[int, int]) -> None:

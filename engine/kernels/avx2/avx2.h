@@ -9,10 +9,17 @@ namespace bitstrata {
 extern const ConvKernel kAvx2Wide;
 // Products of u8 and s8 pairs, summed in int16: only where avx2_narrow_fits.
 extern const ConvKernel kAvx2Narrow;
+// Sums of chosen inputs from tables, by planes of the weights' bits: only where avx2_table_fits.
+extern const ConvKernel kAvx2Table;
 // One input and one output channel in each group.
 extern const ConvKernel kAvx2Depthwise;
 
 // Whether int16 holds several of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
 bool avx2_narrow_fits(const ConvShape&);
+// Whether 16 bits hold every sum of products of codes moved to begin at 0.
+bool avx2_table_fits(const ConvShape&);
+// Whether the table kernel fits and is faster than one by bytes that takes so many cycles for four inputs of a pixel
+// and the weights of eight output channels: an estimate, from measurements on Zen 4.
+bool avx2_table_pays(const ConvShape&, double cycles);
 
 }  // namespace bitstrata

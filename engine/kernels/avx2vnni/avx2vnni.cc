@@ -3,6 +3,8 @@
 
 #include <cpuid.h>
 
+#include "../avx2/avx2.h"
+
 namespace bitstrata {
 
 extern const Kernels kAvx2Kernels;
@@ -39,6 +41,7 @@ bool depthwise(const ConvShape& s) { return s.groups > 1 && s.group_in() == 1 &&
 
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (depthwise(s)) return &kAvx2Depthwise;
+  if (avx2_table_pays(s, 0.54)) return &kAvx2Table;
   return form().direct_fits(s) ? &form().direct : &form().conv;
 }
 

@@ -18,7 +18,5 @@ struct Avx2VnniForm {
 
 extern const Avx2VnniForm kAvx2VnniVex;
 extern const Avx2VnniForm kAvx2VnniEvex;
-// Of any depthwise convolution; defined with the AVX2 kernels.
-extern const ConvKernel kAvx2Depthwise;
 
 }  // namespace bitstrata

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "../avx512vpopcnt/avx512vpopcnt.h"
 #include "../common/pointwise.h"
 #include "results.h"
 
@@ -128,6 +129,9 @@ void max_pool_vnni(const PoolShape& s, const void* x, void* out, int64_t row_beg
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1)
     return avx512vnni_depthwise_fits(s) ? &kAvx512VnniDepthwise : &kAvx2Depthwise;
+#ifdef BITSTRATA_HAVE_AVX512VPOPCNT
+  if (avx512vpopcnt_supported() && avx512vpopcnt_pays(s)) return &kAvx512VpopcntConv;
+#endif
   return avx512vnni_direct_fits(s) ? &kAvx512VnniDirect : &kAvx512VnniConv;
 }
 

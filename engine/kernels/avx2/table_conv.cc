@@ -1,0 +1,376 @@
+// Direct convolution by tables on AVX2: 32 output channels a vector, several output pixels a block.
+//
+// Weights are taken by planes of one bit, inputs by digits of two bits. One step looks up what four digits give with
+// each of the sixteen ways to choose among them, a table of sixteen bytes, and takes from it, for each of 32 output
+// channels, the sum of the digits whose weights have their bit set (pshufb). Sums are kept in bytes for as many steps
+// as fit, then widened to 16 bits, which hold the whole result: table_fits makes sure of it. Pairs of a plane and a
+// digit are taken in order of falling significance, the sums doubled in between.
+#include <immintrin.h>
+
+#include "../common/cell_stage.h"
+#include "../common/code_planes.h"
+#include "../common/unroll.h"
+#include "avx2.h"
+
+namespace bitstrata {
+namespace {
+
+constexpr int kLanes = 32;      // output channels of a vector
+constexpr int kVectors = 2;     // of a set, at most
+constexpr int kPixels = 8;      // of a block, at most
+constexpr int64_t kTile = 192;  // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+constexpr int64_t kWordCodes = 4;  // inputs of a step
+constexpr int64_t kWordBytes = 2;  // where their table is
+constexpr int64_t kTableBytes = 16;
+
+// Pixels of a block: with the sums of its vectors, the weights, a table and what it gives in 16 registers.
+constexpr int pixels_of(int vectors) { return vectors == kVectors ? 4 : kPixels; }
+
+// [four digits, the first lowest][which of them][sum].
+struct Tables {
+  constexpr Tables() : sums() {
+    for (int digits = 0; digits < 256; ++digits)
+      for (int chosen = 0; chosen < 16; ++chosen)
+        for (int i = 0; i < 4; ++i)
+          if ((chosen >> i & 1) != 0)
+            sums[digits][chosen] = static_cast<uint8_t>(sums[digits][chosen] + (digits >> (2 * i) & 3));
+  }
+  alignas(64) uint8_t sums[256][kTableBytes];
+};
+constexpr Tables kTables;
+
+// Sizes and positions of everything that is packed: int32 correction[groups][vectors * kLanes]; pad codes, a byte each;
+// weights [group][set][plane][step][vector of the set][lane], a byte each. Sets of a group have nearly equal size.
+struct Packed {
+  explicit Packed(const ConvShape& s)
+      : form(s),
+        cells(s, (form.input_bits + 1) / 2, kWordCodes, kWordBytes),
+        vectors((s.group_out() + kLanes - 1) / kLanes),
+        sets((vectors + kVectors - 1) / kVectors),
+        steps(s.kernel_h * cells.per_row * cells.words),
+        chunk(form.input_bits == 1 ? 63 : 21),
+        pad_at(s.groups * vectors * kLanes * 4),
+        weights_at((pad_at + s.in_c + 31) / 32 * 32),
+        bytes(weights_at + s.groups * vectors * form.weight_bits * steps * kLanes) {}
+  int64_t first_vector(int64_t set) const { return set * vectors / sets; }
+  // Where the weights of a set start, which holds vectors [first, ...) of the group.
+  int64_t weights_of(int64_t group, int64_t first) const {
+    return weights_at + (group * vectors + first) * form.weight_bits * steps * kLanes;
+  }
+
+  CodePlanes form;
+  Cells cells;
+  int64_t vectors, sets;  // of output channels, in each group
+  int64_t steps;          // of a window, plane and digit
+  int64_t chunk;          // steps whose sums fit a byte
+  int64_t pad_at, weights_at, bytes;
+};
+
+int64_t packed_bytes(const ConvShape& s) { return Packed(s).bytes; }
+int64_t staged_row_bytes(const ConvShape& s) { return Packed(s).cells.row_bytes; }
+
+// The lane of a vector's output channel: widened, those of even bytes and those of odd ones are neighbours.
+int64_t lane_of(int64_t channel) { return channel < kLanes / 2 ? 2 * channel : 2 * channel - kLanes + 1; }
+
+// Packs the codes (channel, tap) of one output channel; weights: its lane of the first step in the first plane. Returns
+// the sum of the codes moved by code_lo.
+int64_t pack_channel(const ConvShape& s, const Packed& p, const int8_t* codes, int64_t set_vectors, uint8_t* weights) {
+  const int64_t pitch = set_vectors * kLanes;
+  return visit_weights<kWordCodes>(s, p.cells, codes, [&](int64_t word, const uint8_t* moved) {
+    uint32_t four;
+    std::memcpy(&four, moved, 4);
+    for (int plane = 0; plane < p.form.weight_bits; ++plane)
+      weights[(plane * p.steps + word) * pitch] = static_cast<uint8_t>(_pext_u32(four >> plane, 0x01010101));
+  });
+}
+
+void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
+  const Packed p(s);
+  uint8_t* base = static_cast<uint8_t*>(packed);
+  std::memset(packed, 0, static_cast<size_t>(s.group_out() % kLanes == 0 ? p.weights_at : p.bytes));
+  for (int64_t c = 0; c < s.in_c; ++c) base[p.pad_at + c] = static_cast<uint8_t>(pad[c]);
+  int32_t* correction = reinterpret_cast<int32_t*>(base);
+  const int64_t row = s.group_in() * s.kernel_h * s.kernel_w;
+  for (int64_t group = 0; group < s.groups; ++group)
+    for (int64_t set = 0; set < p.sets; ++set) {
+      const int64_t first = p.first_vector(set), vectors = p.first_vector(set + 1) - first;
+      uint8_t* weights = base + p.weights_of(group, first);
+      const int64_t end = least(s.group_out(), (first + vectors) * kLanes);
+      for (int64_t o = first * kLanes; o < end; ++o)
+        correction[group * p.vectors * kLanes + o] =
+            p.form.correction(s, pack_channel(s, p, codes + (group * s.group_out() + o) * row, vectors,
+                                              weights + (o / kLanes - first) * kLanes + lane_of(o % kLanes)));
+    }
+}
+
+// Up to 64 codes as sixteen words of each digit: where their table is.
+struct PackDigits {
+  explicit PackDigits(const ConvShape& s, const Packed& p)
+      : digits(p.cells.digits), lo(_mm256_set1_epi8(static_cast<char>(s.input_lo))) {}
+
+  int64_t operator()(const uint8_t* from, int64_t count, uint8_t* to, int64_t digit_bytes) const {
+    __m256i total = _mm256_setzero_si256();
+    for (; count >= 32; count -= 32, from += 32, to += 8 * kWordBytes)
+      total = _mm256_add_epi64(
+          total, pack(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), to, digit_bytes,
+                      [](__m128i words, uint8_t* at) { _mm_storeu_si128(reinterpret_cast<__m128i*>(at), words); }));
+    if (count > 0)
+      total = _mm256_add_epi64(total, pack(load_some(from, count), to, digit_bytes, [&](__m128i words, uint8_t* at) {
+                                 store_some(words, (count + kWordCodes - 1) / kWordCodes, at);
+                               }));
+    const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+    return _mm_cvtsi128_si64(_mm_add_epi64(half, _mm_unpackhi_epi64(half, half)));
+  }
+
+  // Words of 32 codes; returns sums of the codes moved to begin at 0.
+  template <typename Store>
+  __m256i pack(__m256i codes, uint8_t* to, int64_t digit_bytes, const Store& store) const {
+    codes = _mm256_sub_epi8(codes, lo);
+    const __m256i sums = _mm256_sad_epu8(codes, _mm256_setzero_si256());
+    for (int64_t digit = 0; digit < digits; ++digit, to += digit_bytes) {
+      store(words_of(_mm256_and_si256(codes, _mm256_set1_epi8(3))), to);
+      codes = _mm256_srli_epi16(codes, 2);
+    }
+    return sums;
+  }
+
+  // 1 to 31 codes, then `lo`. Loads of whole quarters, so that nothing waits for single bytes to be stored.
+  __m256i load_some(const uint8_t* from, int64_t count) const {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const int32_t quarters = static_cast<int32_t>(count / 4);
+    const __m256i whole = _mm256_cmpgt_epi32(_mm256_set1_epi32(quarters), places);
+    __m256i x = _mm256_blendv_epi8(lo, _mm256_maskload_epi32(reinterpret_cast<const int*>(from), whole), whole);
+    if (count % 4 != 0) {
+      uint32_t last = static_cast<uint32_t>(_mm256_extract_epi32(lo, 0));
+      for (int64_t i = count % 4 - 1; i >= 0; --i) last = last << 8 | from[quarters * 4 + i];
+      const __m256i there = _mm256_cmpeq_epi32(_mm256_set1_epi32(quarters), places);
+      x = _mm256_blendv_epi8(x, _mm256_set1_epi32(static_cast<int32_t>(last)), there);
+    }
+    return x;
+  }
+
+  static void store_some(__m128i words, int64_t count, uint8_t* to) {
+    if (count >= 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+    uint64_t left = static_cast<uint64_t>(_mm_cvtsi128_si64(words));
+    if (count >= 4) {
+      std::memcpy(to, &left, 8);
+      left = static_cast<uint64_t>(_mm_extract_epi64(words, 1));
+      to += 8, count -= 4;
+    }
+    for (; count > 0; --count, to += kWordBytes, left >>= 16) {
+      const uint16_t word = static_cast<uint16_t>(left);
+      std::memcpy(to, &word, kWordBytes);
+    }
+  }
+
+  // Of 32 digits: kTableBytes * (the first + 4 * the second + 16 * the third + 64 * the fourth) of each four.
+  static __m128i words_of(__m256i d) {
+    const __m256i pairs = _mm256_maddubs_epi16(d, _mm256_set1_epi16(0x0401));
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi32((16 * kTableBytes) << 16 | kTableBytes));
+    const __m256i words = _mm256_packus_epi32(fours, fours);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 8));
+  }
+
+  int64_t digits;
+  __m256i lo;
+};
+
+void stage(const ConvShape& s, const void* packed, const void* image, void* staged, int64_t row_begin,
+           int64_t row_end) {
+  const Packed p(s);
+  stage_cells(s, p.cells, PackDigits(s, p), static_cast<const uint8_t*>(packed) + p.pad_at,
+              static_cast<const uint8_t*>(image), static_cast<uint8_t*>(staged), row_begin, row_end);
+}
+
+// What the blocks of a tile need. A block's first pixel is at window[0], window_sum[0], out.
+struct Block {
+  const Packed& p;
+  CellRuns runs;
+  int64_t weight_plane;          // vectors from plane to plane of the weights
+  const uint8_t* const* window;  // where each pixel's window starts in the first digit
+  const int32_t* window_sum;     // base * the sum of its moved codes
+  const __m256i* weights;
+  const int32_t* correction;
+  int32_t mul;
+  int64_t channels;  // that are real
+  int32_t* out;
+  int64_t out_pitch;
+};
+
+// Sums of the even and of the odd bytes' channels in 16 bits.
+template <int kP, int kV>
+using Wide = __m256i[kP][kV][2];
+
+// Adds the sums in bytes to those in 16 bits, and clears them.
+template <int kP, int kV>
+inline void widen(__m256i (&sum)[kP][kV], Wide<kP, kV>& wide) {
+  const __m256i even = _mm256_set1_epi16(0xff);
+  each<kP>([&](auto i) {
+    each<kV>([&](auto j) {
+      wide[i][j][0] = _mm256_add_epi16(wide[i][j][0], _mm256_and_si256(sum[i][j], even));
+      wide[i][j][1] = _mm256_add_epi16(wide[i][j][1], _mm256_srli_epi16(sum[i][j], 8));
+      sum[i][j] = _mm256_setzero_si256();
+    });
+  });
+}
+
+// `count` steps.
+template <int kP, int kV>
+inline void look_up(const uint8_t* const* at, const __m256i* w, int64_t count, __m256i (&sum)[kP][kV]) {
+  const uint8_t* tables = kTables.sums[0];
+  for (int64_t s = 0; s < count; ++s, w += kV) {
+    __m256i weights[kV];
+    each<kV>([&](auto j) { weights[j] = _mm256_load_si256(w + j); });
+    each<kP>([&](auto i) {
+      uint16_t place;
+      std::memcpy(&place, at[i] + kWordBytes * s, kWordBytes);
+      const __m256i table =
+          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables + place)));
+      each<kV>([&](auto j) { sum[i][j] = _mm256_add_epi8(sum[i][j], _mm256_shuffle_epi8(table, weights[j])); });
+    });
+  }
+}
+
+// Adds what one plane of kV vectors of weights and one digit of kP pixels' windows give.
+template <int kP, int kV>
+inline void add_pair(const CellRuns& runs, int64_t chunk, const uint8_t* const* x, int64_t digit, const __m256i* w,
+                     Wide<kP, kV>& wide) {
+  __m256i sum[kP][kV];
+  each<kP>([&](auto i) { each<kV>([&](auto j) { sum[i][j] = _mm256_setzero_si256(); }); });
+  const int64_t run_steps = runs.bytes / kWordBytes;
+  int64_t left = chunk;  // steps until the sums may be full
+  for (int64_t row = 0; row < runs.rows; ++row)
+    for (int64_t column = 0; column < runs.per_row; ++column) {
+      const int64_t offset = digit + row * runs.row_step + column * runs.column_step;
+      for (int64_t s = 0; s < run_steps;) {
+        const int64_t count = least(left, run_steps - s);
+        const uint8_t* at[kP];
+        each<kP>([&](auto i) { at[i] = x[i] + offset + kWordBytes * s; });
+        look_up<kP, kV>(at, w, count, sum);
+        w += count * kV;
+        s += count;
+        left -= count;
+        if (left == 0) {
+          widen<kP, kV>(sum, wide);
+          left = chunk;
+        }
+      }
+    }
+  if (left < chunk) widen<kP, kV>(sum, wide);
+}
+
+// The results of one pixel and vector from its sums, `channels` of them real.
+inline void finish(const Block& b, const __m256i (&wide)[2], const int32_t* correction, int32_t window_sum,
+                   int64_t channels, int32_t* to) {
+  const __m256i mul = _mm256_set1_epi32(b.mul), added = _mm256_set1_epi32(window_sum);
+  const __m128i eights[4] = {_mm256_castsi256_si128(wide[0]), _mm256_extracti128_si256(wide[0], 1),
+                             _mm256_castsi256_si128(wide[1]), _mm256_extracti128_si256(wide[1], 1)};
+  each<4>([&](auto i) {
+    const int64_t left = channels - i * 8;
+    if (left <= 0) return;
+    const __m256i product = _mm256_mullo_epi32(_mm256_cvtepu16_epi32(eights[i]), mul);
+    const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction) + i);
+    const __m256i x = _mm256_add_epi32(product, _mm256_add_epi32(added, other));
+    if (left >= 8)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + i, x);
+    else
+      _mm256_maskstore_epi32(
+          to + i * 8,
+          _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+          x);
+  });
+}
+
+template <int kP, int kV>
+void convolve(const Block& b) {
+  Wide<kP, kV> wide;
+  each<kP>([&](auto i) { each<kV>([&](auto j) { wide[i][j][0] = wide[i][j][1] = _mm256_setzero_si256(); }); });
+  const int64_t digits = b.p.cells.digits;
+  for (int64_t level = 2 * (digits - 1) + b.p.form.weight_bits - 1; level >= 0; --level) {
+    each<kP>([&](auto i) {
+      each<2 * kV>([&](auto k) {
+        __m256i& x = wide[i][k / 2][k % 2];
+        x = _mm256_add_epi16(x, x);
+      });
+    });
+    for (int64_t digit = 0; digit < digits && 2 * digit <= level; ++digit)
+      if (level - 2 * digit < b.p.form.weight_bits)
+        add_pair<kP, kV>(b.runs, b.p.chunk, b.window, digit * b.p.cells.digit_bytes(),
+                         b.weights + (level - 2 * digit) * b.weight_plane, wide);
+  }
+  for (int i = 0; i < kP; ++i)
+    for (int j = 0; j < kV; ++j)
+      finish(b, wide[i][j], b.correction + j * kLanes, b.window_sum[i], b.channels - j * kLanes,
+             b.out + i * b.out_pitch + j * kLanes);
+}
+
+using BlockFn = void (*)(const Block&);
+constexpr BlockFn kOne[kPixels] = {convolve<1, 1>, convolve<2, 1>, convolve<3, 1>, convolve<4, 1>,
+                                   convolve<5, 1>, convolve<6, 1>, convolve<7, 1>, convolve<8, 1>};
+constexpr BlockFn kTwo[pixels_of(kVectors)] = {convolve<1, 2>, convolve<2, 2>, convolve<3, 2>, convolve<4, 2>};
+
+// All `pixels` of a tile, for one set of vectors: as few blocks as can be, of nearly equal size.
+void convolve_tile(Block b, int64_t vectors, int64_t pixels) {
+  const BlockFn* by_pixels = vectors == 1 ? kOne : kTwo;
+  const int64_t largest = pixels_of(static_cast<int>(vectors)), blocks = (pixels + largest - 1) / largest;
+  for (int64_t left = blocks; left > 0; --left) {
+    const int64_t size = (pixels + left - 1) / left;
+    by_pixels[size - 1](b);
+    b.window += size, b.window_sum += size, b.out += size * b.out_pitch;
+    pixels -= size;
+  }
+}
+
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+  const Packed p(s);
+  const uint8_t* base = static_cast<const uint8_t*>(packed);
+  const int32_t* correction = reinterpret_cast<const int32_t*>(base);
+  const uint8_t* window[kTile];
+  int32_t sums[kTile];
+  const int64_t end = row_end * s.out_w;
+  int64_t pixels;
+  for (int64_t begin = row_begin * s.out_w; begin < end; begin += pixels) {
+    const int64_t tiles = (end - begin + kTile - 1) / kTile;
+    pixels = (end - begin + tiles - 1) / tiles;
+    for (int64_t group = 0; group < s.groups; ++group) {
+      find_windows(s, p.cells, static_cast<const uint8_t*>(staged), group, begin, pixels, p.form.base, window, sums);
+      for (int64_t set = 0; set < p.sets; ++set) {
+        const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v;
+        convolve_tile(
+            {p, CellRuns(s, p.cells), p.steps * vectors, window, sums,
+             reinterpret_cast<const __m256i*>(base + p.weights_of(group, v)),
+             correction + (group * p.vectors + v) * kLanes, s.mul, least(vectors * kLanes, s.group_out() - v * kLanes),
+             out + begin * s.out_c + group * s.group_out() + v * kLanes, s.out_c},
+            vectors, pixels);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool avx2_table_fits(const ConvShape& s) {
+  const double largest = static_cast<double>(s.code_hi - s.code_lo) * static_cast<double>(s.input_hi - s.input_lo);
+  return largest * static_cast<double>(s.group_in() * s.kernel_h * s.kernel_w) <= UINT16_MAX;
+}
+
+bool avx2_table_pays(const ConvShape& s, double cycles) {
+  if (!avx2_table_fits(s)) return false;
+  const Packed p(s);
+  const double pixels = static_cast<double>(s.groups * s.out_h * s.out_w);
+  const double staged = static_cast<double>(s.groups * s.padded_h() * p.cells.count);
+  const double pairs = static_cast<double>(p.form.weight_bits * p.cells.digits);
+  const double parts = static_cast<double>((p.cells.codes + 31) / 32);
+  const double vectors = static_cast<double>(p.vectors);
+  // A table that serves one vector, the last of an odd number, costs as much as one that serves two.
+  const double step = 0.72 + (p.form.input_bits > 1 ? 0.08 : 0) + (p.vectors % 2 == 1 ? 0.28 / vectors : 0);
+  const double by_tables = pixels * (8 + vectors * (12 + pairs * (14 + step * static_cast<double>(p.steps)))) +
+                           staged * (12 + parts * (5 + 4 * static_cast<double>(p.cells.digits)));
+  const double byte_steps = static_cast<double>(s.kernel_h * s.kernel_w * ((s.group_in() + 3) / 4));
+  const double byte_vectors = static_cast<double>((s.group_out() + 7) / 8);
+  return by_tables * 1.06 < pixels * (8 + byte_vectors * (6 + cycles * byte_steps));
+}
+
+extern const ConvKernel kAvx2Table = {"avx2-table", packed_bytes, pack, staged_row_bytes, stage, run};
+
+}  // namespace bitstrata

@@ -1,0 +1,116 @@
+// Staging of the rows that cells.h describes. See pointwise.h for the unnamed namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cells.h"
+
+namespace bitstrata {
+namespace {
+
+constexpr int64_t kPart = 64;  // codes that are packed at once
+
+// The cells of one group in one input row; image_row: null for a row that lies in the padding.
+// PackPart(from, count, to, digit_bytes) writes the words of up to kPart codes, all digits, and returns the sum of the
+// codes, moved to begin at 0.
+template <typename PackPart>
+class CellPacker {
+ public:
+  CellPacker(const ConvShape& s, const Cells& cells, const PackPart& pack_part, const uint8_t* pad,
+             const uint8_t* image_row, int64_t group, uint8_t* staged_row)
+      : s_(s),
+        cells_(cells),
+        pack_part_(pack_part),
+        pad_(pad + group * s.group_in()),
+        row_(image_row == nullptr ? nullptr : image_row + group * s.group_in()),
+        words_(staged_row + cells.offset(group, 0)),
+        part_bytes_(kPart / cells.word_codes * cells.word_bytes),
+        sums_(reinterpret_cast<int32_t*>(staged_row + cells.sums_at) + group * cells.count) {}
+
+  void pack() const {
+    int64_t left = cells_.count, right = cells_.count;  // the codes of cells [left, right) are neighbours in the map
+    if (row_ != nullptr) {
+      left = least(cells_.count, (s_.pad_left + cells_.step - 1) / cells_.step);
+      const int64_t last = s_.in_w + s_.pad_left - cells_.columns;  // the first column of a cell, at most
+      right = last < 0 ? left : most(left, least(cells_.count, last / cells_.step + 1));
+    }
+    for (int64_t cell = 0; cell < left; ++cell) pack_gathered(cell);
+    pack_neighbours(left, right);
+    for (int64_t cell = right; cell < cells_.count; ++cell) pack_gathered(cell);
+  }
+
+ private:
+  void pack_neighbours(int64_t left, int64_t right) const {
+    if (left == right) return;
+    const uint8_t* from = row_ + (left * cells_.step - s_.pad_left) * s_.in_c;
+    uint8_t* to = words_ + left * cells_.cell_bytes();
+    for (int64_t cell = left; cell < right; ++cell, from += cells_.step * s_.in_c, to += cells_.cell_bytes()) {
+      int64_t sum = 0;
+      uint8_t* at = to;
+      for (int64_t begin = 0; begin < cells_.codes; begin += kPart, at += part_bytes_)
+        sum += pack_part_(from + begin, least(kPart, cells_.codes - begin), at, cells_.digit_bytes());
+      sums_[cell] = static_cast<int32_t>(sum);
+    }
+  }
+
+  // A cell whose codes do not all lie in the map.
+  void pack_gathered(int64_t cell) const {
+    uint8_t* to = words_ + cell * cells_.cell_bytes();
+    int64_t sum = 0;
+    for (int64_t begin = 0; begin < cells_.codes; begin += kPart, to += part_bytes_) {
+      uint8_t codes[kPart];
+      const int64_t count = least(kPart, cells_.codes - begin);
+      gather(cell * cells_.step - s_.pad_left, begin, count, codes);
+      sum += pack_part_(codes, count, to, cells_.digit_bytes());
+    }
+    sums_[cell] = static_cast<int32_t>(sum);
+  }
+
+  // Codes [begin, begin + count) of the cell whose first column is `first`.
+  void gather(int64_t first, int64_t begin, int64_t count, uint8_t* to) const {
+    const int64_t in = s_.group_in();
+    int64_t column = begin / in, channel = begin % in;
+    for (int64_t done = 0; done < count; ++column, channel = 0) {
+      const int64_t x = first + column, part = least(in - channel, count - done);
+      const uint8_t* from = row_ != nullptr && x >= 0 && x < s_.in_w ? row_ + x * s_.in_c : pad_;
+      std::memcpy(to + done, from + channel, static_cast<size_t>(part));
+      done += part;
+    }
+  }
+
+  const ConvShape& s_;
+  const Cells& cells_;
+  const PackPart& pack_part_;
+  const uint8_t *pad_, *row_;
+  uint8_t* words_;  // of the first cell in the first digit
+  int64_t part_bytes_;
+  int32_t* sums_;
+};
+
+// sums: of cells, columns; to: of the rows of windows.
+inline void add_columns(const ConvShape& s, const int32_t* sums, int32_t* to) {
+  for (int64_t x = 0; x < s.out_w; ++x) to[x] = sums[x * s.stride_w];
+  for (int64_t kx = 1; kx < s.kernel_w; ++kx)
+    for (int64_t x = 0; x < s.out_w; ++x) to[x] += sums[x * s.stride_w + kx * s.dilation_w];
+}
+
+// pad: (in_c,) codes as bytes.
+template <typename PackPart>
+void stage_cells(const ConvShape& s, const Cells& cells, const PackPart& pack_part, const uint8_t* pad,
+                 const uint8_t* image, uint8_t* staged, int64_t row_begin, int64_t row_end) {
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const int64_t y = r - s.pad_top;
+    const uint8_t* from = y >= 0 && y < s.in_h ? image + y * s.in_w * s.in_c : nullptr;
+    uint8_t* to = staged + r * cells.row_bytes;
+    for (int64_t group = 0; group < s.groups; ++group) {
+      CellPacker<PackPart>(s, cells, pack_part, pad, from, group, to).pack();
+      if (!cells.of_outputs)
+        add_columns(s, reinterpret_cast<const int32_t*>(to + cells.sums_at) + group * cells.count,
+                    reinterpret_cast<int32_t*>(to + cells.window_sums_at) + group * s.out_w);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitstrata

@@ -1,0 +1,148 @@
+// Kernels for low bits on everything they are exact for, chosen there or not, and what is chosen where.
+#include "low_bit_test.h"
+
+#include <cstring>
+
+#include "bitstrata/dispatch.h"
+#include "conv_check.h"
+#ifdef BITSTRATA_HAVE_AVX2
+#include "../kernels/avx2/avx2.h"
+#endif
+#ifdef BITSTRATA_HAVE_AVX512VPOPCNT
+#include "../kernels/avx512vpopcnt/avx512vpopcnt.h"
+#endif
+
+namespace bitstrata::test {
+namespace {
+
+constexpr Range kRanges[] = {{DType::u8, 0, 1},    {DType::u8, 0, 3},      {DType::u8, 0, 15}, {DType::u8, 0, 255},
+                             {DType::u8, 5, 5},    {DType::u8, 9, 11},     {DType::u8, 0, 4},  {DType::s8, -1, 0},
+                             {DType::s8, -1, 1},   {DType::s8, -128, 127}, {DType::s8, -8, 7}, {DType::s8, -128, -127},
+                             {DType::u8, 254, 255}};
+
+ConvShape shape_of(int64_t size, int64_t in, int64_t out, int64_t kernel, int64_t groups) {
+  ConvShape s{};
+  s.in_h = s.in_w = s.out_h = s.out_w = size;
+  s.in_c = in, s.out_c = out, s.groups = groups;
+  s.kernel_h = s.kernel_w = kernel, s.pad_top = s.pad_left = kernel / 2;
+  s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  s.mul = 2, s.add = 1;
+  return s;
+}
+
+// A kernel for any bounds that `fits` allows; `row`: the first that may choose it.
+void test_kernel(const char* row, const ConvKernel& kernel, bool (*fits)(const ConvShape&)) {
+  uint64_t seed = 5000;
+  const auto check = [&](const ConvShape& s, bool saturate) {
+    ++seed;
+    if (fits(s)) check_kernel(row, kernel, s, seed % 2 == 0 ? Edge::end : Edge::begin, seed, saturate);
+  };
+  for (const Range& range : kRanges)
+    for (int bits : {1, 2, 3, 4, 8})
+      for (int64_t n : {1, 2, 3, 5, 8, 11, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70, 96, 127, 130}) {
+        Random random(++seed);
+        const int64_t m = random.in(1, 9), few = random.in(1, 5);
+        const ConvShape shapes[] = {
+            conv_shape(4, m, n, 7, 1, random),     conv_shape(m, 4, 9, n, 1, random),
+            conv_shape(3, m, n, few, few, random), conv_shape(3, m, few, n % 40 + 1, 3, random),
+            conv_shape(2, n, 3, 17, 1, random),    shape_of(3, n, 18, 3, 1),
+            shape_of(4, 16 * few, n, 1, 1),
+        };
+        for (const ConvShape& s : shapes) check(with_bounds(s, range, bits), seed % 5 == 0);
+      }
+  for (const Range& range : kRanges)  // codes that are all the same, or of uneven bounds
+    for (int32_t lo : {-128, -3, 0, 2})
+      for (int32_t span : {0, 1, 2, 3, 5}) {
+        ConvShape s = with_bounds(shape_of(5, 21, 19, 3, 1), range, 1);
+        s.code_lo = lo, s.code_hi = lo + span, s.mul = lo == 2 ? -3 : 2;
+        check(s, false);
+      }
+  for (int64_t in : {500, 1500}) check(with_bounds(shape_of(2, in, 33, 3, 1), {DType::u8, 0, 1}, 1), true);
+}
+
+void expect_chosen(const char* isa, const ConvShape& s, const char* name, bool chosen) {
+  const char* kernel = select_kernels(isa).conv(s)->name;
+  if ((std::strcmp(kernel, name) == 0) == chosen) return;
+  ++failures;
+  std::fprintf(stderr, "%s: %s for %s\n", isa, kernel, describe(s).c_str());
+}
+
+#ifdef BITSTRATA_HAVE_AVX2
+void test_tables(const char* isa) {
+  const char* name = kAvx2Table.name;
+  const Range one{DType::u8, 0, 1}, two{DType::u8, 0, 3};
+  const ConvShape layers[] = {shape_of(56, 64, 64, 3, 1), shape_of(28, 128, 128, 3, 1), shape_of(14, 256, 256, 3, 1),
+                              shape_of(7, 512, 512, 3, 1), shape_of(16, 32, 32, 3, 1)};
+  for (const ConvShape& s : layers) {
+    expect_chosen(isa, with_bounds(s, one, 1), name, true);
+    expect_chosen(isa, with_bounds(s, two, 1), name, true);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 15}, 4), name, false);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 255}, 1), name, false);
+  }
+  expect_chosen(isa, with_bounds(shape_of(28, 128, 128, 3, 1), two, 2), name, true);
+  expect_chosen(isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), name, false);
+  expect_chosen(isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), name, false);  // groups of one channel
+}
+
+// The most inputs whose sums of products 16 bits hold, and one more.
+void test_the_bound_of_tables(const char* isa) {
+  struct Bound {
+    Range range;
+    int bits;
+    int64_t taps;
+  };
+  for (const Bound& b : {Bound{{DType::u8, 0, 1}, 1, 65535}, Bound{{DType::s8, -1, 2}, 2, 7281}}) {
+    const ConvShape within = with_bounds(shape_of(1, b.taps, 64, 1, 1), b.range, b.bits);
+    const ConvShape beyond = with_bounds(shape_of(1, b.taps + 1, 64, 1, 1), b.range, b.bits);
+    expect_chosen(isa, within, kAvx2Table.name, true);
+    expect_chosen(isa, beyond, kAvx2Table.name, false);
+    for (const ConvShape& s : {within, beyond}) check_kernel(isa, *select_kernels(isa).conv(s), s, Edge::end, 1, true);
+  }
+}
+#endif
+
+#ifdef BITSTRATA_HAVE_AVX512VPOPCNT
+bool always(const ConvShape&) { return true; }
+
+void test_vpopcnt() {
+  const Kernels& row = select_kernels("avx512vnni");
+  test_kernel(row.isa, kAvx512VpopcntConv, always);
+  const char* name = kAvx512VpopcntConv.name;
+  const Range one{DType::u8, 0, 1}, four{DType::u8, 0, 15};
+  const ConvShape layers[] = {shape_of(56, 64, 64, 3, 1),  shape_of(28, 128, 128, 3, 1), shape_of(14, 256, 256, 3, 1),
+                              shape_of(7, 512, 512, 3, 1), shape_of(16, 32, 32, 3, 1),   shape_of(14, 64, 384, 1, 1)};
+  for (const ConvShape& s : layers) {
+    expect_chosen(row.isa, with_bounds(s, one, 1), name, true);
+    expect_chosen(row.isa, with_bounds(s, {DType::s8, -1, 0}, 1), name, true);
+    expect_chosen(row.isa, with_bounds(s, four, 4), name, false);
+    expect_chosen(row.isa, with_bounds(s, {DType::u8, 0, 255}, 1), name, false);
+    expect_chosen(row.isa, with_bounds(s, one, 8), name, false);
+  }
+  expect_chosen(row.isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), name, false);
+  expect_chosen(row.isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), name, false);  // groups of one channel
+}
+#endif
+
+bool available(const char* isa) {
+  for (const std::string& name : available_isas())
+    if (name == isa) return true;
+  return false;
+}
+
+}  // namespace
+
+void test_low_bit_kernels() {
+#ifdef BITSTRATA_HAVE_AVX2
+  if (available("avx2")) {
+    test_kernel("avx2", kAvx2Table, avx2_table_fits);
+    test_the_bound_of_tables("avx2");
+  }
+  for (const char* isa : {"avx2", "avx2vnni"})
+    if (available(isa)) test_tables(isa);
+#endif
+#ifdef BITSTRATA_HAVE_AVX512VPOPCNT
+  if (available("avx512vnni") && avx512vpopcnt_supported()) test_vpopcnt();
+#endif
+}
+
+}  // namespace bitstrata::test
