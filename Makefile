@@ -11,7 +11,7 @@ SETUP := pyproject.toml constraints.txt $(NATIVE)
 INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format venv bench soak clean
+.PHONY: help demo test lint format venv bench soak wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ bench: $(VENV)/.all  ## every benchmark, short form; run the files in benchmarks
 
 soak: $(VENV)/.test  ## the long forms of the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+
+wheel:  ## a manylinux wheel for x86-64 in build/dist, tried in an empty environment
+	.ci/wheel $(PYTHON) build/dist
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build

@@ -1,15 +1,18 @@
-"""Time and bytes to open an artifact at 1 bit, and to upgrade it by one bit, against loading float32 weights.
+"""Time and bytes to open an artifact, and to upgrade it by one bit, against loading float32 weights; and to import.
 
     python benchmarks/load.py --json benchmarks/results/load.json
 
 Ours ends with a session that is ready to run: files read and their hashes checked, constants derived, weights packed
 for the kernels. Reading arrays (numpy, safetensors) ends with arrays; only an ONNX Runtime session is ready to run too.
-All files come from the operating system's cache.
+All files come from the operating system's cache. "import" is what a new process takes from its first statement until
+the package is there, numpy included; interpreters write no bytecode meanwhile, they find it.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from torch import nn
 import bitstrata as bs
 import bitstrata_runtime as runtime
 
-QUICK, FULL = Effort(rounds=3, turn_s=0.0), Effort(rounds=9, turn_s=0.2)
+QUICK, FULL = Effort(rounds=5, turn_s=0.0), Effort(rounds=9, turn_s=0.2)
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,41 @@ def main() -> None:
     lacking = [] if have_onnx() else ["ONNX Runtime float32 session left out: onnx or onnxruntime is not installed"]
     for line in lacking:
         print(line)
-    rows: list[Row] = []
+    with step("import"):
+        rows = _imports(arguments)
+    sized = len(rows)
     for name in arguments.networks:
         with step(name), tempfile.TemporaryDirectory() as folder:
             rows += _network(CASES[name], Path(folder), arguments)
     finish(arguments, rows, PACKAGES, missing_peers=lacking)
     print("\nbytes read")
-    sizes = {f"{row.case}, bits {row.bits}": row.extra["ours_bytes"] for row in rows}
-    sizes |= {f"{row.case.partition(' ')[0]}, {row.peer}": row.extra["peer_bytes"] for row in rows}
+    sizes = {f"{row.case}, bits {row.bits}": row.extra["ours_bytes"] for row in rows[sized:]}
+    sizes |= {f"{row.case.partition(' ')[0]}, {row.peer}": row.extra["peer_bytes"] for row in rows[sized:]}
     for what, size in sizes.items():
         print(f"{size:13,}  {what}")
+
+
+def _imports(arguments: argparse.Namespace) -> list[Row]:
+    peers = ["numpy", "safetensors.numpy", *(["onnxruntime"] if have_onnx() else [])]
+    times = interleave({name: _import(name) for name in ("bitstrata_runtime", *peers)}, effort(arguments, QUICK, QUICK))
+    setting = Setting("import", 1, runtime.available_isas()[-1], "none")
+    return [Row.of(setting, times, "bitstrata_runtime", peer) for peer in peers]
+
+
+def _import(name: str) -> Clocked:
+    code = f"from time import perf_counter as now; begun = now(); import {name}; print(now() - begun)"
+
+    def run() -> float:
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    return run
 
 
 def _network(case: Case, folder: Path, arguments: argparse.Namespace) -> list[Row]:
     model = float_network(case)
     artifact = folder / "network.strata"
     bs.pack(program(case, model), artifact)
-    ours = {("load", "1"): _opening(artifact)}
+    ours = {("load", str(bits)): _opening(artifact, bits) for bits in (BITS[0], BITS[-1])}
     ours |= {("upgrade", f"{bits - 1}->{bits}"): _upgrade(artifact, bits) for bits in BITS[1:]}
     peers = _peers(case, model, folder)
     contestants = {" ".join(key): loader.load for key, loader in ours.items()}
@@ -84,9 +105,9 @@ def _network(case: Case, folder: Path, arguments: argparse.Namespace) -> list[Ro
     ]
 
 
-def _opening(artifact: Path) -> Loader:
-    size = sum(count for _, count in runtime.load(artifact, bits=1).reads)
-    return Loader(clock(lambda: runtime.load(artifact, bits=1)), size)
+def _opening(artifact: Path, bits: int) -> Loader:
+    size = sum(count for _, count in runtime.load(artifact, bits=bits).reads)
+    return Loader(clock(lambda: runtime.load(artifact, bits=bits)), size)
 
 
 def _upgrade(artifact: Path, bits: int) -> Loader:
