@@ -215,7 +215,7 @@ def folders(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / f"{number}.strata" for number in itertools.count())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_programs(folders: Iterator[Path], data: st.DataObject) -> None:
     """Any choice, and a change to any other; one image or many; every instruction set; one thread or two."""
