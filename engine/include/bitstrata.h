@@ -8,12 +8,13 @@
  *   output.logits = logits, output.count = classes;
  *   bs_run_u8(session, pixels, pixel_count, 1, &output, NULL, 0);
  *
- * Every function but bs_last_error and bs_status_name returns a status; on anything but BS_OK, outputs and handles are
- * as they were, and bs_last_error tells operation, argument, value and cause. NULL where a pointer is required is
- * BS_INVALID_ARGUMENT. Free functions take NULL.
+ * Functions return a status, except bs_last_error, bs_status_name and the two that free, which take NULL. On anything
+ * but BS_OK, outputs and handles are as they were, and bs_last_error tells function, argument, value and cause. NULL
+ * where a pointer is required is BS_INVALID_ARGUMENT.
  *
  * Versions. A structure begins with its size, which the caller sets (the BS_..._INIT macros do): new members are added
- * at the end and take their default where the caller's structure lacks them. Functions are added, never changed.
+ * at the end and take their default where the caller's structure lacks them; bs_file alone stays as it is. Functions
+ * are added, never changed.
  *
  * Threads. Every function may be called from several threads at once, on the same handles too, but a handle must not be
  * freed while it is in use. A session may be shared: runs that are under way when its precision changes finish at the

@@ -115,7 +115,7 @@ def test_installed(tmp_path: Path, plain: Path) -> None:
 def assert_as_session(printed: str, path: Path, x: np.ndarray[Any, Any]) -> None:
     """Every precision ascending and the first again, the integers being the session's."""
     rows = re.findall(r"precision (\d+): class (\d+), logit \S+, integers (.*)", printed)
-    session = load(path)
+    session = load(path, executor="reference")
     precisions = session.program.precisions
     assert [int(row[0]) for row in rows] == [*precisions, precisions[0]]
     for precision, best, integers in rows:
@@ -215,7 +215,7 @@ def folders(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / f"{number}.strata" for number in itertools.count())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_programs(folders: Iterator[Path], data: st.DataObject) -> None:
     """Any choice, and a change to any other; one image or many; every instruction set; one thread or two."""
@@ -274,7 +274,7 @@ def test_files_in_memory_and_functions(plain: Path) -> None:
     source, by_functions = CallbackSource(ctypes.sizeof(CallbackSource), None, size, read, None), ctypes.c_void_p()
     capi().call("bs_artifact_open_source", ctypes.byref(source), ctypes.byref(by_functions))
     assert asked == ["manifest.json"]
-    expected = load(plain, 2)
+    expected = load(plain, 2, executor="reference")
     for artifact in (in_memory, by_functions):
         session = CSession(artifact, choice_of(2, list(program.layers)), (10,))
         assert_equal_runs(session, expected, x)

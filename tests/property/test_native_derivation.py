@@ -76,7 +76,7 @@ def test_programs_made_by_hand(compare: Compare) -> None:
     assert compare(chain, everything(chain)) == []
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_programs(compare: Compare, data: st.DataObject) -> None:
     program = data.draw(programs())
@@ -95,7 +95,7 @@ def test_numbers_of_every_size(compare: Compare) -> None:
     """Gains, offsets, steps and clips far from 1: constants at the ends of their range, and beyond it."""
     rng = np.random.default_rng(0)
     refused = plans = 0
-    for _ in range(150):
+    for _ in range(60):
         program = residual_program()
         for factors in program.factors.values():
             for name, found in factors.affine.items():
@@ -109,8 +109,8 @@ def test_numbers_of_every_size(compare: Compare) -> None:
         program = replace(program, nodes=(*program.nodes[:2], node, *program.nodes[3:]))
         errors = compare(program, everything(program))
         refused, plans = refused + len(errors), plans + len(everything(program)) - len(errors)
-    assert plans > 50
-    assert refused > 50
+    assert plans > 20
+    assert refused > 20
 
 
 def test_zoo_networks(compare: Compare) -> None:
