@@ -86,24 +86,37 @@ static int32_t under(const bs_window *w, const bs_value *v, position p, uint32_t
 
 static const uint32_t BYTES = 0x01010101u, HALVES = 0x00010001u; /* a 1 in each lane of a word */
 
-/* Adds a section of a row of weights to `count` words, `pitch` words apart: fields of `width` bits, shifted by `shift`.
- * Returns the next section. */
-static const uint32_t *unpack_section(const uint32_t *in, uint32_t *out, uint32_t count, uint32_t pitch, uint32_t lanes,
-                                      uint32_t width, uint32_t shift, int first) {
+/* A section of a row of weights: fields of `width` bits, shifted by `shift`, become or are added to `count` words, every
+ * `pitch`th of `out`. Returns the next section. */
+static inline const uint32_t *unpack_section(const uint32_t *in, uint32_t *out, uint32_t count, uint32_t pitch,
+                                             uint32_t lanes, uint32_t width, uint32_t shift, int first) {
   const uint32_t mask = lanes * ((1u << width) - 1u), fields = (lanes == BYTES ? 8u : 16u) / width;
+  if (first && shift == 0) { /* the common case: a row of one section */
+    for (; count >= fields; count -= fields) {
+      uint32_t word = *in++, n = fields;
+      for (; n >= 2; n -= 2, out += 2 * pitch) {
+        out[0] = word & mask;
+        out[pitch] = word >> width & mask;
+        word >>= 2 * width;
+      }
+      if (n > 0) {
+        *out = word & mask;
+        out += pitch;
+      }
+    }
+  }
   while (count > 0) {
     uint32_t word = *in++, n = smaller(fields, count);
     count -= n;
-    if (first) {
-      for (; n > 0; --n, out += pitch, word >>= width) *out = (word & mask) << shift;
-    } else {
-      for (; n > 0; --n, out += pitch, word >>= width) *out |= (word & mask) << shift;
+    for (; n > 0; --n, out += pitch, word >>= width) {
+      const uint32_t field = (word & mask) << shift;
+      *out = first ? field : *out | field;
     }
   }
   return in;
 }
 
-static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t pitch, uint32_t lanes) {
+static inline void unpack_sections(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t pitch, uint32_t lanes) {
   const uint32_t *in = c->weights + row * c->row_words;
   uint32_t shift = c->bits;
   int first = 1;
@@ -114,6 +127,13 @@ static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t p
     first = 0;
   }
 }
+
+/* A row into every second word, and into every word. */
+static void unpack_apart(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t lanes) {
+  unpack_sections(c, row, out, 2, lanes);
+}
+
+static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out) { unpack_sections(c, row, out, 1, BYTES); }
 
 /* memcpy, which small C libraries have byte by byte. */
 static void copy(uint8_t *to, const uint8_t *from_bytes, uint32_t count) {
@@ -294,7 +314,7 @@ static void convolve(const bs_state *s, const bs_step *step, uint32_t first, uin
     }
     for (uint32_t k = 0; k < rows; k += 2) {
       const uint32_t row = group * rows + k, n = smaller(2, rows - k);
-      for (uint32_t i = 0; i < n; ++i) unpack_row(c, row + i, weights + i, 2, lanes);
+      for (uint32_t i = 0; i < n; ++i) unpack_apart(c, row + i, weights + i, lanes);
       multiply_rows(c, dot, weights, patches, row, n, count, out, channels);
     }
   }
@@ -349,7 +369,7 @@ void bs_conv_depthwise(const bs_state *s, const bs_step *step, uint32_t first, u
   for (uint32_t from_channel = 0, row = 0; from_channel < channels; from_channel += c->block) {
     const uint32_t n = smaller(c->block, channels - from_channel);
     position p = start_at(step, first);
-    for (uint32_t i = 0; i < c->depth; ++i, ++row) unpack_row(c, row, weights + i * c->words, 1, BYTES);
+    for (uint32_t i = 0; i < c->depth; ++i, ++row) unpack_row(c, row, weights + i * c->words);
     for (uint32_t i = 0; i < count; ++i, advance(step, &p)) {
       take_patch(s, step, p, from_channel, n, row_bytes, (uint8_t *)codes);
       for (uint32_t k = 0; k < n; k += 4)
