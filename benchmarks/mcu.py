@@ -8,10 +8,11 @@ included, the test board's own file not), stack from a painted memory, instructi
 qemu knows neither wait states nor caches, and a multiplication counts as much as a move.
 
 What an int8 deployment in the manner of CMSIS-NN would take is computed, not measured, from the same network:
-flash: a byte a weight, 12 bytes an output channel (int32 bias, multiplier, shift); its code is left out. RAM: the largest
-sum, over the layers, of the int8 maps alive and the layer's scratch buffer as the library's functions give it for
-processors with DSP instructions (convolution: 2 * 2 * depth of the window in bytes, 0 for 1x1; depthwise: 2 * channels *
-window), additions and activations in place, no loss to placement. The network's input and output are in no number.
+flash: a byte a weight, 12 bytes an output channel (int32 bias, multiplier, shift); its code is left out. RAM: the
+largest sum, over the layers, of the int8 maps alive and the layer's scratch buffer as the library's functions give it
+for processors with DSP instructions (convolution: 2 * 2 * depth of the window in bytes, 0 for 1x1; depthwise: 2 *
+channels * window), additions and activations in place, no loss to placement. The network's input and output are in no
+number.
 """
 
 from __future__ import annotations
