@@ -107,14 +107,26 @@ def run_on_board(folder: Path, codes: NDArray[Any], shape: tuple[int, ...], cpu:
     """Build the network exported to `folder` for a processor, and run it in qemu on inputs (N, H, W, C)."""
     ctype = "uint8_t" if codes.dtype == np.uint8 else "int8_t"
     values = ", ".join(map(str, codes.reshape(-1).tolist()))
-    (folder / "vectors.h").write_text(f"enum {{ COUNT = {len(codes)} }};\nstatic const {ctype} inputs[] = {{{values}}};\n")
+    (folder / "vectors.h").write_text(
+        f"enum {{ COUNT = {len(codes)} }};\nstatic const {ctype} inputs[] = {{{values}}};\n"
+    )
     flags = [f"-mcpu={cpu}", *ARM, "-I."]
     for source in ("model.c", RUNTIME):
         run("arm-none-eabi-gcc", *STRICT, *flags, "-c", source, folder=folder)
     run("arm-none-eabi-gcc", *STRICT, *flags, "-c", FOLDER / "board.c", folder=folder)
     script = f"-Wl,-T,{FOLDER / 'mps2.ld'},--gc-sections,-Map=board.map"
     objects = ("model.o", "bitstrata_mcu.o", "board.o")
-    run("arm-none-eabi-gcc", *flags, "-nostartfiles", "-specs=nano.specs", script, *objects, "-o", "board.elf", folder=folder)
+    run(
+        "arm-none-eabi-gcc",
+        *flags,
+        "-nostartfiles",
+        "-specs=nano.specs",
+        script,
+        *objects,
+        "-o",
+        "board.elf",
+        folder=folder,
+    )
     machine = ("-M", BOARDS[cpu], "-nographic", "-semihosting", "-icount", "shift=0", "-kernel", "board.elf")
     command = ["qemu-system-arm", *machine]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
@@ -137,7 +149,9 @@ def map_sizes(text: str) -> tuple[int, int, int]:
     """Bytes of code, constants and static memory in a linker map: of all that is linked but the board's own file."""
     text = text[text.index("Linker script and memory map") :]
     sizes = {"text": 0, "rodata": 0, "bss": 0, "data": 0}
-    for match in re.finditer(r"^ \.(text|rodata|bss|data)\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE):
+    for match in re.finditer(
+        r"^ \.(text|rodata|bss|data)\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE
+    ):
         if not match[3].endswith("board.o"):
             sizes[match[1]] += int(match[2], 16)
     return sizes["text"], sizes["rodata"] + sizes["data"], sizes["bss"] + sizes["data"]

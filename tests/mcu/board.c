@@ -19,10 +19,22 @@ static void stop(void) {
   }
 }
 
-__attribute__((section(".vectors"), used)) static const uintptr_t vectors[16] = {
-    (uintptr_t)stack_end,      (uintptr_t)start, (uintptr_t)stop, (uintptr_t)stop, (uintptr_t)stop, (uintptr_t)stop,
-    (uintptr_t)stop,           0,                0,               0,               0,               (uintptr_t)stop,
-    (uintptr_t)stop,           0,                (uintptr_t)stop, (uintptr_t)stop};
+__attribute__((section(".vectors"), used)) static const uintptr_t vectors[16] = {(uintptr_t)stack_end,
+                                                                                 (uintptr_t)start,
+                                                                                 (uintptr_t)stop,
+                                                                                 (uintptr_t)stop,
+                                                                                 (uintptr_t)stop,
+                                                                                 (uintptr_t)stop,
+                                                                                 (uintptr_t)stop,
+                                                                                 0,
+                                                                                 0,
+                                                                                 0,
+                                                                                 0,
+                                                                                 (uintptr_t)stop,
+                                                                                 (uintptr_t)stop,
+                                                                                 0,
+                                                                                 (uintptr_t)stop,
+                                                                                 (uintptr_t)stop};
 
 static uintptr_t semihosting(uint32_t operation, uintptr_t argument) {
   register uintptr_t r0 __asm__("r0") = operation;
@@ -31,7 +43,7 @@ static uintptr_t semihosting(uint32_t operation, uintptr_t argument) {
   return r0;
 }
 
-static void write_text(const char *text) { semihosting(0x04, (uintptr_t)text); }
+static void write_text(const char* text) { semihosting(0x04, (uintptr_t)text); }
 
 static void write_number(uint32_t x) {
   char text[10];
@@ -41,18 +53,18 @@ static void write_number(uint32_t x) {
   write_text(text);
 }
 
-#define TIMER ((volatile uint32_t *)0x40000000u) /* control, value, reload; counts down */
+#define TIMER ((volatile uint32_t*)0x40000000u) /* control, value, reload; counts down */
 
 int main(void) {
   static int32_t output[OUTPUTS];
-  const uint32_t *touched = stack_begin;
+  const uint32_t* touched = stack_begin;
   uint32_t ticks = 0;
   uintptr_t here;
   __asm__ volatile("mov %0, sp" : "=r"(here));
   TIMER[2] = UINT32_MAX;
   TIMER[1] = UINT32_MAX;
   TIMER[0] = 1;
-  for (volatile uint32_t *word = stack_begin; (uintptr_t)word < here; ++word) *word = FILL;
+  for (volatile uint32_t* word = stack_begin; (uintptr_t)word < here; ++word) *word = FILL;
   for (uint32_t i = 0; i < COUNT; ++i) {
     const uint32_t begun = TIMER[1];
     model_run(inputs + i * (sizeof inputs / COUNT / sizeof *inputs), output);
@@ -70,9 +82,9 @@ int main(void) {
 }
 
 void start(void) {
-  const uint32_t *from = data_source;
-  for (uint32_t *to = data_begin; to < data_end; ++to) *to = *from++;
-  for (uint32_t *to = bss_begin; to < bss_end; ++to) *to = 0;
+  const uint32_t* from = data_source;
+  for (uint32_t* to = data_begin; to < data_end; ++to) *to = *from++;
+  for (uint32_t* to = bss_begin; to < bss_end; ++to) *to = 0;
   (void)main();
   semihosting(0x18, 0x20026); /* exit: the application has ended */
 }

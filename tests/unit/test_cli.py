@@ -173,6 +173,23 @@ def test_serving_commands_work_without_torch(tmp_path):
     run = without_torch("run", str(path), "--bits", "2", "--input", str(tmp_path / "x.npy"), "--executor", "reference")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("image 0: class ")
+    (tmp_path / "map.json").write_text(json.dumps({row["name"]: 1 + i % 2 for i, row in enumerate(facts["layers"])}))
+    for bits in ("1", str(tmp_path / "map.json")):
+        made = without_torch(
+            "export", str(path), "--bits", bits, "--out", str(tmp_path / "c"), "--test-vector", str(tmp_path / "x.npy")
+        )
+        assert made.returncode == 0, made.stderr
+        files = {file.name for file in (tmp_path / "c").iterdir()}
+        assert files == {"model.c", "model.h", "main.c", "bitstrata_mcu.c", "bitstrata_mcu.h"}
+    np.save(tmp_path / "two.npy", np.zeros((2, 1, 8, 8), np.uint8))
+    many = without_torch("export", str(path), "--bits", "1", "--out", "c", "--test-vector", str(tmp_path / "two.npy"))
+    assert (many.returncode, many.stderr) == (
+        1,
+        f"bitstrata: --test-vector {tmp_path / 'two.npy'}: holds 2 inputs, expected one\n",
+    )
+    named = without_torch("export", str(path), "--bits", "1", "--out", str(tmp_path / "d"), "--name", "main")
+    assert (named.returncode, (tmp_path / "d").exists()) == (1, False)
+    assert "export: name 'main' must be a C identifier" in named.stderr
     bad = without_torch("run", str(path), "--bits", "2", "--input", str(tmp_path / "absent.npy"))
     assert (bad.returncode, bad.stderr) == (1, f"bitstrata: --input {tmp_path / 'absent.npy'}: no such file\n")
 

@@ -23,7 +23,7 @@ from .tables import Tables
 
 RUNTIME = ("bitstrata_mcu.h", "bitstrata_mcu.c")
 TILES = (16, 8, 4, 2)  # pixels, over which a row of weights is unpacked once
-_WORTH = 1.05  # how much larger than the smallest arena one with larger tiles may be
+_WORTH = 1.1  # how much larger than the smallest arena one with larger tiles may be
 _MOST_BYTES = (1 << 31) - 1  # positions in maps and in the arena are 32-bit numbers
 
 

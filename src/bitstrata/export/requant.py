@@ -53,7 +53,7 @@ class Short:
 
 @dataclass(frozen=True)
 class Wide:
-    """The definition itself, in 64 bits; arrays as of `Short`. split: 32 bits give the same, the constants in two parts.
+    """The definition itself, in 64 bits; arrays as of `Short`. split: 32 bits give the same, in two parts.
 
     With M = 2^s*Mh + Ml and B likewise, (x*M + B) >> s = x*Mh + Bh + ((x*Ml + Bl) >> s), as the first terms are whole
     numbers. If the result is a 32-bit number they may wrap; x*Ml + Bl must not.

@@ -21,26 +21,26 @@ static int32_t clamp(int32_t x, int32_t lowest, int32_t highest) {
   return x < lowest ? lowest : x > highest ? highest : x;
 }
 
-static uint32_t size_of(const bs_value *v) { return v->type == BS_I32 ? 4u : 1u; }
+static uint32_t size_of(const bs_value* v) { return v->type == BS_I32 ? 4u : 1u; }
 
 /* Where a pixel of a value is to be written. */
-static uint8_t *at(const bs_state *s, const bs_value *v, uint32_t pixel) {
+static uint8_t* at(const bs_state* s, const bs_value* v, uint32_t pixel) {
   const uint32_t bytes = v->channels * size_of(v);
-  if (v->place == BS_OUTPUT) return (uint8_t *)s->output + pixel * bytes;
+  if (v->place == BS_OUTPUT) return (uint8_t*)s->output + pixel * bytes;
   return s->arena + v->offset + (v->place == BS_TILE ? pixel - s->tile : pixel) * bytes;
 }
 
 /* Where a pixel of a value is to be read. */
-static const uint8_t *from(const bs_state *s, const bs_value *v, uint32_t pixel) {
-  if (v->place == BS_INPUT) return (const uint8_t *)s->input + pixel * v->channels * size_of(v);
+static const uint8_t* from(const bs_state* s, const bs_value* v, uint32_t pixel) {
+  if (v->place == BS_INPUT) return (const uint8_t*)s->input + pixel * v->channels * size_of(v);
   return at(s, v, pixel);
 }
 
-static const int32_t *integers(const bs_state *s, const bs_value *v, uint32_t pixel) {
-  return (const int32_t *)(const void *)from(s, v, pixel);
+static const int32_t* integers(const bs_state* s, const bs_value* v, uint32_t pixel) {
+  return (const int32_t*)(const void*)from(s, v, pixel);
 }
 
-void bs_run(const bs_group *groups, uint32_t count, uint8_t *arena, const void *input, int32_t *output) {
+void bs_run(const bs_group* groups, uint32_t count, uint8_t* arena, const void* input, int32_t* output) {
   bs_state state;
   state.arena = arena;
   state.input = input;
@@ -61,14 +61,14 @@ typedef struct {
   uint32_t y, x; /* of the result */
 } position;
 
-static position start_at(const bs_step *step, uint32_t pixel) {
+static position start_at(const bs_step* step, uint32_t pixel) {
   position p;
   p.y = pixel / step->out->width;
   p.x = pixel - p.y * step->out->width;
   return p;
 }
 
-static void advance(const bs_step *step, position *p) {
+static void advance(const bs_step* step, position* p) {
   if (++p->x == step->out->width) {
     p->x = 0;
     ++p->y;
@@ -76,7 +76,7 @@ static void advance(const bs_step *step, position *p) {
 }
 
 /* The pixel of `v` under an element of the window, or -1 outside the map. */
-static int32_t under(const bs_window *w, const bs_value *v, position p, uint32_t ky, uint32_t kx) {
+static int32_t under(const bs_window* w, const bs_value* v, position p, uint32_t ky, uint32_t kx) {
   const uint32_t y = p.y * w->stride_h + ky * w->dilation_h - w->top;
   const uint32_t x = p.x * w->stride_w + kx * w->dilation_w - w->left;
   return y < v->height && x < v->width ? (int32_t)(y * v->width + x) : -1;
@@ -86,25 +86,38 @@ static int32_t under(const bs_window *w, const bs_value *v, position p, uint32_t
 
 static const uint32_t BYTES = 0x01010101u, HALVES = 0x00010001u; /* a 1 in each lane of a word */
 
-/* Adds a section of a row of weights to `count` words, `pitch` words apart: fields of `width` bits, shifted by `shift`.
- * Returns the next section. */
-static const uint32_t *unpack_section(const uint32_t *in, uint32_t *out, uint32_t count, uint32_t pitch, uint32_t lanes,
-                                      uint32_t width, uint32_t shift, int first) {
+/* A section of a row of weights: fields of `width` bits, shifted by `shift`, become or are added to `count` words,
+ * every `pitch`th of `out`. Returns the next section. */
+static inline const uint32_t* unpack_section(const uint32_t* in, uint32_t* out, uint32_t count, uint32_t pitch,
+                                             uint32_t lanes, uint32_t width, uint32_t shift, int first) {
   const uint32_t mask = lanes * ((1u << width) - 1u), fields = (lanes == BYTES ? 8u : 16u) / width;
+  if (first && shift == 0) { /* the common case: a row of one section */
+    for (; count >= fields; count -= fields) {
+      uint32_t word = *in++, n = fields;
+      for (; n >= 2; n -= 2, out += 2 * pitch) {
+        out[0] = word & mask;
+        out[pitch] = word >> width & mask;
+        word >>= 2 * width;
+      }
+      if (n > 0) {
+        *out = word & mask;
+        out += pitch;
+      }
+    }
+  }
   while (count > 0) {
     uint32_t word = *in++, n = smaller(fields, count);
     count -= n;
-    if (first) {
-      for (; n > 0; --n, out += pitch, word >>= width) *out = (word & mask) << shift;
-    } else {
-      for (; n > 0; --n, out += pitch, word >>= width) *out |= (word & mask) << shift;
+    for (; n > 0; --n, out += pitch, word >>= width) {
+      const uint32_t field = (word & mask) << shift;
+      *out = first ? field : *out | field;
     }
   }
   return in;
 }
 
-static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t pitch, uint32_t lanes) {
-  const uint32_t *in = c->weights + row * c->row_words;
+static inline void unpack_sections(const bs_conv* c, uint32_t row, uint32_t* out, uint32_t pitch, uint32_t lanes) {
+  const uint32_t* in = c->weights + row * c->row_words;
   uint32_t shift = c->bits;
   int first = 1;
   for (uint32_t width = 8; width > 0; width >>= 1) {
@@ -115,27 +128,35 @@ static void unpack_row(const bs_conv *c, uint32_t row, uint32_t *out, uint32_t p
   }
 }
 
+/* A row into every second word, and into every word. */
+static void unpack_apart(const bs_conv* c, uint32_t row, uint32_t* out, uint32_t lanes) {
+  unpack_sections(c, row, out, 2, lanes);
+}
+
+static void unpack_row(const bs_conv* c, uint32_t row, uint32_t* out) { unpack_sections(c, row, out, 1, BYTES); }
+
 /* memcpy, which small C libraries have byte by byte. */
-static void copy(uint8_t *to, const uint8_t *from_bytes, uint32_t count) {
+static void copy(uint8_t* to, const uint8_t* from_bytes, uint32_t count) {
   for (; count >= 4; count -= 4, to += 4, from_bytes += 4) memcpy(to, from_bytes, 4);
   for (; count > 0; --count) *to++ = *from_bytes++;
 }
 
 /* Codes less `low`. */
-static void take_bytes(const uint8_t *in, uint32_t count, int32_t low, uint8_t *out) {
+static void take_bytes(const uint8_t* in, uint32_t count, int32_t low, uint8_t* out) {
   if (low == 0) {
     copy(out, in, count);
   } else {
-    const int8_t *codes = (const int8_t *)in;
+    const int8_t* codes = (const int8_t*)in;
     for (uint32_t i = 0; i < count; ++i) out[i] = (uint8_t)(codes[i] - low);
   }
 }
 
-/* The codes under the window at p, `count` channels from `channel` on; elements of the window are `pitch` bytes apart. */
-static void take_patch(const bs_state *s, const bs_step *step, position p, uint32_t channel, uint32_t count,
-                       uint32_t pitch, uint8_t *out) {
-  const bs_conv *c = step->args;
-  const bs_window *w = &c->window;
+/* The codes under the window at p, `count` channels from `channel` on; elements of the window are `pitch` bytes apart.
+ */
+static void take_patch(const bs_state* s, const bs_step* step, position p, uint32_t channel, uint32_t count,
+                       uint32_t pitch, uint8_t* out) {
+  const bs_conv* c = step->args;
+  const bs_window* w = &c->window;
   const int whole_rows = w->dilation_w == 1 && count == step->a->channels && count == pitch;
   for (uint32_t ky = 0; ky < w->kernel_h; ++ky) {
     for (uint32_t kx = 0, run; kx < w->kernel_w; kx += run, out += run * pitch) {
@@ -165,7 +186,7 @@ static uint32_t add_bytes(uint32_t x, uint32_t sum) {
 }
 
 /* Lays out a patch in every second word and returns the sum of its codes. */
-static uint32_t lay_out(const uint32_t *patch, uint32_t words, uint32_t lanes, uint32_t *out) {
+static uint32_t lay_out(const uint32_t* patch, uint32_t words, uint32_t lanes, uint32_t* out) {
   uint32_t sum = 0;
   if (lanes == BYTES) {
     for (; words > 0; --words, out += 2) {
@@ -194,10 +215,10 @@ static uint32_t multiply_pairs(uint32_t a, uint32_t b, uint32_t sum) {
 
 /* Sums of products of two patches and two rows, of which words alternate: [patch 0 row 0, patch 0 row 1, patch 1 row 0,
  * patch 1 row 1]. */
-typedef void dot_kernel(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums);
+typedef void dot_kernel(const uint32_t* a, const uint32_t* w, uint32_t words, uint32_t turns, uint32_t* sums);
 
 /* Four codes a word. Byte 3 of the product of two words is the sum of four products, as the weights are in reverse. */
-static void dot_bytes(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+static void dot_bytes(const uint32_t* a, const uint32_t* w, uint32_t words, uint32_t turns, uint32_t* sums) {
   sums[0] = sums[1] = sums[2] = sums[3] = 0;
   while (words > 0) {
     uint32_t p0 = 0, p1 = 0, p2 = 0, p3 = 0, n = smaller(turns, words);
@@ -214,7 +235,7 @@ static void dot_bytes(const uint32_t *a, const uint32_t *w, uint32_t words, uint
 }
 
 /* The same for turns of 6 or 7 words: no inner loop. */
-static void dot_bytes_six(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+static void dot_bytes_six(const uint32_t* a, const uint32_t* w, uint32_t words, uint32_t turns, uint32_t* sums) {
   sums[0] = sums[1] = sums[2] = sums[3] = 0;
   for (; words >= 6; words -= 6, a += 12, w += 12) {
     uint32_t p0 = a[0] * w[0], p1 = a[0] * w[1], p2 = a[1] * w[0], p3 = a[1] * w[1];
@@ -233,7 +254,7 @@ static void dot_bytes_six(const uint32_t *a, const uint32_t *w, uint32_t words, 
 }
 
 /* The same for turns = 1. */
-static void dot_bytes_once(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+static void dot_bytes_once(const uint32_t* a, const uint32_t* w, uint32_t words, uint32_t turns, uint32_t* sums) {
   uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
   (void)turns;
   for (; words > 0; --words, a += 2, w += 2) {
@@ -244,7 +265,7 @@ static void dot_bytes_once(const uint32_t *a, const uint32_t *w, uint32_t words,
 }
 
 /* Two codes a word; an even number of words. */
-static void dot_pairs(const uint32_t *a, const uint32_t *w, uint32_t words, uint32_t turns, uint32_t *sums) {
+static void dot_pairs(const uint32_t* a, const uint32_t* w, uint32_t words, uint32_t turns, uint32_t* sums) {
   uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
   (void)turns;
   for (; words > 0; words -= 2, a += 4, w += 4) {
@@ -256,17 +277,17 @@ static void dot_pairs(const uint32_t *a, const uint32_t *w, uint32_t words, uint
   sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
 }
 
-static int32_t finish(const bs_conv *c, uint32_t channel, uint32_t products, uint32_t codes) {
+static int32_t finish(const bs_conv* c, uint32_t channel, uint32_t products, uint32_t codes) {
   const uint32_t base = c->base != NULL ? (uint32_t)c->base[channel] : 0;
   return to_signed((uint32_t)c->multiplier * products + (uint32_t)c->addend * codes + base);
 }
 
 /* Rows `row` and, if `rows` is 2, the next one with `count` patches. Two patches lie together, and behind them their
  * sums of codes. */
-static void multiply_rows(const bs_conv *c, dot_kernel *dot, const uint32_t *weights, const uint32_t *patches,
-                          uint32_t row, uint32_t rows, uint32_t count, int32_t *out, uint32_t channels) {
+static void multiply_rows(const bs_conv* c, dot_kernel* dot, const uint32_t* weights, const uint32_t* patches,
+                          uint32_t row, uint32_t rows, uint32_t count, int32_t* out, uint32_t channels) {
   for (uint32_t i = 0; i < count; i += 2, patches += 2 * (c->words + 1), out += 2 * channels) {
-    const uint32_t *codes = patches + 2 * c->words;
+    const uint32_t* codes = patches + 2 * c->words;
     uint32_t products[4];
     dot(patches, weights, c->words, c->turns, products);
     out[row] = finish(c, row, products[0], codes[0]);
@@ -277,36 +298,36 @@ static void multiply_rows(const bs_conv *c, dot_kernel *dot, const uint32_t *wei
   }
 }
 
-static void convolve(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count, dot_kernel *dot,
+static void convolve(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count, dot_kernel* dot,
                      uint32_t lanes) {
-  const bs_conv *c = step->args;
+  const bs_conv* c = step->args;
   const uint32_t words = c->words, channels = step->out->channels, in_group = step->a->channels / c->groups;
   const uint32_t rows = channels / c->groups;
-  uint32_t *const weights = (uint32_t *)(void *)(s->arena + step->scratch), *const patches = weights + 2 * words;
-  int32_t *const out = (int32_t *)(void *)at(s, step->out, first);
+  uint32_t *const weights = (uint32_t*)(void*)(s->arena + step->scratch), *const patches = weights + 2 * words;
+  int32_t* const out = (int32_t*)(void*)at(s, step->out, first);
   for (uint32_t group = 0; group < c->groups; ++group) {
     position p = start_at(step, first);
     for (uint32_t i = 0; i < count; ++i, advance(step, &p)) {
-      uint32_t *pair = patches + (i & ~1u) * (words + 1);
+      uint32_t* pair = patches + (i & ~1u) * (words + 1);
       weights[(c->depth - 1) / 4] = 0; /* the patch, before it is laid out; its last word may not be full */
-      take_patch(s, step, p, group * in_group, in_group, in_group, (uint8_t *)weights);
+      take_patch(s, step, p, group * in_group, in_group, in_group, (uint8_t*)weights);
       pair[2 * words + (i & 1u)] = lay_out(weights, words, lanes, pair + (i & 1u));
     }
     for (uint32_t k = 0; k < rows; k += 2) {
       const uint32_t row = group * rows + k, n = smaller(2, rows - k);
-      for (uint32_t i = 0; i < n; ++i) unpack_row(c, row + i, weights + i, 2, lanes);
+      for (uint32_t i = 0; i < n; ++i) unpack_apart(c, row + i, weights + i, lanes);
       multiply_rows(c, dot, weights, patches, row, n, count, out, channels);
     }
   }
 }
 
-void bs_conv_bytes(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const uint32_t turns = ((const bs_conv *)step->args)->turns;
-  dot_kernel *const dot = turns == 1 ? dot_bytes_once : turns == 6 || turns == 7 ? dot_bytes_six : dot_bytes;
+void bs_conv_bytes(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const uint32_t turns = ((const bs_conv*)step->args)->turns;
+  dot_kernel* const dot = turns == 1 ? dot_bytes_once : turns == 6 || turns == 7 ? dot_bytes_six : dot_bytes;
   convolve(s, step, first, count, dot, BYTES);
 }
 
-void bs_conv_pairs(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
+void bs_conv_pairs(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
   convolve(s, step, first, count, dot_pairs, HALVES);
 }
 
@@ -327,8 +348,8 @@ static uint32_t high_product(uint32_t a, uint32_t b, uint32_t sum) {
 }
 
 /* Four channels: of each element of the window a word of codes and one of weights, both `words` apart. */
-static void multiply_four(const bs_conv *c, const uint32_t *codes, const uint32_t *weights, uint32_t channel,
-                          uint32_t count, int32_t *out) {
+static void multiply_four(const bs_conv* c, const uint32_t* codes, const uint32_t* weights, uint32_t channel,
+                          uint32_t count, int32_t* out) {
   uint32_t products[4], sums[4], p0 = 0, p1 = 0, p2 = 0, p3 = 0, even = 0, odd = 0;
   for (uint32_t i = c->depth; i > 0; --i, codes += c->words, weights += c->words) {
     const uint32_t a = even_bytes(*codes), b = even_bytes(*codes >> 8);
@@ -342,37 +363,37 @@ static void multiply_four(const bs_conv *c, const uint32_t *codes, const uint32_
   for (uint32_t i = 0; i < count; ++i) out[channel + i] = finish(c, channel + i, products[i], sums[i]);
 }
 
-void bs_conv_depthwise(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_conv *c = step->args;
+void bs_conv_depthwise(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_conv* c = step->args;
   const uint32_t channels = step->out->channels, row_bytes = 4 * c->words;
-  uint32_t *const weights = (uint32_t *)(void *)(s->arena + step->scratch), *const codes = weights + c->depth * c->words;
+  uint32_t *const weights = (uint32_t*)(void*)(s->arena + step->scratch), *const codes = weights + c->depth * c->words;
   for (uint32_t from_channel = 0, row = 0; from_channel < channels; from_channel += c->block) {
     const uint32_t n = smaller(c->block, channels - from_channel);
     position p = start_at(step, first);
-    for (uint32_t i = 0; i < c->depth; ++i, ++row) unpack_row(c, row, weights + i * c->words, 1, BYTES);
+    for (uint32_t i = 0; i < c->depth; ++i, ++row) unpack_row(c, row, weights + i * c->words);
     for (uint32_t i = 0; i < count; ++i, advance(step, &p)) {
-      take_patch(s, step, p, from_channel, n, row_bytes, (uint8_t *)codes);
+      take_patch(s, step, p, from_channel, n, row_bytes, (uint8_t*)codes);
       for (uint32_t k = 0; k < n; k += 4)
         multiply_four(c, codes + k / 4, weights + k / 4, from_channel + k, smaller(4, n - k),
-                      (int32_t *)(void *)at(s, step->out, first + i));
+                      (int32_t*)(void*)at(s, step->out, first + i));
     }
   }
 }
 
 /* Requantization goes through the pixels of one channel after the other, so that constants are loaded once. */
 
-static void compare(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count, int wide) {
-  const bs_thresholds *t = step->args;
+static void compare(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count, int wide) {
+  const bs_thresholds* t = step->args;
   const uint32_t channels = step->out->channels;
-  const int32_t *in = integers(s, step->a, first);
-  uint8_t *out = at(s, step->out, first);
+  const int32_t* in = integers(s, step->a, first);
+  uint8_t* out = at(s, step->out, first);
   int32_t row[BS_MOST_THRESHOLDS] = {0};
   for (uint32_t k = 0; k < channels; ++k, ++in, ++out) {
     const uint32_t c = t->shared ? 0 : k, n = t->count;
     const int falls = t->falling != NULL && (t->falling[c / 32] >> c % 32 & 1u) != 0;
     const int32_t least = falls ? t->highest : t->lowest, each = falls ? -1 : 1;
     for (uint32_t i = 0; i < n && (k == 0 || !t->shared); ++i)
-      row[i] = wide ? ((const int32_t *)t->thresholds)[c * n + i] : ((const int16_t *)t->thresholds)[c * n + i];
+      row[i] = wide ? ((const int32_t*)t->thresholds)[c * n + i] : ((const int16_t*)t->thresholds)[c * n + i];
     if (n == 1) {
       const int32_t r0 = row[0], more = least + each;
       for (uint32_t i = 0; i < count; ++i) out[i * channels] = (uint8_t)(in[i * channels] >= r0 ? more : least);
@@ -390,20 +411,20 @@ static void compare(const bs_state *s, const bs_step *step, uint32_t first, uint
   }
 }
 
-void bs_thresholds16(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
+void bs_thresholds16(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
   compare(s, step, first, count, 0);
 }
 
-void bs_thresholds32(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
+void bs_thresholds32(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
   compare(s, step, first, count, 1);
 }
 
-void bs_requant_short(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_requant_short_args *r = step->args;
+void bs_requant_short(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_requant_short_args* r = step->args;
   const uint32_t channels = step->out->channels;
   const int32_t lowest = r->lowest, highest = r->highest;
-  const int32_t *in = integers(s, step->a, first);
-  uint8_t *out = at(s, step->out, first);
+  const int32_t* in = integers(s, step->a, first);
+  uint8_t* out = at(s, step->out, first);
   for (uint32_t k = 0; k < channels; ++k, ++in, ++out) {
     const uint32_t c = r->shared ? 0 : k, shift = r->shift[c];
     const int32_t multiplier = r->multiplier[c], addend = r->addend[c];
@@ -420,11 +441,11 @@ void bs_requant_short(const bs_state *s, const bs_step *step, uint32_t first, ui
 }
 
 /* The multiplier's and the bias' upper parts are whole numbers after the shift. */
-void bs_requant_split(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_requant_wide_args *r = step->args;
+void bs_requant_split(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_requant_wide_args* r = step->args;
   const uint32_t channels = step->out->channels;
-  const int32_t *in = integers(s, step->a, first);
-  int32_t *out = (int32_t *)(void *)at(s, step->out, first);
+  const int32_t* in = integers(s, step->a, first);
+  int32_t* out = (int32_t*)(void*)at(s, step->out, first);
   for (uint32_t k = 0; k < channels; ++k, ++in, ++out) {
     const uint32_t c = r->shared ? 0 : k, shift = r->shift[c];
     const int32_t mask = (int32_t)((1u << shift) - 1u), multiplier = r->multiplier[c];
@@ -437,18 +458,18 @@ void bs_requant_split(const bs_state *s, const bs_step *step, uint32_t first, ui
   }
 }
 
-static void store(uint8_t *out, uint32_t type, uint32_t i, int32_t x) {
+static void store(uint8_t* out, uint32_t type, uint32_t i, int32_t x) {
   if (type == BS_I32)
-    ((int32_t *)(void *)out)[i] = x;
+    ((int32_t*)(void*)out)[i] = x;
   else
     out[i] = (uint8_t)x;
 }
 
-void bs_requant_wide(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_requant_wide_args *r = step->args;
+void bs_requant_wide(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_requant_wide_args* r = step->args;
   const uint32_t type = step->out->type, channels = step->out->channels;
-  const int32_t *in = integers(s, step->a, first);
-  uint8_t *out = at(s, step->out, first);
+  const int32_t* in = integers(s, step->a, first);
+  uint8_t* out = at(s, step->out, first);
   for (uint32_t k = 0; k < channels; ++k) {
     const uint32_t c = r->shared ? 0 : k, shift = r->shift[c], last = k + count * channels;
     const int32_t multiplier = r->multiplier[c];
@@ -475,38 +496,38 @@ static uint32_t align(int32_t x, int shift) {
   return shift > -32 ? (uint32_t)x << -shift : 0;
 }
 
-void bs_add(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_add_args *shifts = step->args;
+void bs_add(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_add_args* shifts = step->args;
   const int32_t *a = integers(s, step->a, first), *b = integers(s, step->b, first);
-  int32_t *out = (int32_t *)(void *)at(s, step->out, first);
+  int32_t* out = (int32_t*)(void*)at(s, step->out, first);
   for (count *= step->out->channels; count > 0; --count)
     *out++ = to_signed(align(*a++, shifts->shift_a) + align(*b++, shifts->shift_b));
 }
 
-void bs_clip(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_clip_args *c = step->args;
-  const int32_t *in = integers(s, step->a, first);
-  int32_t *out = (int32_t *)(void *)at(s, step->out, first);
+void bs_clip(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_clip_args* c = step->args;
+  const int32_t* in = integers(s, step->a, first);
+  int32_t* out = (int32_t*)(void*)at(s, step->out, first);
   for (count *= step->out->channels; count > 0; --count) *out++ = clamp(*in++, c->lowest, c->highest);
 }
 
 /* Pooling */
 
-static int32_t load(const uint8_t *in, uint32_t type, uint32_t i) {
-  if (type == BS_I32) return ((const int32_t *)(const void *)in)[i];
-  return type == BS_S8 ? ((const int8_t *)in)[i] : in[i];
+static int32_t load(const uint8_t* in, uint32_t type, uint32_t i) {
+  if (type == BS_I32) return ((const int32_t*)(const void*)in)[i];
+  return type == BS_S8 ? ((const int8_t*)in)[i] : in[i];
 }
 
-void bs_max_pool(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_window *w = step->args;
+void bs_max_pool(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_window* w = step->args;
   const uint32_t type = step->out->type, channels = step->out->channels;
   position p = start_at(step, first);
   for (; count > 0; --count, ++first, advance(step, &p)) {
-    uint8_t *out = at(s, step->out, first);
+    uint8_t* out = at(s, step->out, first);
     int begun = 0;
     for (uint32_t i = 0; i < (uint32_t)w->kernel_h * w->kernel_w; ++i) {
       const int32_t pixel = under(w, step->a, p, i / w->kernel_w, i % w->kernel_w);
-      const uint8_t *in;
+      const uint8_t* in;
       if (pixel < 0) continue;
       in = from(s, step->a, (uint32_t)pixel);
       for (uint32_t k = 0; k < channels; ++k) {
@@ -518,14 +539,14 @@ void bs_max_pool(const bs_state *s, const bs_step *step, uint32_t first, uint32_
   }
 }
 
-void bs_sum_pool(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_sum_pool_args *pool = step->args;
-  const bs_window *w = &pool->window;
+void bs_sum_pool(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_sum_pool_args* pool = step->args;
+  const bs_window* w = &pool->window;
   const uint32_t type = step->out->type;
   const int64_t half = pool->shift > 0 ? (int64_t)1 << (pool->shift - 1) : 0;
   position p = start_at(step, first);
   for (; count > 0; --count, ++first, advance(step, &p)) {
-    uint8_t *out = at(s, step->out, first);
+    uint8_t* out = at(s, step->out, first);
     for (uint32_t k = 0; k < step->out->channels; ++k) {
       int64_t sum = half;
       for (uint32_t ky = 0; ky < w->kernel_h; ++ky) {
@@ -541,34 +562,34 @@ void bs_sum_pool(const bs_state *s, const bs_step *step, uint32_t first, uint32_
 
 /* Movement */
 
-void bs_slice(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_slice_args *a = step->args;
+void bs_slice(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_slice_args* a = step->args;
   const uint32_t size = size_of(step->out);
   position p = start_at(step, first);
   for (; count > 0; --count, ++first, advance(step, &p)) {
     const uint32_t y = a->row + p.y * a->row_step, x = a->column + p.x * a->column_step;
-    const uint8_t *in = from(s, step->a, y * step->a->width + x) + a->channel * size;
-    uint8_t *out = at(s, step->out, first);
+    const uint8_t* in = from(s, step->a, y * step->a->width + x) + a->channel * size;
+    uint8_t* out = at(s, step->out, first);
     for (uint32_t k = 0; k < step->out->channels; ++k, out += size, in += a->channel_step * size) memcpy(out, in, size);
   }
 }
 
-void bs_pad(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
-  const bs_pad_args *a = step->args;
+void bs_pad(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
+  const bs_pad_args* a = step->args;
   const uint32_t size = size_of(step->out), bytes = step->a->channels * size;
   position p = start_at(step, first);
   for (; count > 0; --count, ++first, advance(step, &p)) {
     const uint32_t y = p.y - a->top, x = p.x - a->left;
-    uint8_t *out = at(s, step->out, first);
+    uint8_t* out = at(s, step->out, first);
     memset(out, 0, step->out->channels * size);
     if (y < step->a->height && x < step->a->width)
       memcpy(out + a->front * size, from(s, step->a, y * step->a->width + x), bytes);
   }
 }
 
-void bs_flatten(const bs_state *s, const bs_step *step, uint32_t first, uint32_t count) {
+void bs_flatten(const bs_state* s, const bs_step* step, uint32_t first, uint32_t count) {
   const uint32_t size = size_of(step->out), pixels = step->a->height * step->a->width;
-  uint8_t *out = at(s, step->out, first);
+  uint8_t* out = at(s, step->out, first);
   (void)count; /* one pixel holds all */
   for (uint32_t c = 0; c < step->a->channels; ++c)
     for (uint32_t i = 0; i < pixels; ++i, out += size) memcpy(out, from(s, step->a, i) + c * size, size);
