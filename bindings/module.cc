@@ -10,6 +10,7 @@
 #include "bitstrata/dispatch.h"
 #include "bitstrata/graph.h"
 #include "products.h"
+#include "profile.h"
 #include "training.h"
 
 namespace nb = nanobind;
@@ -154,4 +155,5 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("isa", &Graph::isa)
       .def_prop_ro("chunk", &Graph::chunk)
       .def_prop_ro("arena_bytes", &Graph::arena_bytes);
+  bind_profile(m);
 }

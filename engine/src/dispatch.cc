@@ -6,6 +6,7 @@
 namespace bitstrata {
 
 extern const Kernels kGenericKernels;
+extern const Limits kGenericLimits;
 #ifdef BITSTRATA_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
@@ -85,5 +86,7 @@ const Kernels& select_kernels(const std::string& isa) {
         what + ": this processor or its operating system does not support it; available: " + join(available_isas()));
   return *row;
 }
+
+const Limits& limits_of(const Kernels& row) { return row.limits != nullptr ? *row.limits() : kGenericLimits; }
 
 }  // namespace bitstrata

@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "ops.h"
 #include "thread_pool.h"
+#include "timed.h"
 
 namespace bitstrata {
 namespace {
@@ -81,6 +82,31 @@ Operand Graph::operand(const std::string& name, int index) const {
   if (index < 0 || index >= values())
     fail(name, "input value " + str(index) + " does not exist yet, the graph has " + str(values()));
   return {index, values_[static_cast<size_t>(index)]};
+}
+
+OpWork Graph::work(int index) const {
+  value(index);
+  if (index == 0) throw std::invalid_argument("value 0 is the input, which no operation computes");
+  const size_t i = static_cast<size_t>(index - 1);
+  const Op& op = *ops_[i];
+  OpWork work{};
+  work.operations = op.operations();
+  work.peak = op.peak();
+  work.output_bytes = values_[i + 1].bytes();
+  work.weight_bytes = op.constant_bytes();
+  work.scratch_bytes = op.scratch_bytes(1);
+  for (int x : op.inputs) work.input_bytes += values_[static_cast<size_t>(x)].bytes();
+  work.input_bytes = op.read_bytes(work.input_bytes);
+  while (static_cast<size_t>(work.group) < groups_.size() && groups_[static_cast<size_t>(work.group)].end <= i)
+    ++work.group;
+  if (groups_.empty()) return work;
+  const Group& group = groups_[static_cast<size_t>(work.group)];
+  for (const Group::Local& local : group.locals) {
+    work.output_in_tile = work.output_in_tile || local.value == index;
+    work.input_in_tile =
+        work.input_in_tile || std::find(op.inputs.begin(), op.inputs.end(), local.value) != op.inputs.end();
+  }
+  return work;
 }
 
 int Graph::append(const std::string& name, Made made) {
@@ -222,7 +248,7 @@ void Graph::check_input(const void* input, int64_t batch) const {
                                 " is outside the input's range " + str(v.lo) + ".." + str(v.hi));
 }
 
-void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations) {
+void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations, Profile* profile) {
   if (output_ < 0) throw std::invalid_argument("run: the graph is not finished");
   if (destinations.size() != values_.size() || destinations[static_cast<size_t>(output_)] == nullptr)
     throw std::invalid_argument("run: destinations need one entry a value, and one for the output");
@@ -233,7 +259,7 @@ void Graph::run(const void* input, int64_t batch, const std::vector<void*>& dest
   const int64_t images = std::min(chunk_, (batch + threads_ - 1) / threads_);
   const int64_t chunks = (batch + images - 1) / images;
   const bool share_rows = threads_ > 1 && chunks < threads_;
-  const Call call{static_cast<const uint8_t*>(input), batch, destinations, share_rows};
+  const Call call{static_cast<const uint8_t*>(input), batch, destinations, share_rows, profile};
   const int busy = share_rows ? 1 : threads_;
   for (int t = 0; t < threads_; ++t) {
     Worker& worker = workers_[static_cast<size_t>(t)];
@@ -245,10 +271,12 @@ void Graph::run(const void* input, int64_t batch, const std::vector<void*>& dest
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
       run_chunk(call, i * images, std::min(images, batch - i * images), workers_[static_cast<size_t>(t)]);
   };
+  if (profile != nullptr) profile->begin();
   if (busy > 1)
     pool_->run(work);
   else
     work(0);
+  if (profile != nullptr) profile->end();
 }
 
 void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& worker) {
@@ -279,7 +307,9 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, Worker& w
     const Frame frame{worker.values.data(), arena + offsets_[values_.size() + group.first], images};
     const int untiled = group.unit > 0 ? op.phases() - 1 : op.phases();
     for (int phase = 0; phase < untiled; ++phase)
-      divide(op.items(phase, images), [&](int, int64_t from, int64_t to) { op.run(phase, frame, from, to); });
+      divide(op.items(phase, images), [&](int t, int64_t from, int64_t to) {
+        run_op(call.profile, t, group.first, op, phase, frame, from, to);
+      });
     if (group.unit > 0)
       divide(group.pixels * images / group.unit, [&](int t, int64_t from, int64_t to) {
         run_tiles(group, call, images, arena, t, from * group.unit, to * group.unit);
@@ -304,9 +334,9 @@ void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint
       const Frame frame{values.data(), arena + offsets_[values_.size() + i], images};
       const int64_t each = op.items_of_pixel();
       if (each > 0)
-        op.run(op.phases() - 1, frame, from * each, to * each);
+        run_op(call.profile, thread, i, op, op.phases() - 1, frame, from * each, to * each);
       else
-        op.run(op.phases() - 1, frame, from / group.unit, to / group.unit);
+        run_op(call.profile, thread, i, op, op.phases() - 1, frame, from / group.unit, to / group.unit);
     }
   }
 }

@@ -35,6 +35,11 @@ class Op {
   virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }
+  // For the profiler: see OpWork.
+  virtual int64_t operations() const { return cost(); }
+  virtual int64_t constant_bytes() const { return 0; }
+  virtual int64_t read_bytes(int64_t input_bytes) const { return input_bytes; }
+  virtual const PeakLoop* peak() const { return nullptr; }
 
   const std::vector<int> inputs;
   const int output;

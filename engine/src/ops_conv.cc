@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "aligned.h"
+#include "bitstrata/dispatch.h"
 #include "checks.h"
 #include "ops.h"
 
@@ -15,13 +16,15 @@ bool is_linear(const ConvShape& s) {
 
 class ConvOp final : public Op {
  public:
-  ConvOp(const ConvKernel& kernel, const ConvShape& shape, const ConvParams& p, int x, int output)
+  ConvOp(const ConvKernel& kernel, const PeakLoop& peak, const ConvShape& shape, const ConvParams& p, int x, int output)
       : Op({x}, output),
         kernel_(kernel),
         shape_(shape),
         linear_(is_linear(shape)),
         row_bytes_(kernel.staged_row_bytes(shape)),
-        packed_(kernel.packed_bytes(shape)) {
+        packed_bytes_(kernel.packed_bytes(shape)),
+        packed_(packed_bytes_),
+        peak_(kernel.peak != nullptr ? kernel.peak : &peak) {
     kernel_.pack(shape_, p.codes, p.pad_code, packed_.data());
     if (linear_) {
       shape_.in_h = shape_.out_h = kMaxExtent;
@@ -38,6 +41,11 @@ class ConvOp final : public Op {
     return rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
   }
   const char* kernel() const override { return kernel_.name; }
+  int64_t operations() const override {
+    return 2 * rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in();
+  }
+  int64_t constant_bytes() const override { return packed_bytes_; }
+  const PeakLoop* peak() const override { return peak_; }
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
     const bool stage = stages(phase);
@@ -71,7 +79,9 @@ class ConvOp final : public Op {
   ConvShape shape_;
   bool linear_;
   int64_t row_bytes_;
+  int64_t packed_bytes_;
   AlignedBuffer packed_;
+  const PeakLoop* peak_;
 };
 
 // The bounds of the input with its pad codes; checks the pad codes.
@@ -130,7 +140,8 @@ Made make_conv(const Kernels& kernels, const std::string& name, Operand x, int o
   check_shape(name, "padded input", {s.padded_h(), s.padded_w(), s.in_c});
   check_pad_codes(name, x.value, p, &s);
   check_weights(name, p, p.dims[0] * p.dims[1] * p.dims[2] * p.dims[3], &s);
-  return {std::make_unique<ConvOp>(*kernels.conv(s), s, p, x.index, output), Value{result, DType::i32}};
+  return {std::make_unique<ConvOp>(*kernels.conv(s), limits_of(kernels).products, s, p, x.index, output),
+          Value{result, DType::i32}};
 }
 
 }  // namespace bitstrata

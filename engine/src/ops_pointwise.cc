@@ -37,6 +37,7 @@ class RequantOp final : public Op {
   int64_t items(int, int64_t images) const override { return pixels_ * images; }
   int64_t items_of_pixel() const override { return 1; }
   int64_t cost() const override { return pixels_ * args_.channels; }
+  int64_t constant_bytes() const override { return args_.channels * 3 * static_cast<int64_t>(sizeof(int64_t)); }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(args_, f.values[inputs[0]] + begin * x_bytes_, f.values[output] + begin * out_bytes_, end - begin);
   }

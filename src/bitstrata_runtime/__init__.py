@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .derive import derive, headroom
 from .errors import ArtifactError, ProgramError
 from .plan import Plan
+from .profile import Profile, profile
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
 from .session import Session, load
 
@@ -27,6 +28,7 @@ __all__ = [
     "Layer",
     "Node",
     "Plan",
+    "Profile",
     "Program",
     "ProgramError",
     "Session",
@@ -36,6 +38,7 @@ __all__ = [
     "derive",
     "headroom",
     "load",
+    "profile",
 ]
 
 

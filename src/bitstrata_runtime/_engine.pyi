@@ -64,6 +64,14 @@ class Graph:
     @property
     def arena_bytes(self) -> int: ...
 
+# Profiles (bindings/profile.cc); see engine/include/bitstrata/profile.h.
+def profile(graph: Graph, x: NDArray[Any], repeats: int) -> list[tuple[float, list[float]]]:
+    """(seconds, seconds of each operation) of every run."""
+
+def work(graph: Graph, value: int) -> dict[str, Any]: ...
+def measure_products(graph: Graph) -> dict[str, float]: ...
+def measure_memory(graph: Graph) -> list[tuple[str, int, float]]: ...
+
 # Integer products of a training step (bindings/products.cc). Arrays are C-contiguous, numpy's or torch's; results are
 # written into the arrays passed for them. ValueError for shapes, dtypes and ranges that do not fit.
 Array = Any

@@ -90,6 +90,25 @@ class EngineExecutor:
         arrays = self._graph.run(self._checked(codes), list(self._index.values()))
         return {self.plan.values[v].name: array for v, array in zip(self._index, arrays, strict=True)}
 
+    # For `profile`
+
+    def time_ops(self, codes: NDArray[np.integer[Any]], repeats: int) -> list[tuple[float, list[float]]]:
+        """Of each of `repeats` runs: seconds, and seconds of each operation of the plan over all threads.
+
+        codes: at least one image; errors as of `run`.
+        """
+        order = [self._index[op.output] - 1 for op in self.plan.ops]
+        runs = _engine.profile(self._graph, self._checked(codes), repeats)
+        return [(seconds, [ops[i] for i in order]) for seconds, ops in runs]
+
+    def work(self, value: int) -> dict[str, Any]:
+        """What the operation that makes a value of the plan does to one image; see OpWork in profile.h."""
+        return dict(_engine.work(self._graph, self._index[value]))
+
+    def measure_machine(self) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
+        """Products per second of the instructions in use; (name, bytes, bytes per second) of caches and memory."""
+        return dict(_engine.measure_products(self._graph)), list(_engine.measure_memory(self._graph))
+
     def _checked(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         source = self.plan.values[self.plan.input]
         if codes.ndim != 4 or codes.shape[1:] != tuple(source.shape) or codes.dtype != _DTYPES[source.dtype]:

@@ -88,6 +88,11 @@ class Session:
         make = _executor_factory(executor, isa, threads)
         return cls(_InMemory(program), _narrowest(program.precisions) if bits is None else bits, make)
 
+    @property
+    def executor(self) -> Executor:
+        """What runs at the present precision."""
+        return self._executor
+
     # Precision
 
     @property

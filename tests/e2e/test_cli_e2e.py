@@ -191,6 +191,23 @@ def test_bench_writes_rows_with_an_honest_peer(run_dir, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
+def test_bench_profiles_every_operation(run_dir, tmp_path, capsys):
+    target = tmp_path / "profile.json"
+    argv = ["bench", str(run_dir / "model.strata"), "--profile", "--bits", "1,4", "--threads", "2", "--batch", "2"]
+    assert main([*argv, "--runs", "1", "--repeats", "2", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert [(p["bits"], p["batch"], p["machine"]["threads"]) for p in found] == [(1, 2, 2), (4, 2, 2)]
+    shown = capsys.readouterr().out
+    for profile in found:
+        assert profile["machine"]["isa"] == runtime.available_isas()[-1]
+        assert len(profile["worst"]) == 3
+        assert {op["bound"] for op in profile["ops"]} <= {"compute", "memory"}
+        assert all(op["seconds"] > 0 for op in profile["ops"])
+        assert all(name in shown for name in profile["machine"]["peaks"])
+    assert "Furthest from their limits" in shown
+
+
+@pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
 def test_demo_upgrades_one_artifact(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         loading, "load_data", lambda name, root, split: first_images(bs.data.load(name, root, split), 96)

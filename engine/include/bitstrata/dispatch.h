@@ -19,4 +19,7 @@ std::vector<std::string> emulated_isas();
 // too, the fastest available. Throws std::invalid_argument if the name is unknown to this build or cannot run here.
 const Kernels& select_kernels(const std::string& isa);
 
+// What the row could do at best.
+const Limits& limits_of(const Kernels& row);
+
 }  // namespace bitstrata

@@ -23,8 +23,10 @@
 namespace bitstrata {
 
 class Op;
+class Profile;
 class ThreadPool;
 struct Made;
+struct OpWork;
 struct Operand;
 
 using Pair = std::array<int64_t, 2>;    // height, width; or before, after
@@ -83,10 +85,12 @@ class Graph {
 
   // destinations[v], if not null, receives value v: batch images of value(v). Other values live in the arena while
   // they are needed. Throws std::invalid_argument if an input element is outside the input's bounds.
-  void run(const void* input, int64_t batch, const std::vector<void*>& destinations);
+  // With a profile, of as many operations and threads, it adds the run's times to that.
+  void run(const void* input, int64_t batch, const std::vector<void*>& destinations, Profile* profile = nullptr);
 
   const Value& value(int index) const;
   const char* kernel(int index) const;  // name of the convolution kernel that computes the value, or ""
+  OpWork work(int index) const;         // of the operation that computes the value, which is not the input
   int values() const { return static_cast<int>(values_.size()); }
   int output() const { return output_; }
   const char* isa() const { return kernels_.isa; }
@@ -101,7 +105,8 @@ class Graph {
     const uint8_t* input;
     int64_t batch;
     const std::vector<void*>& destinations;
-    bool share_rows;  // all threads work on the same images
+    bool share_rows;   // all threads work on the same images
+    Profile* profile;  // or null
   };
 
   Operand operand(const std::string& name, int index) const;

@@ -43,6 +43,13 @@ struct WeightCodes {
   int64_t taps;
 };
 
+// A row's fastest products, over and over, on registers where that can be: what a convolution can reach at best.
+struct PeakLoop {
+  const char* name;  // the instructions
+  int64_t products;  // of a round
+  void (*run)(int64_t rounds);
+};
+
 // One way to convolve. Work on an image has two phases: `stage` copies the input into padded rows of the kernel's own
 // format, `run` computes output rows from them. Rows of either phase may be computed in any order by any thread, but
 // the staged rows under a window must be complete before `run` reads them. A staged row depends on nothing but its
@@ -64,6 +71,7 @@ struct ConvKernel {
   int64_t (*pack_parts)(const ConvShape&) = nullptr;
   void (*pack_part)(const ConvShape&, const WeightCodes&, const uint8_t* factor, const int32_t* pad, void* packed,
                     int64_t part) = nullptr;
+  const PeakLoop* peak = nullptr;  // what bounds this kernel; null: the row's
 };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.
@@ -136,6 +144,14 @@ struct ProductKernels {
   void (*scale_short_sums)(const int32_t* x, double outer, const double* inner, float* out, int64_t count);
 };
 
+// What a row could do at best, for the profiler to measure.
+struct Limits {
+  PeakLoop products;
+  // bytes: a multiple of 64, as are the addresses. copy inverts every bit, so that it is no library's copy.
+  void (*read)(const void* from, int64_t bytes);
+  void (*copy)(const void* from, void* to, int64_t bytes);
+};
+
 // A row of the dispatch table. Arrays are indexed by DType.
 struct Kernels {
   const char* isa;
@@ -150,6 +166,7 @@ struct Kernels {
   bool short_requant = false;  // requant uses RequantArgs::factor and the like
   const Training* training;    // quantization and normalization of a training step
   const ProductKernels* products;
+  const Limits* (*limits)() = nullptr;  // null: the generic row's
 };
 
 }  // namespace bitstrata

@@ -67,6 +67,7 @@ Kernels kernels() {
   row.supported = supported;
   row.conv = pick_conv;
   row.products = &kProducts;
+  row.limits = [] { return &form().limits; };
   return row;
 }
 

@@ -6,6 +6,7 @@ namespace bitstrata {
 
 extern const Training kGenericTraining;
 extern const ProductKernels kGenericProducts;
+extern const Limits kGenericLimits;
 namespace {
 
 using Stage = Staging<int16_t>;
@@ -86,6 +87,7 @@ const Kernels kGenericKernels = {
     false,
     &kGenericTraining,
     &kGenericProducts,
+    [] { return &kGenericLimits; },
 };
 
 }  // namespace bitstrata
