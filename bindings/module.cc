@@ -9,6 +9,7 @@
 
 #include "bitstrata/dispatch.h"
 #include "bitstrata/graph.h"
+#include "bitstrata/guard.h"
 #include "products.h"
 #include "profile.h"
 #include "training.h"
@@ -64,9 +65,11 @@ int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multipli
 
 // An array of its own for `batch` images of a value.
 nb::ndarray<nb::numpy> allocate(const Value& v, int64_t batch) {
-  const size_t bytes = static_cast<size_t>(batch * v.bytes());
-  uint8_t* data = new uint8_t[bytes > 0 ? bytes : 1];
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+  const int64_t bytes = batch * v.bytes();
+  auto memory = std::make_unique<bitstrata::Memory>(bitstrata::allocate(bytes, bitstrata::size_of(v.dtype)));
+  uint8_t* data = memory->get();
+  nb::capsule owner(memory.get(), [](void* p) noexcept { delete static_cast<bitstrata::Memory*>(p); });
+  memory.release();
   const size_t shape[4] = {static_cast<size_t>(batch), static_cast<size_t>(v.shape.h), static_cast<size_t>(v.shape.w),
                            static_cast<size_t>(v.shape.c)};
   return nb::ndarray<nb::numpy>(data, 4, shape, owner, nullptr, dlpack_dtype(v.dtype));
@@ -112,6 +115,7 @@ NB_MODULE(_engine, m) {
   bind_layer_norm(m);
   m.def("available_isas", &bitstrata::available_isas);
   m.def("emulated_isas", &bitstrata::emulated_isas);
+  m.def("guard_memory", &bitstrata::guard_memory, "on"_a);
   nb::class_<Graph>(m, "Graph")
       .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
       .def("input", [](Graph& g, Triple shape, const std::string& dtype, int64_t lo,

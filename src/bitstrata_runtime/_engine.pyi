@@ -15,6 +15,8 @@ def use_openmp(library: str) -> bool:
     """Share the loops of training among the threads of an OpenMP runtime that is loaded; whether the file is one."""
 
 def emulated_isas() -> list[str]: ...
+def guard_memory(on: bool) -> bool:
+    """For tests: graphs and results allocated from now on end at an unmapped page; whether that is possible here."""
 
 class Graph:
     """Methods that add an operation return the index of its result; the input is 0."""
