@@ -48,11 +48,12 @@ Shape to_shape(const Triple& s) { return {s[0], s[1], s[2]}; }
 int64_t length(const Array<int32_t, 1>& a) { return static_cast<int64_t>(a.shape(0)); }
 
 int conv(Graph& g, const std::string& name, int x, Array<int8_t, 4> codes, int64_t mul, int64_t add, Pair stride,
-         Sides padding, Pair dilation, int64_t groups, Array<int32_t, 1> pad_code) {
+         Sides padding, Pair dilation, int64_t groups, Array<int32_t, 1> pad_code, const std::string& kernel) {
   std::array<int64_t, 4> dims;
   for (size_t i = 0; i < 4; ++i) dims[i] = static_cast<int64_t>(codes.shape(i));
-  return g.conv(name, x,
-                {codes.data(), dims, pad_code.data(), length(pad_code), mul, add, stride, padding, dilation, groups});
+  return g.conv(
+      name, x,
+      {codes.data(), dims, pad_code.data(), length(pad_code), mul, add, stride, padding, dilation, groups, kernel});
 }
 
 int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multiplier, Array<int64_t, 1> bias,
@@ -121,7 +122,7 @@ NB_MODULE(_engine, m) {
       .def("input", [](Graph& g, Triple shape, const std::string& dtype, int64_t lo,
                        int64_t hi) { return g.input(to_shape(shape), parse_dtype(dtype), lo, hi); })
       .def("conv", &conv, "name"_a, "x"_a, "codes"_a.noconvert(), "mul"_a, "add"_a, "stride"_a, "padding"_a,
-           "dilation"_a, "groups"_a, "pad_code"_a.noconvert())
+           "dilation"_a, "groups"_a, "pad_code"_a.noconvert(), "kernel"_a = "")
       .def("requant", &requant, "name"_a, "x"_a, "multiplier"_a.noconvert(), "bias"_a.noconvert(),
            "shift"_a.noconvert(), "lo"_a, "hi"_a, "dtype"_a)
       .def("add", &Graph::add, "name"_a, "a"_a, "b"_a, "shift_a"_a, "shift_b"_a)
@@ -147,6 +148,8 @@ NB_MODULE(_engine, m) {
       .def("slice", &Graph::slice, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("pad", &Graph::pad, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("flatten", &Graph::flatten, "name"_a, "x"_a)
+      .def("tile_bytes", &Graph::tile_bytes, "bytes"_a)
+      .def("conv_kernels", &Graph::conv_kernels, "value"_a)
       .def("finish", &Graph::finish, "output"_a)
       .def("run", &run, "x"_a.noconvert(), "wanted"_a)
       .def("shape",

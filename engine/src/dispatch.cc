@@ -1,6 +1,8 @@
 #include "bitstrata/dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 namespace bitstrata {
@@ -85,6 +87,18 @@ const Kernels& select_kernels(const std::string& isa) {
     throw std::invalid_argument(
         what + ": this processor or its operating system does not support it; available: " + join(available_isas()));
   return *row;
+}
+
+std::vector<const ConvKernel*> conv_kernels(const Kernels& row, const ConvShape& shape) {
+  std::vector<const ConvKernel*> found = {row.conv(shape)};
+  const auto end = std::find(std::begin(kTable), std::end(kTable), &row);
+  const auto slower =
+      end == std::end(kTable) ? std::begin(kTable) + 1 : end;  // below an emulated row, the portable one
+  for (auto other = slower; other-- != std::begin(kTable);) {
+    const ConvKernel* kernel = (*other)->supported() ? (*other)->conv(shape) : found[0];
+    if (std::find(found.begin(), found.end(), kernel) == found.end()) found.push_back(kernel);
+  }
+  return found;
 }
 
 const Limits& limits_of(const Kernels& row) { return row.limits != nullptr ? *row.limits() : kGenericLimits; }

@@ -18,7 +18,8 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int64_t kChunkBytes = 256 << 10;  // what a chunk of images may occupy, to stay in the second-level cache
 constexpr int64_t kMaxChunk = 64;
-constexpr int64_t kTileBytes = 48 << 10;  // of a tile's values
+constexpr int64_t kTileBytes = 48 << 10;  // of a tile's values, unless told otherwise
+constexpr int64_t kLeastTileBytes = 4 << 10, kMostTileBytes = 64 << 20;
 constexpr int64_t kLeastTile = 64;        // pixels, over which a convolution's weights are read once
 constexpr int64_t kSharedCost = 1 << 15;  // work below this is not worth waking the other threads for
 
@@ -63,7 +64,8 @@ struct Graph::Group {
 
 Graph::Graph(const std::string& isa, int threads)
     : kernels_(select_kernels(isa)),
-      threads_(static_cast<int>(check_range("graph", "threads", threads, 1, kMaxThreads))) {}
+      threads_(static_cast<int>(check_range("graph", "threads", threads, 1, kMaxThreads))),
+      tile_bytes_(kTileBytes) {}
 
 Graph::~Graph() = default;
 
@@ -76,6 +78,16 @@ const Value& Graph::value(int index) const {
 const char* Graph::kernel(int index) const {
   value(index);
   return index == 0 ? "" : ops_[static_cast<size_t>(index - 1)]->kernel();
+}
+
+std::vector<std::string> Graph::conv_kernels(int index) const {
+  value(index);
+  return index == 0 ? std::vector<std::string>() : ops_[static_cast<size_t>(index - 1)]->kernels(kernels_);
+}
+
+void Graph::tile_bytes(int64_t bytes) {
+  if (output_ >= 0) fail("graph", "it is finished already");
+  tile_bytes_ = check_range("graph", "tile_bytes", bytes, kLeastTileBytes, kMostTileBytes);
 }
 
 Operand Graph::operand(const std::string& name, int index) const {
@@ -197,7 +209,7 @@ void Graph::find_locals(int output, Group* group) {
     group->locals.push_back({v, values_[i + 1].bytes() / group->pixels, last, 0});
     pixel_bytes += group->locals.back().pixel_bytes;
   }
-  const int64_t wanted = std::max(kTileBytes / pixel_bytes, kLeastTile);
+  const int64_t wanted = std::max(tile_bytes_ / pixel_bytes, kLeastTile);
   group->most = (wanted + group->unit - 1) / group->unit * group->unit;
 }
 

@@ -35,6 +35,7 @@ class Op {
   virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }
+  virtual std::vector<std::string> kernels(const Kernels&) const { return {}; }  // that could compute the same
   // For the profiler: see OpWork.
   virtual int64_t operations() const { return cost(); }
   virtual int64_t constant_bytes() const { return 0; }

@@ -20,6 +20,7 @@ class ConvOp final : public Op {
       : Op({x}, output),
         kernel_(kernel),
         shape_(shape),
+        given_(shape),
         linear_(is_linear(shape)),
         row_bytes_(kernel.staged_row_bytes(shape)),
         packed_bytes_(kernel.packed_bytes(shape)),
@@ -41,6 +42,11 @@ class ConvOp final : public Op {
     return rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
   }
   const char* kernel() const override { return kernel_.name; }
+  std::vector<std::string> kernels(const Kernels& row) const override {
+    std::vector<std::string> names;
+    for (const ConvKernel* kernel : conv_kernels(row, given_)) names.emplace_back(kernel->name);
+    return names;
+  }
   int64_t operations() const override {
     return 2 * rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in();
   }
@@ -76,7 +82,7 @@ class ConvOp final : public Op {
   }
 
   const ConvKernel& kernel_;
-  ConvShape shape_;
+  ConvShape shape_, given_;  // given: before a linear layer's images became rows
   bool linear_;
   int64_t row_bytes_;
   int64_t packed_bytes_;
@@ -107,6 +113,17 @@ void check_weights(const std::string& name, const ConvParams& p, int64_t count, 
   s->code_hi = *hi;
   check_range(name, "weight mul * code + add", s->mul * s->code_lo + s->add, INT16_MIN, INT16_MAX);
   check_range(name, "weight mul * code + add", s->mul * s->code_hi + s->add, INT16_MIN, INT16_MAX);
+}
+
+// The kernel of that name; if empty, the row's choice.
+const ConvKernel& find_kernel(const std::string& name, const Kernels& row, const ConvShape& s,
+                              const std::string& wanted) {
+  std::string known;
+  for (const ConvKernel* kernel : conv_kernels(row, s)) {
+    if (wanted.empty() || wanted == kernel->name) return *kernel;
+    known += (known.empty() ? "" : ", ") + std::string(kernel->name);
+  }
+  fail(name, "kernel '" + wanted + "' cannot compute this convolution on " + row.isa + ", which has " + known);
 }
 
 }  // namespace
@@ -140,7 +157,8 @@ Made make_conv(const Kernels& kernels, const std::string& name, Operand x, int o
   check_shape(name, "padded input", {s.padded_h(), s.padded_w(), s.in_c});
   check_pad_codes(name, x.value, p, &s);
   check_weights(name, p, p.dims[0] * p.dims[1] * p.dims[2] * p.dims[3], &s);
-  return {std::make_unique<ConvOp>(*kernels.conv(s), limits_of(kernels).products, s, p, x.index, output),
+  return {std::make_unique<ConvOp>(find_kernel(name, kernels, s, p.kernel), limits_of(kernels).products, s, p, x.index,
+                                   output),
           Value{result, DType::i32}};
 }
 

@@ -15,6 +15,7 @@ from .plan import Plan
 from .profile import Profile, profile
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
 from .session import Session, load
+from .tuning import tune
 
 try:
     __version__ = version("bitstrata")
@@ -39,6 +40,7 @@ __all__ = [
     "headroom",
     "load",
     "profile",
+    "tune",
 ]
 
 

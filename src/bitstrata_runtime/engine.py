@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import plan as p
+from .tuning import Choice
 
 try:
     from . import _engine
@@ -40,15 +41,20 @@ class EngineExecutor:
     """Runs a plan. Immutable once made; `run` may be called from several threads, which take turns.
 
     isa: instruction set, one of `available_isas()` or `emulated_isas()`; None takes the one the environment variable
-    BITSTRATA_ISA names, else the fastest. threads: 1 to 256; results do not depend on it.
+    BITSTRATA_ISA names, else the fastest. threads: 1 to 256; choice: of kernels and tiles, see `tuning`. Results depend
+    on neither.
 
-    Raises ValueError if the instruction set is unknown or unsupported, or if the plan is inconsistent.
+    Raises ValueError if the instruction set is unknown or unsupported, if the plan is inconsistent, or if a chosen
+    kernel cannot compute its convolution.
     """
 
-    def __init__(self, plan: p.Plan, *, isa: str | None = None, threads: int = 1) -> None:
+    def __init__(self, plan: p.Plan, *, isa: str | None = None, threads: int = 1, choice: Choice | None = None) -> None:
         self.plan = plan
         self.threads = threads
+        self._choice = choice or Choice()
         self._graph = _engine.Graph(isa or "", threads)
+        if self._choice.tile_bytes is not None:
+            self._graph.tile_bytes(self._choice.tile_bytes)
         self._index: dict[int, int] = {}  # plan value -> engine value
         source = plan.values[plan.input]
         self._index[plan.input] = self._graph.input(source.shape, source.dtype, source.lo, source.hi)
@@ -66,6 +72,12 @@ class EngineExecutor:
         """Value name -> name of the convolution kernel that computes it."""
         named = {self.plan.values[v].name: self._graph.kernel(i) for v, i in self._index.items()}
         return {name: kernel for name, kernel in named.items() if kernel}
+
+    @property
+    def candidates(self) -> dict[str, list[str]]:
+        """Convolution -> names of the kernels that compute it here, the engine's own choice first."""
+        convs = [op for op in self.plan.ops if isinstance(op, p.Conv)]
+        return {op.name: list(self._graph.conv_kernels(self._index[op.output])) for op in convs}
 
     @property
     def chunk(self) -> int:
@@ -132,7 +144,10 @@ class EngineExecutor:
         if len(op.inputs) != arity:
             raise ValueError(f"operation {op.name!r}: {type(op).__name__} takes {arity} inputs, got {len(op.inputs)}")
         inputs = [self._of(v, f"operation {op.name!r}") for v in op.inputs]
-        index = _append(op, self._graph, inputs, result.dtype)
+        if isinstance(op, p.Conv):
+            index = _append_conv(op, self._graph, inputs, self._choice.kernels.get(op.name, ""))
+        else:
+            index = _append(op, self._graph, inputs, result.dtype)
         shape, dtype = self._graph.shape(index), self._graph.dtype(index)
         if (shape, dtype) != (tuple(result.shape), result.dtype):
             raise ValueError(
@@ -159,11 +174,11 @@ def _append(op: p.Op, graph: Any, inputs: list[int], dtype: str) -> int:
     raise ValueError(f"operation {op.name!r}: {type(op).__name__} is not an operation of the engine")
 
 
-@_append.register
-def _(op: p.Conv, graph: Any, inputs: list[int], dtype: str) -> int:
+def _append_conv(op: p.Conv, graph: Any, inputs: list[int], kernel: str) -> int:
+    """As `_append`, of a convolution. kernel: its name, "" for the engine's choice."""
     codes, pad_code = _array(op, "codes", np.int8, 4), _array(op, "pad_code", np.int32, 1)
     sizes = (op.stride, op.padding, op.dilation, op.groups)
-    return int(graph.conv(op.name, *inputs, codes, op.mul, op.add, *sizes, pad_code))
+    return int(graph.conv(op.name, *inputs, codes, op.mul, op.add, *sizes, pad_code, kernel))
 
 
 @_append.register

@@ -18,6 +18,7 @@ from .plan import Plan
 from .program import Program
 from .reference import DTYPES, OracleExecutor, ReferenceExecutor
 from .source import Source
+from .tuning import make_executor, tune_path
 
 _CACHED = 4  # executors kept for precisions left; each holds its weights
 
@@ -83,9 +84,10 @@ class Session:
         executor: str | None = None,
         isa: str | None = None,
         threads: int = 1,
+        tune: bool | str | os.PathLike[str] = False,
     ) -> Session:
         """A session on a program in memory; arguments and errors as of `load`."""
-        make = _executor_factory(executor, isa, threads)
+        make = _executor_factory(executor, isa, threads, tune)
         return cls(_InMemory(program), _narrowest(program.precisions) if bits is None else bits, make)
 
     @property
@@ -202,16 +204,19 @@ def load(
     executor: str | None = None,
     isa: str | None = None,
     threads: int = 1,
+    tune: bool | str | os.PathLike[str] = False,
 ) -> Session:
     """Open an artifact and get it ready to run at `bits`, reading only the files which that needs.
 
     bits: a precision, a map layer -> precision, the name of a plan, or None for the narrowest precision. executor:
     "engine" (compiled kernels), "reference" (slow, normative), "oracle" (the reference with exact matrix products),
     or None for the engine where it is available, else the reference with a warning. isa: the engine's instruction
-    set, None for the best. threads: of the engine. Raises ArtifactError for an artifact or precision that cannot be
-    used, ValueError for a wrong executor, isa or threads, ImportError if the engine is asked for and not built.
+    set, None for the best. threads: of the engine. tune: take the kernels and tile sizes that `tune` found to be
+    fastest, from the file it names or, for True, from `tuning.tune_path()`. Raises ArtifactError for an artifact or
+    precision that cannot be used, ValueError for a wrong executor, isa, threads or tune, ImportError if the engine is
+    asked for and not built.
     """
-    make = _executor_factory(executor, isa, threads)
+    make = _executor_factory(executor, isa, threads, tune)
     artifact = Artifact.open(path)
     return Session(artifact, _narrowest(artifact.precisions) if bits is None else bits, make)
 
@@ -222,7 +227,9 @@ def _narrowest(precisions: tuple[int, ...]) -> int:
     return min(precisions)
 
 
-def _executor_factory(executor: str | None, isa: str | None, threads: int) -> Callable[[Plan], Executor]:
+def _executor_factory(
+    executor: str | None, isa: str | None, threads: int, tune: bool | str | os.PathLike[str]
+) -> Callable[[Plan], Executor]:
     if type(threads) is not int or threads < 1:
         raise ValueError(f"threads = {threads!r}: must be a positive integer")
     if executor not in (None, "engine", "reference", "oracle"):
@@ -235,7 +242,11 @@ def _executor_factory(executor: str | None, isa: str | None, threads: int) -> Ca
                 raise ImportError(f"the engine is not available: {error}") from error
             warnings.warn(f"the engine is not available ({error}); using the slow reference", stacklevel=3)
             return ReferenceExecutor
+        if tune is not False:
+            return lambda plan: make_executor(plan, isa, threads, tune_path(tune))
         return lambda plan: EngineExecutor(plan, isa=isa, threads=threads)
     if isa is not None:
         raise ValueError(f"isa = {isa!r}: only the engine has instruction sets, the executor is {executor!r}")
+    if tune is not False:
+        raise ValueError(f"tune = {tune!r}: only the engine can be tuned, the executor is {executor!r}")
     return ReferenceExecutor if executor == "reference" else OracleExecutor

@@ -208,6 +208,21 @@ def test_bench_profiles_every_operation(run_dir, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
+def test_tune_keeps_what_load_uses(run_dir, tmp_path, capsys):
+    model, file, rows = run_dir / "model.strata", tmp_path / "tune.json", tmp_path / "rows.json"
+    argv = ["tune", str(model), "--bits", "1,4", "--repeats", "1", "--file", str(file), "--json", str(rows)]
+    assert main(argv) == 0
+    assert [row["bits"] for row in json.loads(rows.read_text())] == [1, 4]
+    assert str(file) in capsys.readouterr().out.replace("\n", "")
+    x = np.zeros((2, *runtime.load(model).program.input_shape), np.uint8)
+    for bits in (1, 4):
+        tuned, plain = runtime.load(model, bits, tune=file), runtime.load(model, bits)
+        np.testing.assert_array_equal(tuned.run_raw(x), plain.run_raw(x))
+    assert main([*argv, "--repeats", "0"]) == 1
+    assert "--threads and --repeats must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
 def test_demo_upgrades_one_artifact(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         loading, "load_data", lambda name, root, split: first_images(bs.data.load(name, root, split), 96)

@@ -43,6 +43,7 @@ struct ConvParams {
   Sides padding;
   Pair dilation;
   int64_t groups;
+  std::string kernel = {};  // one of conv_kernels; empty: the row's own choice
 };
 
 struct RequantParams {
@@ -79,6 +80,13 @@ class Graph {
   int slice(const std::string& name, int x, Triple h, Triple w, Triple c);
   int pad(const std::string& name, int x, Pair h, Pair w, Pair c);
   int flatten(const std::string& name, int x);
+
+  // Names of the kernels that can compute the convolution which makes the value, the row's own choice first; none for
+  // other operations.
+  std::vector<std::string> conv_kernels(int index) const;
+
+  // What the values of a tile may occupy together, 4 KiB to 64 MiB; before `finish`. Results do not depend on it.
+  void tile_bytes(int64_t bytes);
 
   // Closes the graph: lays out its memory and allows `run`.
   void finish(int output);
@@ -123,6 +131,7 @@ class Graph {
   const Kernels& kernels_;
   const int threads_;
   int output_ = -1;
+  int64_t tile_bytes_;
   std::vector<Value> values_;  // 0 is the input; operation i makes value i + 1
   std::vector<std::unique_ptr<Op>> ops_;
   int64_t chunk_ = 1;  // images that pass through the graph together
