@@ -25,6 +25,7 @@ from property.random_programs import choices, input_codes, programs
 
 import bitstrata_runtime as runtime
 from bitstrata_runtime import Plan, derive
+from bitstrata_runtime.machine import cpu_name
 from bitstrata_runtime.plan import Conv
 from bitstrata_runtime.reference import ReferenceExecutor
 
@@ -132,6 +133,9 @@ def test_many_graphs(capsys: pytest.CaptureFixture[str]) -> None:
 
     run()
     report = {
+        "command": "BITSTRATA_EXACTNESS=FILE python -m pytest -m soak tests/property/test_exactness.py",
+        "cpu": cpu_name(),
+        "bitstrata": runtime.__version__,
         "graphs": len(counts.graphs),
         "with several precisions": counts.per_layer,
         "isas": list(isas()),
