@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../src/parallel.h"
@@ -151,12 +152,11 @@ void test_graph(const std::string& isa, const Sizes& s, int bits, uint64_t seed)
   for (int threads : {1, 2, 3}) {
     const auto graph = make_graph(isa, threads, s, bits, seed);
     for (int64_t batch : {int64_t{1}, int64_t{2}, kMostImages})
-      for (Edge edge : {Edge::end, Edge::begin})
-        for (bool all : {true, false}) {
-          const Buffers found = buffers(*graph, batch, edge, all);
-          graph->run(images.get(), batch, pointers(found));
-          compare(*graph, found, expected, batch, all ? "all values" : "output");
-        }
+      for (const auto& [edge, all] : {std::pair(Edge::end, true), {Edge::begin, true}, {Edge::end, false}}) {
+        const Buffers found = buffers(*graph, batch, edge, all);
+        graph->run(images.get(), batch, pointers(found));
+        compare(*graph, found, expected, batch, all ? "all values" : "output");
+      }
     run_at_once(*graph, images, expected);
   }
 }
@@ -184,11 +184,11 @@ int run_all() {
   for (const std::string& isa : emulated_isas()) isas.push_back(isa);
   for (const std::string& isa : isas) {
     uint64_t seed = 0;
-    for (bool guarded : {true, false}) {
-      if (!guard_memory(guarded)) return 1;
-      for (int bits : {1, 2, 4, 8}) test_graph(isa, {7, 9, 3, 5, 7}, bits, ++seed);
-      test_graph(isa, {21, 19, 3, 33, 66}, 4, ++seed);  // enough work for threads to share an image
-    }
+    if (!guard_memory(true)) return 1;
+    for (int bits : {1, 2, 4, 8}) test_graph(isa, {7, 9, 3, 5, 7}, bits, ++seed);
+    test_graph(isa, {13, 11, 3, 33, 66}, 4, ++seed);  // enough work for threads to share an image
+    if (!guard_memory(false)) return 1;               // the allocations of every day, which sanitizers watch
+    test_graph(isa, {7, 9, 3, 5, 7}, 4, ++seed);
     std::printf("%s: %s\n", isa.c_str(), failures == 0 ? "ok" : "FAILED");
   }
   return failures == 0 ? 0 : 1;
