@@ -17,6 +17,20 @@ constexpr int kPieces = 30;               // of which the fastest counts: whatev
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// Both clocks at one time: of several readings the one that nothing came between.
+void read_clocks(uint64_t* tick, double* seconds) {
+  uint64_t gap = UINT64_MAX;
+  for (int i = 0; i < 5; ++i) {
+    const uint64_t before = ticks();
+    const double at = now();
+    const uint64_t after = ticks();
+    if (after - before >= gap) continue;
+    gap = after - before;
+    *tick = before + gap / 2;
+    *seconds = at;
+  }
+}
+
 template <typename Body>
 double seconds_of(const Body& body, int64_t rounds) {
   const double begin = now();
@@ -91,13 +105,14 @@ Profile::Profile(int ops, int threads)
 
 void Profile::begin() {
   std::fill(counts_.begin(), counts_.end(), 0);
-  begin_seconds_ = now();
-  begin_ticks_ = ticks();
+  read_clocks(&begin_ticks_, &begin_seconds_);
 }
 
 void Profile::end() {
-  const uint64_t end_ticks = ticks();
-  Span span{end_ticks - begin_ticks_, now() - begin_seconds_, std::vector<uint64_t>(ops_)};
+  uint64_t end_ticks = 0;
+  double end_seconds = 0;
+  read_clocks(&end_ticks, &end_seconds);
+  Span span{end_ticks - begin_ticks_, end_seconds - begin_seconds_, std::vector<uint64_t>(ops_)};
   for (size_t t = 0; t < threads_; ++t)
     for (size_t i = 0; i < ops_; ++i) span.ops[i] += counts_[t * pitch_ + i];
   spans_.push_back(std::move(span));
