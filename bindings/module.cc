@@ -10,8 +10,10 @@
 
 #include "bitstrata/dispatch.h"
 #include "bitstrata/graph.h"
+#include "bitstrata/guard.h"
 #include "bitstrata/layout.h"
 #include "products.h"
+#include "profile.h"
 #include "training.h"
 
 namespace nb = nanobind;
@@ -49,11 +51,12 @@ Shape to_shape(const Triple& s) { return {s[0], s[1], s[2]}; }
 int64_t length(const Array<int32_t, 1>& a) { return static_cast<int64_t>(a.shape(0)); }
 
 int conv(Graph& g, const std::string& name, int x, Array<int8_t, 4> codes, int64_t mul, int64_t add, Pair stride,
-         Sides padding, Pair dilation, int64_t groups, Array<int32_t, 1> pad_code) {
+         Sides padding, Pair dilation, int64_t groups, Array<int32_t, 1> pad_code, const std::string& kernel) {
   std::array<int64_t, 4> dims;
   for (size_t i = 0; i < 4; ++i) dims[i] = static_cast<int64_t>(codes.shape(i));
-  return g.conv(name, x,
-                {codes.data(), dims, pad_code.data(), length(pad_code), mul, add, stride, padding, dilation, groups});
+  return g.conv(
+      name, x,
+      {codes.data(), dims, pad_code.data(), length(pad_code), mul, add, stride, padding, dilation, groups, kernel});
 }
 
 int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multiplier, Array<int64_t, 1> bias,
@@ -78,9 +81,11 @@ nb::ndarray<nb::numpy, uint8_t> channels_last(Array<uint8_t, 4> x) {
 
 // An array of its own for `batch` images of a value.
 nb::ndarray<nb::numpy> allocate(const Value& v, int64_t batch) {
-  const size_t bytes = static_cast<size_t>(batch * v.bytes());
-  uint8_t* data = new uint8_t[bytes > 0 ? bytes : 1];
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+  const int64_t bytes = batch * v.bytes();
+  auto memory = std::make_unique<bitstrata::Memory>(bitstrata::allocate(bytes, bitstrata::size_of(v.dtype)));
+  uint8_t* data = memory->get();
+  nb::capsule owner(memory.get(), [](void* p) noexcept { delete static_cast<bitstrata::Memory*>(p); });
+  memory.release();
   const size_t shape[4] = {static_cast<size_t>(batch), static_cast<size_t>(v.shape.h), static_cast<size_t>(v.shape.w),
                            static_cast<size_t>(v.shape.c)};
   return nb::ndarray<nb::numpy>(data, 4, shape, owner, nullptr, dlpack_dtype(v.dtype));
@@ -141,12 +146,13 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("threads", &Resources::threads)
       .def_prop_ro("callers", &Resources::callers)
       .def_prop_ro("bytes", &Resources::bytes);
+  m.def("guard_memory", &bitstrata::guard_memory, "on"_a);
   nb::class_<Graph>(m, "Graph")
       .def(nb::init<const std::string&, std::shared_ptr<Resources>>(), "isa"_a, "resources"_a)
       .def("input", [](Graph& g, Triple shape, const std::string& dtype, int64_t lo,
                        int64_t hi) { return g.input(to_shape(shape), parse_dtype(dtype), lo, hi); })
       .def("conv", &conv, "name"_a, "x"_a, "codes"_a.noconvert(), "mul"_a, "add"_a, "stride"_a, "padding"_a,
-           "dilation"_a, "groups"_a, "pad_code"_a.noconvert())
+           "dilation"_a, "groups"_a, "pad_code"_a.noconvert(), "kernel"_a = "")
       .def("requant", &requant, "name"_a, "x"_a, "multiplier"_a.noconvert(), "bias"_a.noconvert(),
            "shift"_a.noconvert(), "lo"_a, "hi"_a, "dtype"_a)
       .def("add", &Graph::add, "name"_a, "a"_a, "b"_a, "shift_a"_a, "shift_b"_a)
@@ -172,6 +178,8 @@ NB_MODULE(_engine, m) {
       .def("slice", &Graph::slice, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("pad", &Graph::pad, "name"_a, "x"_a, "h"_a, "w"_a, "c"_a)
       .def("flatten", &Graph::flatten, "name"_a, "x"_a)
+      .def("tile_bytes", &Graph::tile_bytes, "bytes"_a)
+      .def("conv_kernels", &Graph::conv_kernels, "value"_a)
       .def("finish", &Graph::finish, "output"_a)
       .def("run", &run, "x"_a.noconvert(), "wanted"_a)
       .def("shape",
@@ -186,4 +194,5 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("arena_bytes", &Graph::arena_bytes)
       .def_prop_ro("run_bytes", &Graph::run_bytes)
       .def_prop_ro("constant_bytes", &Graph::constant_bytes);
+  bind_profile(m);
 }

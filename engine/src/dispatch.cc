@@ -1,11 +1,14 @@
 #include "bitstrata/dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 namespace bitstrata {
 
 extern const Kernels kGenericKernels;
+extern const Limits kGenericLimits;
 #ifdef BITSTRATA_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
@@ -131,5 +134,19 @@ const Kernels& select_kernels(const std::string& isa) {
                                 lacking(*row) + "; available: " + join(available_isas()));
   return *row;
 }
+
+std::vector<const ConvKernel*> conv_kernels(const Kernels& row, const ConvShape& shape) {
+  std::vector<const ConvKernel*> found = {row.conv(shape)};
+  const auto end = std::find(std::begin(kTable), std::end(kTable), &row);
+  const auto slower =
+      end == std::end(kTable) ? std::begin(kTable) + 1 : end;  // below an emulated row, the portable one
+  for (auto other = slower; other-- != std::begin(kTable);) {
+    const ConvKernel* kernel = (*other)->supported() ? (*other)->conv(shape) : found[0];
+    if (std::find(found.begin(), found.end(), kernel) == found.end()) found.push_back(kernel);
+  }
+  return found;
+}
+
+const Limits& limits_of(const Kernels& row) { return row.limits != nullptr ? *row.limits() : kGenericLimits; }
 
 }  // namespace bitstrata

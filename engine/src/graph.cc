@@ -10,13 +10,15 @@
 #include "checks.h"
 #include "lease.h"
 #include "ops.h"
+#include "timed.h"
 
 namespace bitstrata {
 namespace {
 
 constexpr int64_t kChunkBytes = 256 << 10;  // what a chunk of images may occupy, to stay in the second-level cache
 constexpr int64_t kMaxChunk = 64;
-constexpr int64_t kTileBytes = 48 << 10;  // of a tile's values
+constexpr int64_t kTileBytes = 48 << 10;  // of a tile's values, unless told otherwise
+constexpr int64_t kLeastTileBytes = 4 << 10, kMostTileBytes = 64 << 20;
 constexpr int64_t kLeastTile = 64;        // pixels, over which a convolution's weights are read once
 constexpr int64_t kSharedCost = 1 << 15;  // work below this is not worth waking the other threads for
 
@@ -63,7 +65,7 @@ struct Graph::Group {
 Graph::Graph(const std::string& isa, int threads) : Graph(isa, std::make_shared<Resources>(threads)) {}
 
 Graph::Graph(const std::string& isa, std::shared_ptr<Resources> resources)
-    : kernels_(select_kernels(isa)), resources_(std::move(resources)) {}
+    : kernels_(select_kernels(isa)), resources_(std::move(resources)), tile_bytes_(kTileBytes) {}
 
 Graph::~Graph() = default;
 
@@ -78,10 +80,45 @@ const char* Graph::kernel(int index) const {
   return index == 0 ? "" : ops_[static_cast<size_t>(index - 1)]->kernel();
 }
 
+std::vector<std::string> Graph::conv_kernels(int index) const {
+  value(index);
+  return index == 0 ? std::vector<std::string>() : ops_[static_cast<size_t>(index - 1)]->kernels(kernels_);
+}
+
+void Graph::tile_bytes(int64_t bytes) {
+  if (output_ >= 0) fail("graph", "it is finished already");
+  tile_bytes_ = check_range("graph", "tile_bytes", bytes, kLeastTileBytes, kMostTileBytes);
+}
+
 Operand Graph::operand(const std::string& name, int index) const {
   if (index < 0 || index >= values())
     fail(name, "input value " + str(index) + " does not exist yet, the graph has " + str(values()));
   return {index, values_[static_cast<size_t>(index)]};
+}
+
+OpWork Graph::work(int index) const {
+  value(index);
+  if (index == 0) throw std::invalid_argument("value 0 is the input, which no operation computes");
+  const size_t i = static_cast<size_t>(index - 1);
+  const Op& op = *ops_[i];
+  OpWork work{};
+  work.operations = op.operations();
+  work.peak = op.peak();
+  work.output_bytes = values_[i + 1].bytes();
+  work.weight_bytes = op.constant_bytes();
+  work.scratch_bytes = op.scratch_bytes(1);
+  for (int x : op.inputs) work.input_bytes += values_[static_cast<size_t>(x)].bytes();
+  work.input_bytes = op.read_bytes(work.input_bytes);
+  while (static_cast<size_t>(work.group) < groups_.size() && groups_[static_cast<size_t>(work.group)].end <= i)
+    ++work.group;
+  if (groups_.empty()) return work;
+  const Group& group = groups_[static_cast<size_t>(work.group)];
+  for (const Group::Local& local : group.locals) {
+    work.output_in_tile = work.output_in_tile || local.value == index;
+    work.input_in_tile =
+        work.input_in_tile || std::find(op.inputs.begin(), op.inputs.end(), local.value) != op.inputs.end();
+  }
+  return work;
 }
 
 int Graph::append(const std::string& name, Made made) {
@@ -203,7 +240,7 @@ void Graph::find_locals(int output, Group* group) {
     group->locals.push_back({v, values_[i + 1].bytes() / group->pixels, last, 0});
     pixel_bytes += group->locals.back().pixel_bytes;
   }
-  const int64_t wanted = std::max(kTileBytes / pixel_bytes, kLeastTile);
+  const int64_t wanted = std::max(tile_bytes_ / pixel_bytes, kLeastTile);
   group->most = (wanted + group->unit - 1) / group->unit * group->unit;
 }
 
@@ -268,11 +305,13 @@ void Graph::check_run(const void* input, int64_t batch) const {
   if (batch > 0) check_input(input, batch);
 }
 
-void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations) const {
-  run_on_lease(input, batch, all(destinations));
+void Graph::run(const void* input, int64_t batch, const std::vector<void*>& destinations, Profile* profile) const {
+  run_on_lease(input, batch, all(destinations), profile);
 }
 
-void Graph::run(const void* input, int64_t batch, void* output) const { run_on_lease(input, batch, only(output)); }
+void Graph::run(const void* input, int64_t batch, void* output) const {
+  run_on_lease(input, batch, only(output), nullptr);
+}
 
 void Graph::run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const {
   run_in_memory(memory, input, batch, all(destinations));
@@ -282,33 +321,36 @@ void Graph::run_in(void* memory, const void* input, int64_t batch, void* output)
   run_in_memory(memory, input, batch, only(output));
 }
 
-void Graph::run_on_lease(const void* input, int64_t batch, const Destinations& destinations) const {
+void Graph::run_on_lease(const void* input, int64_t batch, const Destinations& destinations, Profile* profile) const {
   check_run(input, batch);
-  if (batch > 0) run_batch(Lease(*resources_, run_bytes()), input, batch, destinations);
+  if (batch > 0) run_batch(Lease(*resources_, run_bytes()), input, batch, destinations, profile);
 }
 
 void Graph::run_in_memory(void* memory, const void* input, int64_t batch, const Destinations& destinations) const {
   check_run(input, batch);
   if (reinterpret_cast<uintptr_t>(memory) % kAlign != 0)
     throw std::invalid_argument("run: the memory must be aligned to " + str(kAlign) + " bytes");
-  if (batch > 0) run_batch(Lease(static_cast<uint8_t*>(memory)), input, batch, destinations);
+  if (batch > 0) run_batch(Lease(static_cast<uint8_t*>(memory)), input, batch, destinations, nullptr);
 }
 
-void Graph::run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations) const {
+void Graph::run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations,
+                      Profile* profile) const {
   const int threads = lease.threads();
   const int64_t images = std::min(chunk_, (batch + threads - 1) / threads);
   const int64_t chunks = (batch + images - 1) / images;
   const bool share_rows = threads > 1 && chunks < threads;
-  const Call call{lease, static_cast<const uint8_t*>(input), batch, destinations, threads, share_rows};
+  const Call call{lease, static_cast<const uint8_t*>(input), batch, destinations, threads, share_rows, profile};
   std::atomic<int64_t> next{0};
   const auto work = [&](int t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
       run_chunk(call, i * images, std::min(images, batch - i * images), t);
   };
+  if (profile != nullptr) profile->begin();
   if (share_rows)
     work(0);
   else
     lease.run(work);
+  if (profile != nullptr) profile->end();
 }
 
 void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const {
@@ -337,7 +379,9 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, int threa
     const Frame frame{worker.values, worker.arena + offsets_[values_.size() + group.first], images};
     const int untiled = group.unit > 0 ? op.phases() - 1 : op.phases();
     for (int phase = 0; phase < untiled; ++phase)
-      divide(op.items(phase, images), [&](int, int64_t from, int64_t to) { op.run(phase, frame, from, to); });
+      divide(op.items(phase, images), [&](int t, int64_t from, int64_t to) {
+        run_op(call.profile, t, group.first, op, phase, frame, from, to);
+      });
     if (group.unit > 0)
       divide(group.pixels * images / group.unit, [&](int t, int64_t from, int64_t to) {
         run_tiles(group, call, images, worker.arena, t, from * group.unit, to * group.unit);
@@ -360,12 +404,13 @@ void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint
       const Op& op = *ops_[i];
       const Frame frame{worker.values, arena + offsets_[values_.size() + i], images};
       const int64_t each = op.items_of_pixel();
-      if (i == group.fused && call.destinations[static_cast<size_t>(op.output)] == nullptr)
-        op.run_fused(frame, from / group.unit, to / group.unit), ++i;
-      else if (each > 0)
-        op.run(op.phases() - 1, frame, from * each, to * each);
+      if (i == group.fused && call.destinations[static_cast<size_t>(op.output)] == nullptr) {
+        run_timed(call.profile, thread, i, [&] { op.run_fused(frame, from / group.unit, to / group.unit); });
+        ++i;
+      } else if (each > 0)
+        run_op(call.profile, thread, i, op, op.phases() - 1, frame, from * each, to * each);
       else
-        op.run(op.phases() - 1, frame, from / group.unit, to / group.unit);
+        run_op(call.profile, thread, i, op, op.phases() - 1, frame, from / group.unit, to / group.unit);
     }
   }
 }

@@ -35,7 +35,12 @@ class Op {
   virtual int64_t scratch_bytes(int64_t /*images*/) const { return 0; }
   virtual int64_t cost() const = 0;  // of one image, in elements moved: decides whether to share the work
   virtual const char* kernel() const { return ""; }
+  virtual std::vector<std::string> kernels(const Kernels&) const { return {}; }  // that could compute the same
   virtual int64_t constant_bytes() const { return 0; }  // weights as the kernel reads them, tables
+  // For the profiler: see OpWork.
+  virtual int64_t operations() const { return cost(); }
+  virtual int64_t read_bytes(int64_t input_bytes) const { return input_bytes; }
+  virtual const PeakLoop* peak() const { return nullptr; }
 
   // Requantization to 8 bits in the 32-bit form, for an operation that can do it on its own result; else null.
   virtual const RequantArgs* codes() const { return nullptr; }

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "aligned.h"
+#include "bitstrata/dispatch.h"
 #include "checks.h"
 #include "ops.h"
 
@@ -15,14 +16,16 @@ bool is_linear(const ConvShape& s) {
 
 class ConvOp final : public Op {
  public:
-  ConvOp(const ConvKernel& kernel, const ConvShape& shape, const ConvParams& p, int x, int output)
+  ConvOp(const ConvKernel& kernel, const PeakLoop& peak, const ConvShape& shape, const ConvParams& p, int x, int output)
       : Op({x}, output),
         kernel_(kernel),
         shape_(shape),
+        given_(shape),
         linear_(is_linear(shape)),
         row_bytes_(kernel.staged_row_bytes(shape)),
         packed_bytes_(kernel.packed_bytes(shape)),
-        packed_(packed_bytes_) {
+        packed_(packed_bytes_),
+        peak_(kernel.peak != nullptr ? kernel.peak : &peak) {
     kernel_.pack(shape_, p.codes, p.pad_code, packed_.data());
     if (linear_) {
       shape_.in_h = shape_.out_h = kMaxExtent;
@@ -39,7 +42,16 @@ class ConvOp final : public Op {
     return rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in() / 8;
   }
   const char* kernel() const override { return kernel_.name; }
+  std::vector<std::string> kernels(const Kernels& row) const override {
+    std::vector<std::string> names;
+    for (const ConvKernel* kernel : conv_kernels(row, given_)) names.emplace_back(kernel->name);
+    return names;
+  }
+  int64_t operations() const override {
+    return 2 * rows(false) * shape_.out_w * shape_.out_c * shape_.kernel_h * shape_.kernel_w * shape_.group_in();
+  }
   int64_t constant_bytes() const override { return packed_bytes_; }
+  const PeakLoop* peak() const override { return peak_; }
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
     const bool stage = stages(phase);
@@ -90,10 +102,12 @@ class ConvOp final : public Op {
   int64_t rows(bool staged) const { return linear_ ? 1 : staged ? shape_.padded_h() : shape_.out_h; }
 
   const ConvKernel& kernel_;
-  ConvShape shape_;
+  ConvShape shape_, given_;  // given: before a linear layer's images became rows
   bool linear_;
-  int64_t row_bytes_, packed_bytes_;
+  int64_t row_bytes_;
+  int64_t packed_bytes_;
   AlignedBuffer packed_;
+  const PeakLoop* peak_;
   const Op* next_ = nullptr;  // what run_fused does with the sums
 };
 
@@ -124,6 +138,17 @@ void check_weights(const std::string& name, const ConvParams& p, int64_t count, 
   s->code_hi = hi;
   check_range(name, "weight mul * code + add", s->mul * s->code_lo + s->add, INT16_MIN, INT16_MAX);
   check_range(name, "weight mul * code + add", s->mul * s->code_hi + s->add, INT16_MIN, INT16_MAX);
+}
+
+// The kernel of that name; if empty, the row's choice.
+const ConvKernel& find_kernel(const std::string& name, const Kernels& row, const ConvShape& s,
+                              const std::string& wanted) {
+  std::string known;
+  for (const ConvKernel* kernel : conv_kernels(row, s)) {
+    if (wanted.empty() || wanted == kernel->name) return *kernel;
+    known += (known.empty() ? "" : ", ") + std::string(kernel->name);
+  }
+  fail(name, "kernel '" + wanted + "' cannot compute this convolution on " + row.isa + ", which has " + known);
 }
 
 }  // namespace
@@ -157,7 +182,9 @@ Made make_conv(const Kernels& kernels, const std::string& name, Operand x, int o
   check_shape(name, "padded input", {s.padded_h(), s.padded_w(), s.in_c});
   check_pad_codes(name, x.value, p, &s);
   check_weights(name, p, p.dims[0] * p.dims[1] * p.dims[2] * p.dims[3], &s);
-  return {std::make_unique<ConvOp>(*kernels.conv(s), s, p, x.index, output), Value{result, DType::i32}};
+  return {std::make_unique<ConvOp>(find_kernel(name, kernels, s, p.kernel), limits_of(kernels).products, s, p, x.index,
+                                   output),
+          Value{result, DType::i32}};
 }
 
 }  // namespace bitstrata

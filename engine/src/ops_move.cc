@@ -17,6 +17,7 @@ class SliceOp final : public Op {
 
   int64_t items(int, int64_t images) const override { return out_.h * images; }
   int64_t cost() const override { return out_.elements(); }
+  int64_t read_bytes(int64_t) const override { return out_.elements() * static_cast<int64_t>(sizeof(T)); }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     const T* x = reinterpret_cast<const T*>(f.values[inputs[0]]);
     T* out = reinterpret_cast<T*>(f.values[output]) + begin * out_.w * out_.c;

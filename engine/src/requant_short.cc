@@ -21,7 +21,7 @@ struct Exact {
   // The x next to each other between which the result reaches `level`: with at least `level`, and with less.
   // False if no int32 x has the one or the other.
   bool step(int64_t level, Wide* inside, Wide* outside) const {
-    const Wide rest = (Wide{level} << s) - b;  // inside: m x >= rest
+    const Wide rest = Wide{level} * (Wide{1} << s) - b;  // inside: m x >= rest
     *inside = m > 0 ? -floor_div(-rest, m) : floor_div(-rest, -Wide{m});
     *outside = m > 0 ? *inside - 1 : *inside + 1;
     return is_int32(*inside) && is_int32(*outside);
@@ -44,10 +44,10 @@ void constant(const Exact& f, Short* g) { *g = {0, 0, 0, 0, f.at(0)}; }
 bool fit(const Exact& f, Short* g) {
   Wide least = -(Wide{1} << 100), most = Wide{1} << 100;  // of the addend
   const auto at_least = [&](Wide x, int64_t level) {
-    least = std::max(least, (Wide{level} << g->shift) - g->multiplier * x);
+    least = std::max(least, Wide{level} * (Wide{1} << g->shift) - g->multiplier * x);
   };
   const auto below = [&](Wide x, int64_t level) {
-    most = std::min(most, (Wide{level} << g->shift) - 1 - g->multiplier * x);
+    most = std::min(most, Wide{level} * (Wide{1} << g->shift) - 1 - g->multiplier * x);
   };
   for (int64_t level = f.lo + 1; level <= f.hi; ++level) {
     Wide inside, outside;
@@ -83,7 +83,7 @@ bool find(const Exact& f, Short* g) {
   for (int64_t shift = 30; shift >= 0; --shift) {
     if ((tallest << shift) > kMost) continue;
     const int64_t drop = f.s - shift;  // multiplier = round(m 2^-drop)
-    const Wide scaled = drop > 0 ? (Wide{f.m} + (Wide{1} << (drop - 1))) >> drop : Wide{f.m} << -drop;
+    const Wide scaled = drop > 0 ? (Wide{f.m} + (Wide{1} << (drop - 1))) >> drop : Wide{f.m} * (Wide{1} << -drop);
     if (!is_int32(scaled)) continue;
     g->multiplier = static_cast<int64_t>(scaled);
     g->shift = shift;

@@ -205,6 +205,21 @@ void test_pools(const Kernels& row, DType t, int64_t channels, Edge edge, uint64
   }
 }
 
+// What the profiler measures with: loops end, stay within their buffers and copy what they say they copy.
+void test_limits(const Kernels& row) {
+  const Limits& limits = limits_of(row);
+  limits.products.run(3);
+  expect_equal(row.isa, "products", limits.products.name, 0, limits.products.products > 0, 1);
+  for (int64_t bytes : {0, 64, 128, 448, 4096}) {
+    const Guarded from(bytes, Edge::end, 64), to(bytes, Edge::end, 64);
+    for (int64_t i = 0; i < bytes; ++i) from.get<uint8_t>()[i] = static_cast<uint8_t>(7 * i);
+    limits.read(from.get(), bytes);
+    limits.copy(from.get(), to.get(), bytes);
+    for (int64_t i = 0; i < bytes; ++i)
+      expect_equal(row.isa, "copy", "inverted", i, to.get<uint8_t>()[i], static_cast<uint8_t>(~(7 * i)));
+  }
+}
+
 std::vector<std::string> all_isas() {
   std::vector<std::string> isas = available_isas();
   for (const std::string& isa : emulated_isas()) isas.push_back(isa);
@@ -220,6 +235,7 @@ int run_all(const std::vector<std::string>& isas) {
       std::fprintf(stderr, "%s was asked for, %s was given\n", isa.c_str(), row.isa);
       return 1;
     }
+    test_limits(row);
     test_convs(row);
     test_large_convs(row);
     test_weight_grads(row);

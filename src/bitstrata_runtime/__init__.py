@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from .derive import derive, headroom
 from .errors import ArtifactError, ProgramError
 from .plan import Plan
+from .profile import Profile, profile
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
 from .session import Memory, Session, load
 from .snapshot import Snapshot
+from .tuning import tune
 
 __all__ = [
     "AffineInfo",
@@ -26,6 +28,7 @@ __all__ = [
     "Memory",
     "Node",
     "Plan",
+    "Profile",
     "Program",
     "ProgramError",
     "Session",
@@ -37,6 +40,8 @@ __all__ = [
     "headroom",
     "kernel_table",
     "load",
+    "profile",
+    "tune",
 ]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .plan import Plan
 from .reference import OracleExecutor, ReferenceExecutor
 from .snapshot import Executor
+from .tuning import make_executor, tune_path
 
 if TYPE_CHECKING:
     from .engine import Resources
@@ -58,11 +61,12 @@ class NumpyBackend:
 class EngineBackend:
     """The compiled engine. `ImportError` where it is not built."""
 
-    def __init__(self, isa: str | None, threads: int) -> None:
+    def __init__(self, isa: str | None, threads: int, tuned: Path | None = None) -> None:
         from .engine import EngineExecutor, Resources
 
         self._executor = EngineExecutor
         self._isa = isa
+        self._tuned = tuned  # file of choices
         self._resources: Resources = Resources(threads)
 
     @property
@@ -70,6 +74,8 @@ class EngineBackend:
         return self._resources.threads
 
     def make(self, plan: Plan) -> Executor:
+        if self._tuned is not None:
+            return make_executor(plan, self._isa, self._resources, self._tuned)
         return self._executor(plan, isa=self._isa, resources=self._resources)
 
     def set_threads(self, threads: int) -> None:
@@ -94,14 +100,16 @@ def check_threads(threads: int) -> int:
     return threads
 
 
-def choose_backend(executor: str | None, isa: str | None, threads: int) -> Backend:
+def choose_backend(
+    executor: str | None, isa: str | None, threads: int, tune: bool | str | os.PathLike[str] = False
+) -> Backend:
     """The backend for the arguments of `session.load`, which states the errors."""
     check_threads(threads)
     if executor not in (None, "engine", "reference", "oracle"):
         raise ValueError(f"executor = {executor!r}: must be 'engine', 'reference', 'oracle' or None")
     if executor in (None, "engine"):
         try:
-            return EngineBackend(isa, threads)
+            return EngineBackend(isa, threads, None if tune is False else tune_path(tune))
         except ImportError as error:
             if executor == "engine" or isa is not None:
                 raise ImportError(f"the engine is not available: {error}") from error
@@ -109,4 +117,6 @@ def choose_backend(executor: str | None, isa: str | None, threads: int) -> Backe
             return NumpyBackend(ReferenceExecutor, threads)
     if isa is not None:
         raise ValueError(f"isa = {isa!r}: only the engine has instruction sets, the executor is {executor!r}")
+    if tune is not False:
+        raise ValueError(f"tune = {tune!r}: only the engine can be tuned, the executor is {executor!r}")
     return NumpyBackend(ReferenceExecutor if executor == "reference" else OracleExecutor, threads)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import plan as p
+from .tuning import Choice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,17 +108,28 @@ class EngineExecutor:
 
     isa: instruction set, one of `available_isas()` or `emulated_isas()`; None takes the one the environment variable
     BITSTRATA_ISA names, else the fastest. threads: 1 to 256, of its own; or resources, shared with other executors.
-    Results depend on none of these. Memory for one run at a time is allocated here.
+    choice: of kernels and tiles, see `tuning`. Results depend on none of these. Memory for one run at a time is
+    allocated here.
 
-    Raises ValueError if the instruction set is unknown or unsupported, or if the plan is inconsistent.
+    Raises ValueError if the instruction set is unknown or unsupported, if the plan is inconsistent, or if a chosen
+    kernel cannot compute its convolution.
     """
 
     def __init__(
-        self, plan: p.Plan, *, isa: str | None = None, threads: int = 1, resources: Resources | None = None
+        self,
+        plan: p.Plan,
+        *,
+        isa: str | None = None,
+        threads: int = 1,
+        resources: Resources | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self.plan = plan
         self.resources = Resources(threads) if resources is None else resources
+        self._choice = choice or Choice()
         self._graph = _engine.Graph(isa or "", self.resources._native)
+        if self._choice.tile_bytes is not None:
+            self._graph.tile_bytes(self._choice.tile_bytes)
         self._index: dict[int, int] = {}  # plan value -> engine value
         source = plan.values[plan.input]
         self._index[plan.input] = self._graph.input(source.shape, source.dtype, source.lo, source.hi)
@@ -135,6 +147,12 @@ class EngineExecutor:
         """Value name -> name of the convolution kernel that computes it."""
         named = {self.plan.values[v].name: self._graph.kernel(i) for v, i in self._index.items()}
         return {name: kernel for name, kernel in named.items() if kernel}
+
+    @property
+    def candidates(self) -> dict[str, list[str]]:
+        """Convolution -> names of the kernels that compute it here, the engine's own choice first."""
+        convs = [op for op in self.plan.ops if isinstance(op, p.Conv)]
+        return {op.name: list(self._graph.conv_kernels(self._index[op.output])) for op in convs}
 
     @property
     def chunk(self) -> int:
@@ -169,6 +187,25 @@ class EngineExecutor:
         arrays = self._graph.run(self._checked(codes), list(self._index.values()))
         return {self.plan.values[v].name: array for v, array in zip(self._index, arrays, strict=True)}
 
+    # For `profile`
+
+    def time_ops(self, codes: NDArray[np.integer[Any]], repeats: int) -> list[tuple[float, list[float]]]:
+        """Of each of `repeats` runs: seconds, and seconds of each operation of the plan over all threads.
+
+        codes: at least one image; errors as of `run`.
+        """
+        order = [self._index[op.output] - 1 for op in self.plan.ops]
+        runs = _engine.profile(self._graph, self._checked(codes), repeats)
+        return [(seconds, [ops[i] for i in order]) for seconds, ops in runs]
+
+    def work(self, value: int) -> dict[str, Any]:
+        """What the operation that makes a value of the plan does to one image; see OpWork in profile.h."""
+        return dict(_engine.work(self._graph, self._index[value]))
+
+    def measure_machine(self) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
+        """Products per second of the instructions in use; (name, bytes, bytes per second) of caches and memory."""
+        return dict(_engine.measure_products(self._graph)), list(_engine.measure_memory(self._graph))
+
     def _checked(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         source = self.plan.values[self.plan.input]
         if codes.ndim != 4 or codes.shape[1:] != tuple(source.shape) or codes.dtype != _DTYPES[source.dtype]:
@@ -192,7 +229,10 @@ class EngineExecutor:
         if len(op.inputs) != arity:
             raise ValueError(f"operation {op.name!r}: {type(op).__name__} takes {arity} inputs, got {len(op.inputs)}")
         inputs = [self._of(v, f"operation {op.name!r}") for v in op.inputs]
-        index = _append(op, self._graph, inputs, result.dtype)
+        if isinstance(op, p.Conv):
+            index = _append_conv(op, self._graph, inputs, self._choice.kernels.get(op.name, ""))
+        else:
+            index = _append(op, self._graph, inputs, result.dtype)
         shape, dtype = self._graph.shape(index), self._graph.dtype(index)
         if (shape, dtype) != (tuple(result.shape), result.dtype):
             raise ValueError(
@@ -219,11 +259,11 @@ def _append(op: p.Op, graph: Any, inputs: list[int], dtype: str) -> int:
     raise ValueError(f"operation {op.name!r}: {type(op).__name__} is not an operation of the engine")
 
 
-@_append.register
-def _(op: p.Conv, graph: Any, inputs: list[int], dtype: str) -> int:
+def _append_conv(op: p.Conv, graph: Any, inputs: list[int], kernel: str) -> int:
+    """As `_append`, of a convolution. kernel: its name, "" for the engine's choice."""
     codes, pad_code = _array(op, "codes", np.int8, 4), _array(op, "pad_code", np.int32, 1)
     sizes = (op.stride, op.padding, op.dilation, op.groups)
-    return int(graph.conv(op.name, *inputs, codes, op.mul, op.add, *sizes, pad_code))
+    return int(graph.conv(op.name, *inputs, codes, op.mul, op.add, *sizes, pad_code, kernel))
 
 
 @_append.register

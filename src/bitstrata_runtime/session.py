@@ -15,7 +15,7 @@ from .derive import Precision, derive, resolve_map
 from .errors import ProgramError
 from .plan import Conv, Plan
 from .program import Program
-from .snapshot import Integers, Snapshot
+from .snapshot import Executor, Integers, Snapshot
 from .source import Source
 
 if TYPE_CHECKING:
@@ -102,10 +102,16 @@ class Session:
         isa: str | None = None,
         threads: int = 1,
         keep: int = KEEP,
+        tune: bool | str | os.PathLike[str] = False,
     ) -> Session:
         """A session on a program in memory; arguments and errors as of `load`."""
-        backend = choose_backend(executor, isa, threads)
+        backend = choose_backend(executor, isa, threads, tune)
         return cls(_InMemory(program), _narrowest(program.precisions) if bits is None else bits, backend, keep)
+
+    @property
+    def executor(self) -> Executor:
+        """What runs at the present precision."""
+        return self._now.executor
 
     # Precision
 
@@ -274,6 +280,7 @@ def load(
     isa: str | None = None,
     threads: int = 1,
     keep: int = KEEP,
+    tune: bool | str | os.PathLike[str] = False,
 ) -> Session:
     """Open an artifact and get it ready to run at `bits`, reading only the files which that needs.
 
@@ -281,10 +288,12 @@ def load(
     "engine" (compiled kernels), "reference" (slow, normative), "oracle" (the reference with exact matrix products),
     or None for the engine where it is available, else the reference with a warning. isa: the engine's instruction
     set, None for the best. threads: of the engine. keep: how many precisions stay ready at most, the present one
-    included; each holds its weights. Raises ArtifactError for an artifact or precision that cannot be used, ValueError
-    for a wrong executor, isa, threads or keep, ImportError if the engine is asked for and not built.
+    included; each holds its weights. tune: take the kernels and tile sizes that `tune` found to be fastest, from the
+    file it names or, for True, from `tuning.tune_path()`. Raises ArtifactError for an artifact or precision that cannot
+    be used, ValueError for a wrong executor, isa, threads, keep or tune, ImportError if the engine is asked for and not
+    built.
     """
-    backend = choose_backend(executor, isa, threads)
+    backend = choose_backend(executor, isa, threads, tune)
     artifact = Artifact.open(path)
     return Session(artifact, _narrowest(artifact.precisions) if bits is None else bits, backend, keep)
 

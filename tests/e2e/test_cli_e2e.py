@@ -191,6 +191,38 @@ def test_bench_writes_rows_with_an_honest_peer(run_dir, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
+def test_bench_profiles_every_operation(run_dir, tmp_path, capsys):
+    target = tmp_path / "profile.json"
+    argv = ["bench", str(run_dir / "model.strata"), "--profile", "--bits", "1,4", "--threads", "2", "--batch", "2"]
+    assert main([*argv, "--runs", "1", "--repeats", "2", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert [(p["bits"], p["batch"], p["machine"]["threads"]) for p in found] == [(1, 2, 2), (4, 2, 2)]
+    shown = capsys.readouterr().out
+    for profile in found:
+        assert profile["machine"]["isa"] == runtime.available_isas()[-1]
+        assert len(profile["worst"]) == 3
+        assert {op["bound"] for op in profile["ops"]} <= {"compute", "memory"}
+        assert all(op["seconds"] > 0 for op in profile["ops"])
+        assert all(name in shown for name in profile["machine"]["peaks"])
+    assert "Furthest from their limits" in shown
+
+
+@pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
+def test_tune_keeps_what_load_uses(run_dir, tmp_path, capsys):
+    model, file, rows = run_dir / "model.strata", tmp_path / "tune.json", tmp_path / "rows.json"
+    argv = ["tune", str(model), "--bits", "1,4", "--repeats", "1", "--file", str(file), "--json", str(rows)]
+    assert main(argv) == 0
+    assert [row["bits"] for row in json.loads(rows.read_text())] == [1, 4]
+    assert str(file) in capsys.readouterr().out.replace("\n", "")
+    x = np.zeros((2, *runtime.load(model).program.input_shape), np.uint8)
+    for bits in (1, 4):
+        tuned, plain = runtime.load(model, bits, tune=file), runtime.load(model, bits)
+        np.testing.assert_array_equal(tuned.run_raw(x), plain.run_raw(x))
+    assert main([*argv, "--repeats", "0"]) == 1
+    assert "--threads and --repeats must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
 def test_demo_upgrades_one_artifact(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         loading, "load_data", lambda name, root, split: first_images(bs.data.load(name, root, split), 96)

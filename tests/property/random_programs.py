@@ -27,8 +27,8 @@ FORMS = ((1, 0), (2, 1), (4, 1), (8, 3))
 class _Builder:
     """A program under construction; every method appends nodes and returns the name of the value they make."""
 
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
+    def __init__(self, draw: Draw, wide: bool = False) -> None:
+        self.draw, self.wide = draw, wide
         self.rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         self.precisions: tuple[int, ...] = draw(st.sampled_from(PRECISION_SETS))
         self.nodes: list[Node] = []
@@ -158,7 +158,8 @@ class _Builder:
         channels, *sizes = self.shapes[source]
         divisors = [g for g in (1, 2, 3, 4, channels) if channels % g == 0]
         groups = 1 if linear else self.pick(1, *divisors)
-        out = groups * self.draw(st.integers(1, max(1, 6 // groups)))
+        most = self.pick(6, 20, 70) if self.wide else 6
+        out = groups * self.draw(st.integers(1, max(1, most // groups)))
         axes = [(1, 1, 1, 0, 0)] * 2 if linear else [self.window(size) for size in sizes]
         kernel_h, kernel_w = (axis[0] for axis in axes)
         attrs = {
@@ -242,7 +243,8 @@ class _Builder:
         return make(source)
 
     def start(self, kind: str) -> str:
-        shape = (self.draw(st.integers(1, 4)), self.draw(st.integers(3, 7)), self.draw(st.integers(3, 7)))
+        side = self.pick(7, 13) if self.wide else 7
+        shape = (self.draw(st.integers(1, 4)), self.draw(st.integers(3, side)), self.draw(st.integers(3, side)))
         codes = self.node("input", (), shape)
         if self.pick(True, False, False):
             codes = self.crop(codes, channels=False)
@@ -302,9 +304,12 @@ def _with_inputs(layer: Layer, count: int) -> Layer:
 
 
 @st.composite
-def programs(draw: Draw, blocks: int = 3) -> Program:
-    """A valid program of up to `blocks` random blocks between a first and a last layer; it has the plan "mixed"."""
-    builder = _Builder(draw)
+def programs(draw: Draw, blocks: int = 3, wide: bool = False) -> Program:
+    """A valid program of up to `blocks` random blocks between a first and a last layer; it has the plan "mixed".
+
+    wide: also layers of up to 70 channels and larger maps, which fill vectors and tiles.
+    """
+    builder = _Builder(draw, wide)
     kind = builder.pick("pixels", "codes")
     value = builder.start(kind)
     for _ in range(draw(st.integers(0, blocks))):

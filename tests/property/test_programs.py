@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from property.random_programs import choices, input_codes, programs
 
-import bitstrata_runtime
 from bitstrata_runtime import Plan, Program, Session, derive
 from bitstrata_runtime.plan import Add, Clip, Conv, MaxPool, Pad, Requant, Slice, SumPool
 from bitstrata_runtime.program import Layer, Node
 from bitstrata_runtime.reference import OracleExecutor, ReferenceExecutor
 
-ISAS = bitstrata_runtime.available_isas()
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Array = np.ndarray[Any, Any]
 
@@ -43,19 +40,6 @@ def test_reference_equals_oracle(case):
     expected, found = ReferenceExecutor(plan).run_all(codes), OracleExecutor(plan).run_all(codes)
     assert_same(found, expected)
     np.testing.assert_array_equal(OracleExecutor(plan).run(codes), expected[plan.values[plan.output].name])
-
-
-@pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip(reason="the engine is not built"))])
-@settings(SETTINGS, max_examples=40)
-@given(case=cases())
-def test_engine_equals_reference(isa, case):
-    from bitstrata_runtime.engine import EngineExecutor
-
-    _, _, plan, codes = case
-    expected, executor = ReferenceExecutor(plan).run_all(codes), EngineExecutor(plan, isa=isa, threads=2)
-    assert executor.isa == isa
-    assert_same(executor.run_all(codes), expected)
-    np.testing.assert_array_equal(executor.run(codes), expected[plan.values[plan.output].name])
 
 
 def assert_same(found: dict[str, Array], expected: dict[str, Array]) -> None:

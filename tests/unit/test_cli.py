@@ -30,6 +30,7 @@ WORDS = {
     "verify": ["layer by layer", "--images"],
     "run": ["most likely classes", "--bits", "--input"],
     "bench": ["latency", "ratio = peer_ms", "--json"],
+    "tune": ["kernels and tile sizes", "--file"],
     "recipes": ["recipes"],
 }
 

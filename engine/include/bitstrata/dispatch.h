@@ -29,4 +29,11 @@ std::vector<KernelRow> kernel_table();
 // too, the fastest available. Throws std::invalid_argument if the name is unknown to this build or cannot run here.
 const Kernels& select_kernels(const std::string& isa);
 
+// The kernels that compute a convolution exactly on processors of `row`: its own choice first, then those of slower
+// rows, each once.
+std::vector<const ConvKernel*> conv_kernels(const Kernels& row, const ConvShape& shape);
+
+// What the row could do at best.
+const Limits& limits_of(const Kernels& row);
+
 }  // namespace bitstrata

@@ -24,7 +24,9 @@ namespace bitstrata {
 
 class Lease;
 class Op;
+class Profile;
 struct Made;
+struct OpWork;
 struct Operand;
 
 struct ConvParams {
@@ -37,6 +39,7 @@ struct ConvParams {
   Sides padding;
   Pair dilation;
   int64_t groups;
+  std::string kernel = {};  // one of conv_kernels; empty: the row's own choice
 };
 
 struct RequantParams {
@@ -76,12 +79,20 @@ class Graph {
   int pad(const std::string& name, int x, Pair h, Pair w, Pair c);
   int flatten(const std::string& name, int x);
 
+  // Names of the kernels that can compute the convolution which makes the value, the row's own choice first; none for
+  // other operations.
+  std::vector<std::string> conv_kernels(int index) const;
+
+  // What the values of a tile may occupy together, 4 KiB to 64 MiB; before `finish`. Results do not depend on it.
+  void tile_bytes(int64_t bytes);
+
   // Closes the graph: lays out its memory, reserves it for one caller and allows `run`.
   void finish(int output);
 
   // destinations[v], if not null, receives value v: batch images of value(v). Other values live in the arena while
   // they are needed. Throws std::invalid_argument if an input element is outside the input's bounds.
-  void run(const void* input, int64_t batch, const std::vector<void*>& destinations) const;
+  // With a profile, of as many operations and threads, it adds the run's times to that.
+  void run(const void* input, int64_t batch, const std::vector<void*>& destinations, Profile* profile = nullptr) const;
   // The same on the caller's thread, in the caller's memory: run_bytes() bytes, aligned to 64.
   void run_in(void* memory, const void* input, int64_t batch, const std::vector<void*>& destinations) const;
   // The same for the output alone; in the caller's memory, these allocate nothing.
@@ -90,6 +101,7 @@ class Graph {
 
   const Value& value(int index) const;
   const char* kernel(int index) const;  // name of the convolution kernel that computes the value, or ""
+  OpWork work(int index) const;         // of the operation that computes the value, which is not the input
   int values() const { return static_cast<int>(values_.size()); }
   int output() const { return output_; }
   const char* isa() const { return kernels_.isa; }
@@ -114,8 +126,9 @@ class Graph {
     const uint8_t* input;
     int64_t batch;
     const Destinations& destinations;
-    int threads;      // of the lease
-    bool share_rows;  // all threads work on the same images
+    int threads;       // of the lease
+    bool share_rows;   // all threads work on the same images
+    Profile* profile;  // or null
   };
 
   Operand operand(const std::string& name, int index) const;
@@ -127,12 +140,13 @@ class Graph {
   void lay_out_arena(int output, int64_t images);
   Destinations all(const std::vector<void*>& destinations) const;
   Destinations only(void* output) const;
-  void run_on_lease(const void* input, int64_t batch, const Destinations& destinations) const;
+  void run_on_lease(const void* input, int64_t batch, const Destinations& destinations, Profile* profile) const;
   void run_in_memory(void* memory, const void* input, int64_t batch, const Destinations& destinations) const;
   void check_run(const void* input, int64_t batch) const;
   void check_input(const void* input, int64_t batch) const;
   Worker worker(const Lease& lease, int thread) const;
-  void run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations) const;
+  void run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations,
+                 Profile* profile) const;
   void run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const;
   void run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
                  int64_t end) const;
@@ -140,6 +154,7 @@ class Graph {
   const Kernels& kernels_;
   const std::shared_ptr<Resources> resources_;
   int output_ = -1;
+  int64_t tile_bytes_;
   std::vector<Value> values_;  // 0 is the input; operation i makes value i + 1
   std::vector<std::unique_ptr<Op>> ops_;
   int64_t chunk_ = 1;  // images that pass through the graph together

@@ -44,6 +44,12 @@ struct WeightCodes {
 };
 
 struct RequantArgs;
+// A row's fastest products, over and over, on registers where that can be: what a convolution can reach at best.
+struct PeakLoop {
+  const char* name;  // the instructions
+  int64_t products;  // of a round
+  void (*run)(int64_t rounds);
+};
 
 // One way to convolve. Work on an image has two phases: `stage` copies the input into padded rows of the kernel's own
 // format, `run` computes output rows from them. Rows of either phase may be computed in any order by any thread, but
@@ -69,6 +75,7 @@ struct ConvKernel {
   // `run` and the requantization of its result to 8 bits, all of whose channels have the form in 32 bits. Null: none.
   void (*run_codes)(const ConvShape&, const void* packed, const void* staged, const RequantArgs&, uint8_t* out,
                     int64_t row_begin, int64_t row_end) = nullptr;
+  const PeakLoop* peak = nullptr;  // what bounds this kernel; null: the row's
 };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.
@@ -141,6 +148,14 @@ struct ProductKernels {
   void (*scale_short_sums)(const int32_t* x, double outer, const double* inner, float* out, int64_t count);
 };
 
+// What a row could do at best, for the profiler to measure.
+struct Limits {
+  PeakLoop products;
+  // bytes: a multiple of 64, as are the addresses. copy inverts every bit, so that it is no library's copy.
+  void (*read)(const void* from, int64_t bytes);
+  void (*copy)(const void* from, void* to, int64_t bytes);
+};
+
 // A row of the dispatch table. Arrays are indexed by DType.
 struct Kernels {
   const char* isa;
@@ -158,6 +173,7 @@ struct Kernels {
   // The first thing that the processor or its operating system lacks, null if `supported`. If there is no such
   // function, it is not known.
   const char* (*lacks)() = nullptr;
+  const Limits* (*limits)() = nullptr;  // null: the generic row's
 };
 
 }  // namespace bitstrata

@@ -6,6 +6,7 @@
 #endif
 
 #include "conv.h"
+#include "limits.h"
 #include "tiles.h"
 #include "weight_grad.h"
 
@@ -13,6 +14,7 @@ namespace bitstrata {
 
 extern const Kernels kAvx512VnniKernels;
 extern const ProductKernels kAvx512VnniProducts;
+extern const Limits kAvx512VnniLimits;
 namespace {
 
 // AMX-TILE and AMX-INT8: leaf 7, subleaf 0, EDX bits 24 and 25.
@@ -69,6 +71,11 @@ ProductKernels products() {
 // Made when the program starts, from rows that are constants of the program.
 const ProductKernels kProducts = products();
 
+const Limits* limits() {
+  static const Limits kOnTiles = {kTilePeak<Tiles>, kAvx512VnniLimits.read, kAvx512VnniLimits.copy};
+  return &kOnTiles;
+}
+
 Kernels kernels() {
   Kernels row = kAvx512VnniKernels;
   row.isa = "amx";
@@ -76,6 +83,7 @@ Kernels kernels() {
   row.lacks = lacks;
   row.conv = pick_conv;
   row.products = &kProducts;
+  row.limits = limits;
   return row;
 }
 

@@ -1,6 +1,7 @@
 // The kernels of the AMX row on emulated tiles, for tests where no processor has real ones; the rest is the generic
 // row's.
 #include "conv.h"
+#include "limits.h"
 #include "tiles_emulated.h"
 #include "weight_grad.h"
 
@@ -8,6 +9,7 @@ namespace bitstrata {
 
 extern const Kernels kGenericKernels;
 extern const ProductKernels kGenericProducts;
+extern const Limits kGenericLimits;
 namespace {
 
 bool supported() { return true; }
@@ -37,12 +39,18 @@ ProductKernels products() {
 // Made when the program starts, from rows that are constants of the program.
 const ProductKernels kProducts = products();
 
+const Limits* limits() {
+  static const Limits kOnTiles = {kTilePeak<EmulatedTiles>, kGenericLimits.read, kGenericLimits.copy};
+  return &kOnTiles;
+}
+
 Kernels kernels() {
   Kernels row = kGenericKernels;
   row.isa = "amx-emulated";
   row.supported = supported;
   row.conv = pick_conv;
   row.products = &kProducts;
+  row.limits = limits;
   return row;
 }
 

@@ -10,6 +10,7 @@ namespace bitstrata {
 
 extern const Training kAvx2Training;
 extern const ProductKernels kAvx2Products;
+extern const Limits kAvx2Limits;
 namespace {
 
 inline __m256i load(const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
@@ -104,6 +105,7 @@ const Kernels kAvx2Kernels = {
     &kAvx2Training,
     &kAvx2Products,
     lacks,
+    [] { return &kAvx2Limits; },
 };
 
 }  // namespace bitstrata

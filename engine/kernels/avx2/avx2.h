@@ -14,6 +14,9 @@ extern const ConvKernel kAvx2Table;
 // One input and one output channel in each group.
 extern const ConvKernel kAvx2Depthwise;
 
+// What bounds the first and the last of them; the narrow kernel's products are the row's fastest.
+extern const PeakLoop kAvx2WidePeak;
+
 // Whether int16 holds several of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
 bool avx2_narrow_fits(const ConvShape&);
 // Whether 16 bits hold every sum of products of codes moved to begin at 0.

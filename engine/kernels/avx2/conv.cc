@@ -319,8 +319,9 @@ bool avx2_narrow_fits(const ConvShape& s) {
   return form.largest_input <= UINT8_MAX && kLeastChunk * 2 * form.largest_weight * form.largest_input <= INT16_MAX;
 }
 
-extern const ConvKernel kAvx2Wide = {"avx2-wide", packed_bytes<true>, pack<true>, staged_row_bytes<true>,
-                                     stage<true>, run<true>};
+extern const ConvKernel kAvx2Wide = {"avx2-wide",   packed_bytes<true>, pack<true>, staged_row_bytes<true>,
+                                     stage<true>,   run<true>,          nullptr,    nullptr,
+                                     &kAvx2WidePeak};
 extern const ConvKernel kAvx2Narrow = {"avx2-narrow",           packed_bytes<false>, pack<false>,
                                        staged_row_bytes<false>, stage<false>,        run<false>};
 

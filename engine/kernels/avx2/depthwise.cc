@@ -119,6 +119,7 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 
 }  // namespace
 
-extern const ConvKernel kAvx2Depthwise = {"avx2-depthwise", packed_bytes, pack, staged_row_bytes, stage, run};
+extern const ConvKernel kAvx2Depthwise = {"avx2-depthwise", packed_bytes, pack,          staged_row_bytes, stage, run,
+                                          nullptr,          nullptr,      &kAvx2WidePeak};
 
 }  // namespace bitstrata

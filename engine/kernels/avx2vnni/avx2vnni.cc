@@ -77,6 +77,7 @@ Kernels kernels() {
   row.lacks = lacks;
   row.conv = pick_conv;
   row.products = &kProducts;
+  row.limits = [] { return &form().limits; };
   return row;
 }
 

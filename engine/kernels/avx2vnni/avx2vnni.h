@@ -14,6 +14,7 @@ struct Avx2VnniForm {
   bool (*direct_fits)(const ConvShape&);
   WeightGradKernel weight_grad;
   WeightGradKernel depthwise_weight_grad;
+  Limits limits;
 };
 
 extern const Avx2VnniForm kAvx2VnniVex;

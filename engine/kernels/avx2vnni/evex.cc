@@ -1,10 +1,11 @@
 // The 256-bit VNNI kernels with EVEX-coded products.
 #include "avx2vnni.h"
 #include "conv.h"
+#include "limits.h"
 #include "weight_grad.h"
 
 namespace bitstrata {
 
-extern const Avx2VnniForm kAvx2VnniEvex = {kStaged, kDirect, direct_fits, kWeightGrad, kDepthwiseWeightGrad};
+extern const Avx2VnniForm kAvx2VnniEvex = {kStaged, kDirect, direct_fits, kWeightGrad, kDepthwiseWeightGrad, kLimits};
 
 }  // namespace bitstrata

@@ -12,6 +12,7 @@ namespace bitstrata {
 
 extern const Training kAvx512VnniTraining;
 extern const ProductKernels kAvx512VnniProducts;
+extern const Limits kAvx512VnniLimits;
 namespace {
 
 // The 64-bit results of lanes 0, 2, 4... or, of x moved down, 1, 3, 5...: eight channels of a vector of sixteen.
@@ -167,6 +168,7 @@ const Kernels kAvx512VnniKernels = {
     &kAvx512VnniTraining,
     &kAvx512VnniProducts,
     lacks,
+    [] { return &kAvx512VnniLimits; },
 };
 
 }  // namespace bitstrata

@@ -6,6 +6,7 @@ namespace bitstrata {
 
 extern const Training kGenericTraining;
 extern const ProductKernels kGenericProducts;
+extern const Limits kGenericLimits;
 namespace {
 
 using Stage = Staging<int16_t>;
@@ -88,6 +89,7 @@ const Kernels kGenericKernels = {
     &kGenericTraining,
     &kGenericProducts,
     lacks,
+    [] { return &kGenericLimits; },
 };
 
 }  // namespace bitstrata

@@ -25,11 +25,12 @@ from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.recipes import Recipes
 from bitstrata.cli.run import Run
 from bitstrata.cli.train import Train
+from bitstrata.cli.tune import Tune
 from bitstrata.cli.verify import Verify
 
 DESCRIPTION = """Low-bit networks: trained once, one artifact, run at every bit-width in pure integer arithmetic.
 
-Serving (numpy only): info, run, bench, export. Everything else trains and needs pip install "bitstrata[train]".
+Serving (numpy only): info, run, bench, tune, export. Everything else trains and needs pip install "bitstrata[train]".
 Any command takes --debug for a traceback instead of a one-line error."""
 
 Command = (
@@ -44,6 +45,7 @@ Command = (
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
 )
 

@@ -1,4 +1,4 @@
-"""`bitstrata bench`: latency of an artifact; needs no torch."""
+"""`bitstrata bench`: latency of an artifact, or a profile of its operations; needs no torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class Bench:
 
     The peer of each row is the same program on the engine's own generic kernels, with as many threads;
     ratio = peer_ms / ours_ms. The generic rows have no peer. With --isa alone, list the instruction sets instead.
+
+    With --profile it measures the operations of one run instead, beside what the machine can do at best: time (the
+    least of all repeats), operations (two for each product of a convolution), bytes, the share of the peak of the
+    kernel's instructions, and of the limit, which is that peak or the bandwidth of the cache that holds the bytes.
     """
 
     artifact: Annotated[Path | None, tyro.conf.Positional] = None
@@ -43,10 +47,12 @@ class Bench:
     repeats: int = 20
     """Runs in a series."""
     json: Path | None = None
-    """Also write the rows to this file."""
+    """Also write the rows, or the profiles, to this file."""
+    profile: bool = False
+    """Time, work and limit of every operation; default the fastest instruction set."""
 
     def run(self) -> None:
-        """Print a table of medians, or of instruction sets."""
+        """Print a table of medians, profiles, or instruction sets."""
         if self.isa == LIST:
             return print_kernel_table()
         if self.artifact is None:
@@ -55,7 +61,6 @@ class Bench:
 
     def _measure_all(self, path: Path) -> None:
         import numpy as np
-        from rich.table import Table
 
         from bitstrata_runtime.artifact import Artifact
 
@@ -67,6 +72,14 @@ class Bench:
         pixels = program.input_kind == "pixels"
         image = generator.integers(0, 256, size, dtype=np.uint8) if pixels else generator.standard_normal(size)
         bits = parse_bits(self.bits) if self.bits is not None else artifact.precisions
+        if self.profile:
+            self._profile(path, bits, image)
+        else:
+            self._compare(path, bits, image)
+
+    def _compare(self, path: Path, bits: tuple[int, ...], image: NDArray[Any]) -> None:
+        from rich.table import Table
+
         rows = self._rows(path, bits, image)
         shown = Table(title=f"{path.name}, batch {self.batch}, {cpu_name()}", title_justify="left")
         for column in ("bits", "isa", "threads", "ms", "peer", "peer ms", "ratio"):
@@ -79,6 +92,25 @@ class Bench:
         output().print(shown)
         if self.json is not None:
             write_json(self.json, rows)
+
+    def _profile(self, path: Path, bits: tuple[int, ...], image: NDArray[Any]) -> None:
+        import bitstrata_runtime as runtime
+        from bitstrata.cli.profile import show_profile
+        from bitstrata_runtime.engine import available_isas
+
+        known, found = available_isas(), []
+        isas = known[-1:] if self.isa is None else tuple(choose(name, known, "--isa") for name in self.isa.split(","))
+        for threads in _thread_counts(self.threads):
+            for precision in bits:
+                for isa in isas:
+                    session = runtime.load(path, bits=precision, isa=isa, threads=threads)
+                    floats = image.dtype != "uint8"
+                    profile = runtime.profile(session, image, self.runs * self.repeats, floats=floats)
+                    case = f"{path.name}, {precision} bit, {isa}, {threads} thread{'s' * (threads > 1)}"
+                    show_profile(case, profile)
+                    found.append({"case": path.name, "bits": precision, **profile.as_dict()})
+        if self.json is not None:
+            write_json(self.json, found)
 
     def _rows(self, path: Path, bits: tuple[int, ...], image: NDArray[Any]) -> list[dict[str, Any]]:
         from bitstrata_runtime.engine import available_isas

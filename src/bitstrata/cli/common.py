@@ -92,12 +92,9 @@ def environment() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's model name as the operating system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    from bitstrata_runtime.machine import cpu_name as name
+
+    return name()
 
 
 def bytes_of(path: Path) -> dict[str, int]:
