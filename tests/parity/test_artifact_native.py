@@ -117,7 +117,8 @@ def test_any_order_of_precisions_reads_the_same_files(
         answers = reader.ask(files, *(step_of(artifact, choice) for choice in order))[1:]
         for choice, answer in zip(order, answers, strict=True):
             program = artifact.load(*artifact.needs(choice))
-            assert answer == {"error": None, "held": expected_held(program, files, artifact.reads)}, (order, choice)
+            held, total = expected_held(program, files, artifact.reads), artifact.total_bytes(choice)
+            assert answer == {"error": None, "total": total, "held": held}, (order, choice)
 
 
 def test_a_failed_load_changes_nothing(reader: NativeReader, artifacts: dict[str, Files]) -> None:
