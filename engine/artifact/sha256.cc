@@ -19,6 +19,14 @@ constexpr uint32_t kRounds[64] = {
 
 uint32_t rotate(uint32_t value, int by) { return (value >> by) | (value << (32 - by)); }
 
+inline void round(uint32_t a, uint32_t b, uint32_t c, uint32_t* d, uint32_t e, uint32_t f, uint32_t g, uint32_t* h,
+                  uint32_t addend) {
+  const uint32_t choice = g ^ (e & (f ^ g)), majority = (a & b) | (c & (a | b));
+  *h += (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + choice + addend;
+  *d += *h;
+  *h += (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + majority;
+}
+
 }  // namespace
 
 void Sha256::add(const void* data, size_t size) {
@@ -61,18 +69,21 @@ void Sha256::block(const uint8_t* bytes) {
     w[i] =
         w[i - 16] + (rotate(a, 7) ^ rotate(a, 18) ^ (a >> 3)) + w[i - 7] + (rotate(b, 17) ^ rotate(b, 19) ^ (b >> 10));
   }
-  uint32_t s[8];
-  std::copy_n(state_, 8, s);
-  for (int i = 0; i < 64; ++i) {
-    const uint32_t choice = (s[4] & s[5]) ^ (~s[4] & s[6]);
-    const uint32_t majority = (s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]);
-    const uint32_t first = s[7] + (rotate(s[4], 6) ^ rotate(s[4], 11) ^ rotate(s[4], 25)) + choice + kRounds[i] + w[i];
-    const uint32_t second = (rotate(s[0], 2) ^ rotate(s[0], 13) ^ rotate(s[0], 22)) + majority;
-    std::copy_backward(s, s + 7, s + 8);
-    s[4] += first;
-    s[0] = first + second;
+  // The roles of the eight words move on by one a round; within eight rounds each keeps its variable.
+  uint32_t a = state_[0], b = state_[1], c = state_[2], d = state_[3];
+  uint32_t e = state_[4], f = state_[5], g = state_[6], h = state_[7];
+  for (int i = 0; i < 64; i += 8) {
+    round(a, b, c, &d, e, f, g, &h, kRounds[i] + w[i]);
+    round(h, a, b, &c, d, e, f, &g, kRounds[i + 1] + w[i + 1]);
+    round(g, h, a, &b, c, d, e, &f, kRounds[i + 2] + w[i + 2]);
+    round(f, g, h, &a, b, c, d, &e, kRounds[i + 3] + w[i + 3]);
+    round(e, f, g, &h, a, b, c, &d, kRounds[i + 4] + w[i + 4]);
+    round(d, e, f, &g, h, a, b, &c, kRounds[i + 5] + w[i + 5]);
+    round(c, d, e, &f, g, h, a, &b, kRounds[i + 6] + w[i + 6]);
+    round(b, c, d, &e, f, g, h, &a, kRounds[i + 7] + w[i + 7]);
   }
-  for (int i = 0; i < 8; ++i) state_[i] += s[i];
+  const uint32_t sums[8] = {a, b, c, d, e, f, g, h};
+  for (int i = 0; i < 8; ++i) state_[i] += sums[i];
 }
 
 std::string sha256_hex(const void* data, size_t size) {

@@ -246,18 +246,19 @@ int key_index(const Program& program, const std::string& key) {
   return -1;
 }
 
-Needs needs_of(const Artifact& artifact, const std::string& step) {
+// What the step asks for; a choice of precisions is kept in `chosen`.
+Needs needs_of(const Artifact& artifact, const std::string& step, Selection* chosen) {
   const Program& program = artifact.program();
   std::istringstream words(step);
   std::string verb, argument, keys;
   words >> verb >> argument >> keys;
-  if (verb == "precision") return artifact.needs(select(program, std::stoi(argument)));
-  if (verb == "plan") return artifact.needs(select(program, argument));
+  if (verb == "precision") return artifact.needs(*chosen = select(program, std::stoi(argument)));
+  if (verb == "plan") return artifact.needs(*chosen = select(program, argument));
   if (verb == "map") {
     std::vector<std::pair<std::string, int>> map;
     for (const std::string& part : split(argument))
       map.emplace_back(program.layers.at(map.size()).name, std::stoi(part));
-    return artifact.needs(select(program, map));
+    return artifact.needs(*chosen = select(program, map));
   }
   if (verb == "indices") {
     Selection selection;
@@ -332,12 +333,15 @@ void run_case() {
       continue;
     }
     std::string error = "null";
+    uint64_t total = 0;
     try {
-      artifact->load(needs_of(*artifact, step));
+      Selection chosen;
+      artifact->load(needs_of(*artifact, step, &chosen));
+      if (!chosen.map.empty()) total = artifact->total_bytes(chosen);
     } catch (const ArtifactError& found) {
       error = error_text(found);
     }
-    std::cout << "{\"error\":" << error << ",\"held\":" << held(*artifact) << "}\n";
+    std::cout << "{\"error\":" << error << ",\"total\":" << total << ",\"held\":" << held(*artifact) << "}\n";
   }
   std::cout << std::flush;
 }

@@ -157,7 +157,10 @@ void read_all(const Files& files, unsigned order) {
   for (const NamedPlan& plan : program.plans) choices.push_back(select(program, plan.name));
   std::shuffle(choices.begin(), choices.end(), std::minstd_rand(order));
   choices.resize(std::min<size_t>(choices.size(), 6));
-  for (const Selection& choice : choices) load(&artifact, artifact.needs(choice));
+  for (const Selection& choice : choices) {
+    require(artifact.total_bytes(choice) >= artifact.reads().front().size);
+    load(&artifact, artifact.needs(choice));
+  }
 }
 
 // Mutation of the manifest value by value, so that most results are still JSON.

@@ -10,10 +10,40 @@ from pathlib import Path
 import pytest
 from helpers_artifact import Files, files_of
 from helpers_native import SANITIZE, build, compiler_for, run
-from helpers_programs import chain_program, plain_program, residual_program
+from helpers_programs import chain_program, conv, fill, layer, plain_program, pool, rescale, residual_program
 
 from bitstrata_runtime.artifact import write
-from bitstrata_runtime.program import Program
+from bitstrata_runtime.program import AffineInfo, Node, Program
+
+
+def moving_program() -> Program:
+    """Slices of codes and of fixed point, sums of codes, padding, clipping and an addition, around one layer."""
+    cut = {"c": [0, 2, 1], "h": [0, 4, 2], "w": [1, 4, 1]}
+    nodes = (
+        Node("x", "input"),
+        Node("cut", "slice", ("x",), cut),
+        pool("sums", "avgpool", "cut", 2, 1),
+        conv("acc", "sums", "only"),
+        rescale("y", "acc", "only.bn"),
+        Node("wide", "pad", ("y",), {"c": [1, 0], "h": [0, 1], "w": [1, 1]}),
+        Node("bounded", "clip", ("wide",), {"clip": [-1.5, None]}),
+        Node("sum", "add", ("bounded", "wide")),
+        Node("part", "slice", ("sum",), {"c": [1, 4, 1], "h": [0, 1, 1], "w": [0, 3, 2]}),
+    )
+    program = Program(
+        input_shape=(2, 4, 4),
+        input_kind="codes",
+        nodes=nodes,
+        output="part",
+        layers={"only": layer("only", (3, 2, 1, 1), precisions=(1, 2))},
+        affines={"only.bn": AffineInfo("only", 3)},
+        precisions=(1, 2),
+        weights={},
+        factors={},
+        plans={"same": {"only": 2}},
+    )
+    return fill(program, 4)
+
 
 FUZZER = "-fsanitize=fuzzer"
 ENTRY = '#include <cstddef>\nextern "C" int LLVMFuzzerTestOneInput(const unsigned char*, size_t) { return 0; }\n'
@@ -21,6 +51,7 @@ SEEDS: dict[str, Callable[[], Program]] = {
     "plain": plain_program,
     "residual": residual_program,
     "chain": lambda: chain_program([3, 5, 2], [3, 8], (1, 3), resident=False),
+    "moving": moving_program,
     "tiny": lambda: chain_program([1, 1], [1], (1,), resident=False),
 }
 

@@ -117,7 +117,8 @@ def test_any_order_of_precisions_reads_the_same_files(
         answers = reader.ask(files, *(step_of(artifact, choice) for choice in order))[1:]
         for choice, answer in zip(order, answers, strict=True):
             program = artifact.load(*artifact.needs(choice))
-            assert answer == {"error": None, "held": expected_held(program, files, artifact.reads)}, (order, choice)
+            held, total = expected_held(program, files, artifact.reads), artifact.total_bytes(choice)
+            assert answer == {"error": None, "total": total, "held": held}, (order, choice)
 
 
 def test_a_failed_load_changes_nothing(reader: NativeReader, artifacts: dict[str, Files]) -> None:
@@ -247,6 +248,24 @@ def test_a_function_that_ignores_the_limit_is_caught(reader: NativeReader, artif
     assert loaded["error"] == {"kind": "source", "file": "base.safetensors", "message": message}
     (opened,) = reader.ask({"manifest.json": b" " * ((1 << 24) + 1)}, careless=True)
     assert "has 16777217 bytes, at most 16777216 are allowed" in opened["error"]["message"]
+
+
+def test_nesting_up_to_the_limit(reader: NativeReader, artifacts: dict[str, Files]) -> None:
+    for levels, accepted in ((31, True), (32, False)):  # of arrays; the provenance itself has depth 1
+        value = hostile.manifest_of(artifacts["plain"])
+        nested: list[Any] = []
+        for _ in range(levels - 1):
+            nested = [nested]
+        value["provenance"] = {"x": nested}
+        assert compare(reader, reseal(artifacts["plain"], value)) == accepted
+
+
+def test_multiply_accumulates_up_to_the_limit(reader: NativeReader, tmp_path: Path) -> None:
+    for layers, accepted in ((4, True), (5, False)):  # 2^38 each
+        files = written(chain_program([1024] * (layers + 1), [1] * layers, (1,), resident=False), tmp_path)
+        value = hostile.manifest_of(files)
+        value["program"]["input"]["shape"] = [1024, 512, 512]
+        assert compare(reader, reseal(files, value)) == accepted
 
 
 # Directories
