@@ -88,7 +88,7 @@ int64_t visit_weights(const ConvShape& s, const Cells& cells, const int8_t* code
 // Where the windows of `pixels` output pixels from number `begin` start in the staged rows, and factor * the sum of
 // each one's codes, wrapping.
 inline void find_windows(const ConvShape& s, const Cells& cells, const uint8_t* staged, int64_t group, int64_t begin,
-                         int64_t pixels, int32_t factor, const uint8_t** window, int32_t* sums) {
+                         int64_t pixels, uint32_t factor, const uint8_t** window, uint32_t* sums) {
   const int64_t step = cells.first(s, 1) * cells.cell_bytes();
   for (int64_t i = 0; i < pixels;) {
     const int64_t y = (begin + i) / s.out_w, x = (begin + i) % s.out_w;
@@ -98,11 +98,10 @@ inline void find_windows(const ConvShape& s, const Cells& cells, const uint8_t* 
     for (int64_t j = 0; j < count; ++j) window[i + j] = first + j * step;
     std::memset(sums + i, 0, static_cast<size_t>(count) * 4);
     for (int64_t ky = 0; ky < s.kernel_h; ++ky, row += s.dilation_h * cells.row_bytes) {
-      const int32_t* of_row = reinterpret_cast<const int32_t*>(row + cells.window_sums_at) + group * s.out_w + x;
+      const uint32_t* of_row = reinterpret_cast<const uint32_t*>(row + cells.window_sums_at) + group * s.out_w + x;
       for (int64_t j = 0; j < count; ++j) sums[i + j] += of_row[j];
     }
-    for (int64_t j = i; j < i + count; ++j)
-      sums[j] = static_cast<int32_t>(static_cast<uint32_t>(sums[j]) * static_cast<uint32_t>(factor));
+    for (int64_t j = i; j < i + count; ++j) sums[j] *= factor;
     i += count;
   }
 }
