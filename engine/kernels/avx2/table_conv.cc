@@ -373,7 +373,7 @@ bool avx2_table_pays(const ConvShape& s, double step_cycles, double vector_cycle
   if (!avx2_table_fits(s)) return false;
   const Packed p(s);
   const double pixels = static_cast<double>(s.groups * s.out_h * s.out_w);
-  const double staged = static_cast<double>(s.groups * s.padded_h() * p.cells.count);
+  const double staged = static_cast<double>(s.groups * Cells::read_rows(s) * p.cells.count);
   const double pairs = static_cast<double>(p.form.weight_bits * p.cells.digits);
   const double parts = static_cast<double>((p.cells.codes + 31) / 32);
   const double vectors = static_cast<double>(p.vectors);

@@ -18,7 +18,7 @@ bool avx512vpopcnt_pays(const ConvShape& s) {
   const CodePlanes form(s);
   const Cells cells(s, form.input_bits, 32, 4);
   const double pixels = static_cast<double>(s.groups * s.out_h * s.out_w);
-  const double staged = static_cast<double>(s.groups * s.padded_h() * cells.count);
+  const double staged = static_cast<double>(s.groups * Cells::read_rows(s) * cells.count);
   const double vectors = static_cast<double>((s.group_out() + 15) / 16),
                parts = static_cast<double>((cells.codes + 63) / 64);
   const double steps = static_cast<double>(s.kernel_h * cells.per_row * cells.words);

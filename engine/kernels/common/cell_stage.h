@@ -116,6 +116,7 @@ template <typename PackPart>
 void stage_cells(const ConvShape& s, const Cells& cells, const PackPart& pack_part, const uint8_t* pad,
                  const uint8_t* image, uint8_t* staged, int64_t row_begin, int64_t row_end) {
   for (int64_t r = row_begin; r < row_end; ++r) {
+    if (Cells::unread(s, r)) continue;
     const int64_t y = r - s.pad_top;
     const uint8_t* from = y >= 0 && y < s.in_h ? image + y * s.in_w * s.in_c : nullptr;
     uint8_t* to = staged + r * cells.row_bytes;
