@@ -75,7 +75,7 @@ void requant_i32(const RequantArgs& a, const void* x, void* out, int64_t pixels)
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1) return &kAvx2Depthwise;
   const bool narrow = avx2_narrow_fits(s);
-  if (avx2_table_pays(s, narrow ? 0.65 : 1.3)) return &kAvx2Table;
+  if (avx2_table_pays(s, narrow ? 0.65 : 1.3, 6)) return &kAvx2Table;
   return narrow ? &kAvx2Narrow : &kAvx2Wide;
 }
 

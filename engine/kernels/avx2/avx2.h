@@ -21,8 +21,8 @@ extern const PeakLoop kAvx2WidePeak;
 bool avx2_narrow_fits(const ConvShape&);
 // Whether 16 bits hold every sum of products of codes moved to begin at 0.
 bool avx2_table_fits(const ConvShape&);
-// Whether the table kernel fits and is faster than one by bytes that takes so many cycles for four inputs of a pixel
-// and the weights of eight output channels: an estimate, from measurements on Zen 4.
-bool avx2_table_pays(const ConvShape&, double cycles);
+// Whether the table kernel fits and is faster than one by bytes that takes, for each pixel and vector of eight output
+// channels, step_cycles for every four inputs and vector_cycles besides: an estimate, from measurements on Zen 4.
+bool avx2_table_pays(const ConvShape&, double step_cycles, double vector_cycles);
 
 }  // namespace bitstrata

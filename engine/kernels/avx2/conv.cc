@@ -200,6 +200,16 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
   const uint8_t* at[kPixels];
   __m256i sum[kPixels][kVectors];
   clear(sum);
+  if (!kWide && chunk >= p.steps) {  // int16 holds the whole sum
+    for (int64_t run = 0; run < p.runs.count; ++run, w += run_steps * kVectors) {
+      const int64_t offset = p.runs.offset(run);
+      for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset;
+      multiply<kWide, kVectors>(at, w, run_steps, sum);
+    }
+    for (int i = 0; i < kPixels; ++i)
+      for (int j = 0; j < kVectors; ++j) total[i][j] = _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1));
+    return;
+  }
   if (!kWide) clear(total);
   const auto widen = [&] {
     for (int i = 0; i < kPixels; ++i)

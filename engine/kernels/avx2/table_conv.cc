@@ -103,10 +103,11 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
     }
 }
 
-// Up to 64 codes as sixteen words of each digit: where their table is.
+// Up to 64 codes as sixteen words of each digit: where their table is. kDigits: how many; 0: as many as there are.
+template <int kDigits>
 struct PackDigits {
   explicit PackDigits(const ConvShape& s, const Packed& p)
-      : digits(p.cells.digits), lo(_mm256_set1_epi8(static_cast<char>(s.input_lo))) {}
+      : digits(kDigits != 0 ? kDigits : p.cells.digits), lo(_mm256_set1_epi8(static_cast<char>(s.input_lo))) {}
 
   int64_t operator()(const uint8_t* from, int64_t count, uint8_t* to, int64_t digit_bytes) const {
     __m256i total = _mm256_setzero_si256();
@@ -127,7 +128,8 @@ struct PackDigits {
   __m256i pack(__m256i codes, uint8_t* to, int64_t digit_bytes, const Store& store) const {
     codes = _mm256_sub_epi8(codes, lo);
     const __m256i sums = _mm256_sad_epu8(codes, _mm256_setzero_si256());
-    for (int64_t digit = 0; digit < digits; ++digit, to += digit_bytes) {
+    const int64_t count = kDigits != 0 ? kDigits : digits;
+    for (int64_t digit = 0; digit < count; ++digit, to += digit_bytes) {
       store(words_of(_mm256_and_si256(codes, _mm256_set1_epi8(3))), to);
       codes = _mm256_srli_epi16(codes, 2);
     }
@@ -178,8 +180,13 @@ struct PackDigits {
 void stage(const ConvShape& s, const void* packed, const void* image, void* staged, int64_t row_begin,
            int64_t row_end) {
   const Packed p(s);
-  stage_cells(s, p.cells, PackDigits(s, p), static_cast<const uint8_t*>(packed) + p.pad_at,
-              static_cast<const uint8_t*>(image), static_cast<uint8_t*>(staged), row_begin, row_end);
+  const uint8_t* pad = static_cast<const uint8_t*>(packed) + p.pad_at;
+  const uint8_t* from = static_cast<const uint8_t*>(image);
+  uint8_t* to = static_cast<uint8_t*>(staged);
+  if (p.cells.digits == 1)
+    stage_cells(s, p.cells, PackDigits<1>(s, p), pad, from, to, row_begin, row_end);
+  else
+    stage_cells(s, p.cells, PackDigits<0>(s, p), pad, from, to, row_begin, row_end);
 }
 
 // What the blocks of a tile need. A block's first pixel is at window[0], window_sum[0], out.
@@ -188,7 +195,7 @@ struct Block {
   CellRuns runs;
   int64_t weight_plane;          // vectors from plane to plane of the weights
   const uint8_t* const* window;  // where each pixel's window starts in the first digit
-  const int32_t* window_sum;     // base * the sum of its moved codes
+  const uint32_t* window_sum;    // base * the sum of its moved codes
   const __m256i* weights;
   const int32_t* correction;
   int32_t mul;
@@ -210,6 +217,16 @@ inline void widen(__m256i (&sum)[kP][kV], Wide<kP, kV>& wide) {
       wide[i][j][0] = _mm256_add_epi16(wide[i][j][0], _mm256_and_si256(sum[i][j], even));
       wide[i][j][1] = _mm256_add_epi16(wide[i][j][1], _mm256_srli_epi16(sum[i][j], 8));
       sum[i][j] = _mm256_setzero_si256();
+    });
+  });
+}
+
+template <int kP, int kV>
+inline void double_sums(Wide<kP, kV>& wide) {
+  each<kP>([&](auto i) {
+    each<2 * kV>([&](auto k) {
+      __m256i& x = wide[i][k / 2][k % 2];
+      x = _mm256_add_epi16(x, x);
     });
   });
 }
@@ -237,6 +254,7 @@ inline void add_pair(const CellRuns& runs, int64_t chunk, const uint8_t* const* 
                      Wide<kP, kV>& wide) {
   __m256i sum[kP][kV];
   each<kP>([&](auto i) { each<kV>([&](auto j) { sum[i][j] = _mm256_setzero_si256(); }); });
+  __asm__("" : "+m"(wide));  // these sums stay in memory: the registers are for those of the steps
   const int64_t run_steps = runs.bytes / kWordBytes;
   int64_t left = chunk;  // steps until the sums may be full
   for (int64_t row = 0; row < runs.rows; ++row)
@@ -260,9 +278,9 @@ inline void add_pair(const CellRuns& runs, int64_t chunk, const uint8_t* const* 
 }
 
 // The results of one pixel and vector from its sums, `channels` of them real.
-inline void finish(const Block& b, const __m256i (&wide)[2], const int32_t* correction, int32_t window_sum,
+inline void finish(const Block& b, const __m256i (&wide)[2], const int32_t* correction, uint32_t window_sum,
                    int64_t channels, int32_t* to) {
-  const __m256i mul = _mm256_set1_epi32(b.mul), added = _mm256_set1_epi32(window_sum);
+  const __m256i mul = _mm256_set1_epi32(b.mul), added = _mm256_set1_epi32(static_cast<int32_t>(window_sum));
   const __m128i eights[4] = {_mm256_castsi256_si128(wide[0]), _mm256_extracti128_si256(wide[0], 1),
                              _mm256_castsi256_si128(wide[1]), _mm256_extracti128_si256(wide[1], 1)};
   each<4>([&](auto i) {
@@ -286,13 +304,9 @@ void convolve(const Block& b) {
   Wide<kP, kV> wide;
   each<kP>([&](auto i) { each<kV>([&](auto j) { wide[i][j][0] = wide[i][j][1] = _mm256_setzero_si256(); }); });
   const int64_t digits = b.p.cells.digits;
-  for (int64_t level = 2 * (digits - 1) + b.p.form.weight_bits - 1; level >= 0; --level) {
-    each<kP>([&](auto i) {
-      each<2 * kV>([&](auto k) {
-        __m256i& x = wide[i][k / 2][k % 2];
-        x = _mm256_add_epi16(x, x);
-      });
-    });
+  const int64_t highest = 2 * (digits - 1) + b.p.form.weight_bits - 1;
+  for (int64_t level = highest; level >= 0; --level) {
+    if (level < highest) double_sums<kP, kV>(wide);
     for (int64_t digit = 0; digit < digits && 2 * digit <= level; ++digit)
       if (level - 2 * digit < b.p.form.weight_bits)
         add_pair<kP, kV>(b.runs, b.p.chunk, b.window, digit * b.p.cells.digit_bytes(),
@@ -326,14 +340,15 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
   const uint8_t* window[kTile];
-  int32_t sums[kTile];
+  uint32_t sums[kTile];
   const int64_t end = row_end * s.out_w;
   int64_t pixels;
   for (int64_t begin = row_begin * s.out_w; begin < end; begin += pixels) {
     const int64_t tiles = (end - begin + kTile - 1) / kTile;
     pixels = (end - begin + tiles - 1) / tiles;
     for (int64_t group = 0; group < s.groups; ++group) {
-      find_windows(s, p.cells, static_cast<const uint8_t*>(staged), group, begin, pixels, p.form.base, window, sums);
+      find_windows(s, p.cells, static_cast<const uint8_t*>(staged), group, begin, pixels,
+                   static_cast<uint32_t>(p.form.base), window, sums);
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v;
         convolve_tile(
@@ -354,11 +369,11 @@ bool avx2_table_fits(const ConvShape& s) {
   return largest * static_cast<double>(s.group_in() * s.kernel_h * s.kernel_w) <= UINT16_MAX;
 }
 
-bool avx2_table_pays(const ConvShape& s, double cycles) {
+bool avx2_table_pays(const ConvShape& s, double step_cycles, double vector_cycles) {
   if (!avx2_table_fits(s)) return false;
   const Packed p(s);
   const double pixels = static_cast<double>(s.groups * s.out_h * s.out_w);
-  const double staged = static_cast<double>(s.groups * s.padded_h() * p.cells.count);
+  const double staged = static_cast<double>(s.groups * Cells::read_rows(s) * p.cells.count);
   const double pairs = static_cast<double>(p.form.weight_bits * p.cells.digits);
   const double parts = static_cast<double>((p.cells.codes + 31) / 32);
   const double vectors = static_cast<double>(p.vectors);
@@ -368,7 +383,7 @@ bool avx2_table_pays(const ConvShape& s, double cycles) {
                            staged * (12 + parts * (5 + 4 * static_cast<double>(p.cells.digits)));
   const double byte_steps = static_cast<double>(s.kernel_h * s.kernel_w * ((s.group_in() + 3) / 4));
   const double byte_vectors = static_cast<double>((s.group_out() + 7) / 8);
-  return by_tables * 1.06 < pixels * (8 + byte_vectors * (6 + cycles * byte_steps));
+  return by_tables * 1.06 < pixels * (8 + byte_vectors * (vector_cycles + step_cycles * byte_steps));
 }
 
 extern const ConvKernel kAvx2Table = {"avx2-table", packed_bytes, pack, staged_row_bytes, stage, run};

@@ -41,7 +41,7 @@ bool depthwise(const ConvShape& s) { return s.groups > 1 && s.group_in() == 1 &&
 
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (depthwise(s)) return &kAvx2Depthwise;
-  if (avx2_table_pays(s, 0.54)) return &kAvx2Table;
+  if (avx2_table_pays(s, 0.54, 9)) return &kAvx2Table;
   return form().direct_fits(s) ? &form().direct : &form().conv;
 }
 

@@ -139,7 +139,7 @@ struct Block {
   int64_t input_plane;           // bytes from plane to plane of the staged rows
   int64_t weight_plane;          // vectors from plane to plane of the weights
   const uint8_t* const* window;  // where each pixel's window starts in the first plane
-  const int32_t* window_sum;     // base * the sum of its moved codes
+  const uint32_t* window_sum;    // base * the sum of its moved codes
   const __m512i* weights;
   const int32_t* correction;
   int32_t mul;
@@ -188,7 +188,7 @@ void convolve(const Block& b) {
   each<kV>([&](auto j) {
     const __m512i correction = _mm512_loadu_si512(b.correction + j * kLanes);
     each<kP>([&](auto i) {
-      const __m512i added = _mm512_add_epi32(correction, _mm512_set1_epi32(b.window_sum[i]));
+      const __m512i added = _mm512_add_epi32(correction, _mm512_set1_epi32(static_cast<int32_t>(b.window_sum[i])));
       const __m512i result = _mm512_add_epi32(_mm512_mullo_epi32(sum[i][j], mul), added);
       _mm512_mask_storeu_epi32(b.out + i * b.out_pitch + j * kLanes, j == kV - 1 ? mask : __mmask16{0xffff}, result);
     });
@@ -219,14 +219,14 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
   const uint8_t* rows = static_cast<const uint8_t*>(staged);
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
   const uint8_t* window[kTile];
-  int32_t sums[kTile];
+  uint32_t sums[kTile];
   const int64_t end = row_end * s.out_w;
   int64_t pixels;
   for (int64_t begin = row_begin * s.out_w; begin < end; begin += pixels) {
     const int64_t tiles = (end - begin + kTile - 1) / kTile;
     pixels = (end - begin + tiles - 1) / tiles;
     for (int64_t group = 0; group < s.groups; ++group) {
-      find_windows(s, p.cells, rows, group, begin, pixels, p.form.base, window, sums);
+      find_windows(s, p.cells, rows, group, begin, pixels, static_cast<uint32_t>(p.form.base), window, sums);
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v;
         convolve_tile(

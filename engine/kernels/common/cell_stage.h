@@ -35,9 +35,9 @@ class CellPacker {
       const int64_t last = s_.in_w + s_.pad_left - cells_.columns;  // the first column of a cell, at most
       right = last < 0 ? left : most(left, least(cells_.count, last / cells_.step + 1));
     }
-    for (int64_t cell = 0; cell < left; ++cell) pack_gathered(cell);
+    pack_border(0, left);
     pack_neighbours(left, right);
-    for (int64_t cell = right; cell < cells_.count; ++cell) pack_gathered(cell);
+    pack_border(right, cells_.count);
   }
 
  private:
@@ -54,7 +54,23 @@ class CellPacker {
     }
   }
 
-  // A cell whose codes do not all lie in the map.
+  // Cells whose codes do not all lie in the map.
+  void pack_border(int64_t begin, int64_t end) const {
+    if (begin == end) return;
+    pack_gathered(begin);
+    if (row_ != nullptr && cells_.columns > 1) {
+      for (int64_t cell = begin + 1; cell < end; ++cell) pack_gathered(cell);
+      return;
+    }
+    const int64_t bytes = cells_.cell_bytes();  // pad codes alone: all the cells are the same
+    for (int64_t digit = 0; digit < cells_.digits; ++digit) {
+      uint8_t* first = words_ + digit * cells_.digit_bytes();
+      for (int64_t cell = begin + 1; cell < end; ++cell)
+        std::memcpy(first + cell * bytes, first + begin * bytes, static_cast<size_t>(bytes));
+    }
+    for (int64_t cell = begin + 1; cell < end; ++cell) sums_[cell] = sums_[begin];
+  }
+
   void pack_gathered(int64_t cell) const {
     uint8_t* to = words_ + cell * cells_.cell_bytes();
     int64_t sum = 0;
@@ -89,7 +105,7 @@ class CellPacker {
 };
 
 // sums: of cells, columns; to: of the rows of windows.
-inline void add_columns(const ConvShape& s, const int32_t* sums, int32_t* to) {
+inline void add_columns(const ConvShape& s, const uint32_t* sums, uint32_t* to) {
   for (int64_t x = 0; x < s.out_w; ++x) to[x] = sums[x * s.stride_w];
   for (int64_t kx = 1; kx < s.kernel_w; ++kx)
     for (int64_t x = 0; x < s.out_w; ++x) to[x] += sums[x * s.stride_w + kx * s.dilation_w];
@@ -100,14 +116,15 @@ template <typename PackPart>
 void stage_cells(const ConvShape& s, const Cells& cells, const PackPart& pack_part, const uint8_t* pad,
                  const uint8_t* image, uint8_t* staged, int64_t row_begin, int64_t row_end) {
   for (int64_t r = row_begin; r < row_end; ++r) {
+    if (Cells::unread(s, r)) continue;
     const int64_t y = r - s.pad_top;
     const uint8_t* from = y >= 0 && y < s.in_h ? image + y * s.in_w * s.in_c : nullptr;
     uint8_t* to = staged + r * cells.row_bytes;
     for (int64_t group = 0; group < s.groups; ++group) {
       CellPacker<PackPart>(s, cells, pack_part, pad, from, group, to).pack();
       if (!cells.of_outputs)
-        add_columns(s, reinterpret_cast<const int32_t*>(to + cells.sums_at) + group * cells.count,
-                    reinterpret_cast<int32_t*>(to + cells.window_sums_at) + group * s.out_w);
+        add_columns(s, reinterpret_cast<const uint32_t*>(to + cells.sums_at) + group * cells.count,
+                    reinterpret_cast<uint32_t*>(to + cells.window_sums_at) + group * s.out_w);
     }
   }
 }

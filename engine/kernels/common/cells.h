@@ -2,8 +2,9 @@
 // namespace.
 //
 // A staged row is made of cells: the channels of one padded column or, where they would leave much of their words
-// empty, those of all the columns under one output pixel. It is [group][digit][cell][word], then [group][cell] int32:
-// the sum over a cell's codes; then [group][output column] int32: the sum over the row of a window.
+// empty or windows leave out columns, those of all the columns under one output pixel. It is
+// [group][digit][cell][word], then [group][cell] int32: the sum over a cell's codes; then [group][output column] int32:
+// the sum over the row of a window.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,8 @@ struct Cells {
       : digits(digits),
         word_codes(word_codes),
         word_bytes(word_bytes),
-        of_outputs(s.groups == 1 && s.dilation_w == 1 && words_of(s.kernel_w * s.in_c) < s.kernel_w * words_of(s.in_c)),
+        of_outputs(s.groups == 1 && s.dilation_w == 1 &&
+                   (words_of(s.kernel_w * s.in_c) < s.kernel_w * words_of(s.in_c) || s.kernel_w < s.stride_w)),
         count(of_outputs ? s.out_w : s.padded_w()),
         columns(of_outputs ? s.kernel_w : 1),
         codes(columns * s.group_in()),
@@ -35,8 +37,13 @@ struct Cells {
         row_bytes(window_sums_at + s.groups * s.out_w * 4) {}
 
   int64_t words_of(int64_t n) const { return (n + word_codes - 1) / word_codes; }
-  int64_t cell_bytes() const { return words * word_bytes; }                                       // in one digit
-  int64_t digit_bytes() const { return count * cell_bytes(); }                                    // from digit to digit
+  int64_t cell_bytes() const { return words * word_bytes; }     // in one digit
+  int64_t digit_bytes() const { return count * cell_bytes(); }  // from digit to digit
+  // Whether windows leave out a staged row.
+  static bool unread(const ConvShape& s, int64_t row) { return s.dilation_h == 1 && row % s.stride_h >= s.kernel_h; }
+  static int64_t read_rows(const ConvShape& s) {
+    return s.dilation_h == 1 && s.kernel_h < s.stride_h ? s.out_h * s.kernel_h : s.padded_h();
+  }
   int64_t first(const ConvShape& s, int64_t x) const { return of_outputs ? x : x * s.stride_w; }  // of a window
   // Bytes from the start of a row to a cell.
   int64_t offset(int64_t group, int64_t cell) const { return group * digits * digit_bytes() + cell * cell_bytes(); }
@@ -88,7 +95,7 @@ int64_t visit_weights(const ConvShape& s, const Cells& cells, const int8_t* code
 // Where the windows of `pixels` output pixels from number `begin` start in the staged rows, and factor * the sum of
 // each one's codes, wrapping.
 inline void find_windows(const ConvShape& s, const Cells& cells, const uint8_t* staged, int64_t group, int64_t begin,
-                         int64_t pixels, int32_t factor, const uint8_t** window, int32_t* sums) {
+                         int64_t pixels, uint32_t factor, const uint8_t** window, uint32_t* sums) {
   const int64_t step = cells.first(s, 1) * cells.cell_bytes();
   for (int64_t i = 0; i < pixels;) {
     const int64_t y = (begin + i) / s.out_w, x = (begin + i) % s.out_w;
@@ -98,11 +105,10 @@ inline void find_windows(const ConvShape& s, const Cells& cells, const uint8_t* 
     for (int64_t j = 0; j < count; ++j) window[i + j] = first + j * step;
     std::memset(sums + i, 0, static_cast<size_t>(count) * 4);
     for (int64_t ky = 0; ky < s.kernel_h; ++ky, row += s.dilation_h * cells.row_bytes) {
-      const int32_t* of_row = reinterpret_cast<const int32_t*>(row + cells.window_sums_at) + group * s.out_w + x;
+      const uint32_t* of_row = reinterpret_cast<const uint32_t*>(row + cells.window_sums_at) + group * s.out_w + x;
       for (int64_t j = 0; j < count; ++j) sums[i + j] += of_row[j];
     }
-    for (int64_t j = i; j < i + count; ++j)
-      sums[j] = static_cast<int32_t>(static_cast<uint32_t>(sums[j]) * static_cast<uint32_t>(factor));
+    for (int64_t j = i; j < i + count; ++j) sums[j] *= factor;
     i += count;
   }
 }
