@@ -27,9 +27,16 @@ using Block = StepBlock<Packed, int8x16_t>;
 template <int kP, int kV>
 using Sums = int32x4_t[kP][2 * kV];
 
-inline int8x16_t load(const uint8_t* x) { return vreinterpretq_s8_u8(vld1q_u8(x)); }
-inline int8x16_t two_of(int8x16_t x, int step) {
-  return vreinterpretq_s8_s16(vdupq_n_s16(vgetq_lane_s16(vreinterpretq_s16_s8(x), step)));
+// Hides from the compiler that the vector comes from memory. It would else load every two bytes of it anew, by way of a
+// general register.
+inline int8x16_t load(const uint8_t* x) {
+  int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(x));
+  __asm__("" : "+w"(v));
+  return v;
+}
+template <int kStep>
+inline int8x16_t two_of(int8x16_t x) {
+  return vreinterpretq_s8_s16(vdupq_laneq_s16(vreinterpretq_s16_s8(x), kStep));
 }
 inline int8x16_t two_at(const uint8_t* x) {
   int16_t two;
@@ -64,7 +71,7 @@ inline void multiply_short(const uint8_t* const* at, const int8x16_t* w, int64_t
     int8x16_t x[kP];
     each<kP>([&](auto i) { x[i] = load(at[i] + 2 * s); });
     each<8 / kG>([&](auto k) {
-      add_short<kG, kP, kV>(w + k * kG * kV, [&](auto i, auto g) { return two_of(x[i], k * kG + g); }, sum);
+      add_short<kG, kP, kV>(w + k * kG * kV, [&](auto i, auto g) { return two_of<k * kG + g>(x[i]); }, sum);
     });
   }
   for (; s < steps; ++s, w += kV) add_short<1, kP, kV>(w, [&](auto i, auto) { return two_at(at[i] + 2 * s); }, sum);
@@ -90,7 +97,7 @@ inline void multiply_long(const uint8_t* const* at, const int8x16_t* w, int64_t 
   for (; s + 8 <= steps; s += 8, w += 8 * kV) {
     int8x16_t x[kP];
     each<kP>([&](auto i) { x[i] = load(at[i] + 2 * s); });
-    each<8>([&](auto k) { add_long<kP, kV>(w + k * kV, [&](auto i) { return two_of(x[i], k); }, sum); });
+    each<8>([&](auto k) { add_long<kP, kV>(w + k * kV, [&](auto i) { return two_of<k>(x[i]); }, sum); });
   }
   for (; s < steps; ++s, w += kV) add_long<kP, kV>(w, [&](auto i) { return two_at(at[i] + 2 * s); }, sum);
 }
