@@ -72,10 +72,10 @@ struct ConvKernel {
   int64_t (*pack_parts)(const ConvShape&) = nullptr;
   void (*pack_part)(const ConvShape&, const WeightCodes&, const uint8_t* factor, const int32_t* pad, void* packed,
                     int64_t part) = nullptr;
+  const PeakLoop* peak = nullptr;  // what bounds this kernel; null: the row's
   // `run` and the requantization of its result to 8 bits, all of whose channels have the form in 32 bits. Null: none.
   void (*run_codes)(const ConvShape&, const void* packed, const void* staged, const RequantArgs&, uint8_t* out,
                     int64_t row_begin, int64_t row_end) = nullptr;
-  const PeakLoop* peak = nullptr;  // what bounds this kernel; null: the row's
 };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.

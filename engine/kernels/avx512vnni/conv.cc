@@ -245,9 +245,9 @@ void run_codes(const ConvShape& s, const void* packed, const void* staged, const
 bool avx512vnni_direct_fits(const ConvShape& s) { return reads_image(s, WeightForm(s)); }
 
 extern const ConvKernel kAvx512VnniConv = {"avx512vnni", packed_bytes, pack,      staged_row_bytes, stage,
-                                           run<false>,   pack_parts,   pack_part, run_codes<false>};
-extern const ConvKernel kAvx512VnniDirect = {"avx512vnni-direct", packed_bytes,  pack,
-                                             no_staged_row_bytes, stage_nothing, run<true>,
-                                             pack_parts,          pack_part,     run_codes<true>};
+                                           run<false>,   pack_parts,   pack_part, nullptr,          run_codes<false>};
+extern const ConvKernel kAvx512VnniDirect = {
+    "avx512vnni-direct", packed_bytes, pack,    no_staged_row_bytes, stage_nothing, run<true>,
+    pack_parts,          pack_part,    nullptr, run_codes<true>};
 
 }  // namespace bitstrata

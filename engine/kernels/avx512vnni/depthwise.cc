@@ -319,6 +319,6 @@ void run_codes(const ConvShape& s, const void* packed, const void* staged, const
 bool avx512vnni_depthwise_fits(const ConvShape& s) { return s.kernel_h <= kRows * kMostSteps && span(s) <= kColumns; }
 
 extern const ConvKernel kAvx512VnniDepthwise = {
-    "avx512vnni-depthwise", packed_bytes, pack, staged_row_bytes, stage, run, nullptr, nullptr, run_codes};
+    "avx512vnni-depthwise", packed_bytes, pack, staged_row_bytes, stage, run, nullptr, nullptr, nullptr, run_codes};
 
 }  // namespace bitstrata
