@@ -21,7 +21,10 @@ constexpr int kVectors = 2;  // of a set, at most: two serve each broadcast
 constexpr int kPixels = 8;   // of a block, at most: their window's addresses fill the general registers
 
 using Packed = StepWeights<kLanes, kVectors>;
-using Block = StepBlock<Packed, __m256i>;
+struct Registers {
+  using Vector = __m256i;
+};
+using Block = StepBlock<Packed, Registers>;
 
 inline __m256i broadcast(const uint8_t* x) {
   int32_t four;
@@ -94,7 +97,7 @@ constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>};
 
 struct Vnni256Conv {
   using Packed = bitstrata::Packed;
-  using Vector = __m256i;
+  using Registers = bitstrata::Registers;
   using Block = bitstrata::Block;
   static Packed packed_of(const ConvShape& s, bool direct) { return Packed(s, WeightForm(s), direct, INT32_MAX); }
   // With the sums of its vectors, the weights and one broadcast in 16 registers.

@@ -4,9 +4,10 @@
 // Output pixels are convolved a tile at a time with all weights in turn, so that their windows stay in the L1 cache;
 // each set of vectors takes a tile's pixels in blocks, whose sums stay in registers.
 //
-// `Isa` has: Packed, a StepWeights; packed_of(shape, direct); Vector, in which weights are loaded; Block, which is
-//   StepBlock<Packed, Vector>; pixels_of(vectors): of a block, at most; block(packed, vectors, pixels): the function
-//   that computes one.
+// `Isa` has: Packed, a StepWeights; packed_of(shape, direct); Registers, whose Vector weights are loaded in; Block,
+// which
+//   is StepBlock<Packed, Registers>; pixels_of(vectors): of a block, at most; block(packed, vectors, pixels): the
+//   function that computes one.
 #pragma once
 
 #include "step_weights.h"
@@ -15,12 +16,13 @@ namespace bitstrata {
 namespace {
 
 // What the blocks of a tile need. A block's first pixel is at window[0], window_sum[0], out.
-template <typename Packed, typename Vector>
+// Registers stands for its Vector, as vector types lose attributes where they are template arguments.
+template <typename Packed, typename Registers>
 struct StepBlock {
   const Packed& p;
   const uint8_t* const* window;  // where each pixel's window starts
   const int32_t* window_sum;     // add * the sum of its activations
-  const Vector* weights;
+  const typename Registers::Vector* weights;
   const int32_t* correction;
   int64_t channels;  // that are real
   int32_t* out;
@@ -30,7 +32,7 @@ struct StepBlock {
 template <typename Isa>
 struct StepConv {
   using Packed = typename Isa::Packed;
-  using Vector = typename Isa::Vector;
+  using Vector = typename Isa::Registers::Vector;
   using Block = typename Isa::Block;
   using Staged = typename Packed::Staged;
   static constexpr int64_t kTile = 192;  // pixels

@@ -22,7 +22,10 @@ struct Packed : StepWeights<8, kVectors, int8_t, 2> {
       : StepWeights(s, form, direct, INT32_MAX), together(products_in_int16(s, form)) {}
   int64_t together;  // steps whose products an int16 holds
 };
-using Block = StepBlock<Packed, int8x16_t>;
+struct Registers {
+  using Vector = int8x16_t;
+};
+using Block = StepBlock<Packed, Registers>;
 
 template <int kP, int kV>
 using Sums = int32x4_t[kP][2 * kV];
@@ -173,7 +176,7 @@ constexpr const BlockFn* kOfTwo[] = {kByWidening<1, 2>, kByWidening<2, 2>, kByWi
 
 struct NeonConv {
   using Packed = bitstrata::Packed;
-  using Vector = int8x16_t;
+  using Registers = bitstrata::Registers;
   using Block = bitstrata::Block;
   static Packed packed_of(const ConvShape& s, bool direct) { return Packed(s, signed_form(s), direct); }
   // With 16 vectors of sums, the activations, the weights and a broadcast in 32 registers.

@@ -15,7 +15,10 @@ constexpr int kVectors = 4;  // of a set, at most
 constexpr int kPixels = 8;   // of a block, at most
 
 using Packed = StepWeights<4, kVectors, int8_t>;
-using Block = StepBlock<Packed, int8x16_t>;
+struct Registers {
+  using Vector = int8x16_t;
+};
+using Block = StepBlock<Packed, Registers>;
 
 inline int8x16_t four_at(const uint8_t* x) {
   int32_t four;
@@ -66,7 +69,7 @@ constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>, kBlocks<3>,
 
 struct NeonDotConv {
   using Packed = bitstrata::Packed;
-  using Vector = int8x16_t;
+  using Registers = bitstrata::Registers;
   using Block = bitstrata::Block;
   static Packed packed_of(const ConvShape& s, bool direct) { return Packed(s, signed_form(s), direct, INT32_MAX); }
   // With the sums, a load of each pixel and one of weights in 32 registers.
