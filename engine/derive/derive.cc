@@ -190,7 +190,7 @@ class Derivation {
   void add(const RequantNode& n) {
     const LayerPrecision& p = at(n.layer);
     const double to = step(n.layer), offset = p.input_offset[0];  // of an inner layer it is one
-    const Limits limits = code_clamp(n.clip, to, offset, {p.input_low, p.input_high});
+    const Interval limits = code_clamp(n.clip, to, offset, {p.input_low, p.input_high});
     store_requant(line(n.affines), to, offset, limits, {code_type(p), false, 0});
   }
 
@@ -198,12 +198,12 @@ class Derivation {
     Line y = line(n.affines);
     const double largest = largest_real(y, bounds(0), n.clip);
     const double unit = std::ldexp(1.0, -fraction_bits(largest, where()));
-    const Limits limits = clamp_range(n.clip, unit, {-kInt32Max, kInt32Max}, where());
+    const Interval limits = clamp_range(n.clip, unit, {-kInt32Max, kInt32Max}, where());
     store_requant(std::move(y), unit, 0.0, limits, {DType::i32, true, unit});
   }
 
   // Section 3, common to requant and rescale.
-  void store_requant(Line y, double to, double offset, Limits limits, const Result& result) {
+  void store_requant(Line y, double to, double offset, Interval limits, const Result& result) {
     for (size_t c = 0; c < y.a.size(); ++c) {
       y.a[c] = y.a[c] / to;
       y.b[c] = y.b[c] / to - offset;
@@ -240,7 +240,7 @@ class Derivation {
 
   void add(const ClipNode& n) {
     const double unit = value(0).scaled ? value(0).scale : 1.0;
-    const Limits limits = clamp_range(n.clip, unit, {-kInt32Max - 1, kInt32Max}, where());
+    const Interval limits = clamp_range(n.clip, unit, {-kInt32Max - 1, kInt32Max}, where());
     store(clamp_bounds(bounds(0), limits), as_input(), PlanClip{limits.lo, limits.hi});
   }
 

@@ -128,13 +128,13 @@ Bounds align_bounds(Bounds bounds, int64_t shift) {
   return bounds;
 }
 
-Bounds clamp_bounds(Bounds bounds, Limits limits) {
+Bounds clamp_bounds(Bounds bounds, Interval limits) {
   for (int64_t& lo : bounds.lo) lo = std::clamp(lo, limits.lo, limits.hi);
   for (int64_t& hi : bounds.hi) hi = std::clamp(hi, limits.lo, limits.hi);
   return bounds;
 }
 
-Limits clamp_range(const RealClip& clip, double unit, Limits limits, const std::string& where) {
+Interval clamp_range(const RealClip& clip, double unit, Interval limits, const std::string& where) {
   if (clip.has_low) limits.lo = std::max(limits.lo, round_half_up(clip.low / unit));
   if (clip.has_high) limits.hi = std::min(limits.hi, round_half_up(clip.high / unit));
   if (limits.lo > limits.hi)
@@ -144,7 +144,7 @@ Limits clamp_range(const RealClip& clip, double unit, Limits limits, const std::
   return limits;
 }
 
-Limits code_clamp(const RealClip& clip, double step, double offset, Limits range) {
+Interval code_clamp(const RealClip& clip, double step, double offset, Interval range) {
   const auto code = [&](double bound) {
     return std::min(std::max(round_half_up(bound / step - offset), range.lo), range.hi);
   };
@@ -169,7 +169,7 @@ RequantConstants requant_constants(const std::vector<double>& scale, const std::
   return found;
 }
 
-Bounds requant_image(const RequantConstants& k, const Bounds& bounds, Limits limits) {
+Bounds requant_image(const RequantConstants& k, const Bounds& bounds, Interval limits) {
   Bounds result = bounds;
   for (size_t c = 0; c < bounds.channels(); ++c) {
     const auto at = [&](int64_t x) {

@@ -22,7 +22,7 @@ struct Bounds {
   int64_t most() const;
 };
 
-struct Limits {
+struct Interval {
   int64_t lo, hi;
 };
 
@@ -55,14 +55,14 @@ Bounds conv_bounds(const IntegerWeights& weights, const Bounds& bounds);
 // Section 4: value * 2^-shift; a right shift rounds half up.
 int64_t align_value(int64_t value, int64_t shift);
 Bounds align_bounds(Bounds bounds, int64_t shift);
-Bounds clamp_bounds(Bounds bounds, Limits limits);
+Bounds clamp_bounds(Bounds bounds, Interval limits);
 
 // Section 3: [low, high] narrowed by real clip bounds rounded to `unit`s. Throws ArtifactError (program) if nothing is
 // left.
-Limits clamp_range(const RealClip& clip, double unit, Limits limits, const std::string& where);
+Interval clamp_range(const RealClip& clip, double unit, Interval limits, const std::string& where);
 
 // Section 3: the codes of real clip bounds on the grid step * (code + offset), themselves clamped to its range.
-Limits code_clamp(const RealClip& clip, double step, double offset, Limits range);
+Interval code_clamp(const RealClip& clip, double step, double offset, Interval range);
 
 // Section 3: the finest constants a channel for code = floor(scale * x + offset + 1/2) with x within `bounds`, whose
 // magnitudes are below 2^31. ArtifactError (program) names a channel for which no shift keeps them within their types.
@@ -70,7 +70,7 @@ RequantConstants requant_constants(const std::vector<double>& scale, const std::
                                    const Bounds& bounds, const std::string& where);
 
 // The results' interval: the formula is monotone in x, so the end points suffice.
-Bounds requant_image(const RequantConstants& constants, const Bounds& bounds, Limits limits);
+Bounds requant_image(const RequantConstants& constants, const Bounds& bounds, Interval limits);
 
 // Section 4: the largest f <= 30 with bound * 2^f <= 2^31 - 2^10. ArtifactError (program) if f would be negative.
 int fraction_bits(double bound, const std::string& where);

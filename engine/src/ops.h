@@ -13,9 +13,15 @@ namespace bitstrata {
 
 // Where an operation finds its operands: values[v] points to `images` images of value v.
 struct Frame {
-  uint8_t* const* values;
+  uint8_t** values;
   uint8_t* scratch;  // scratch_bytes(images), aligned
   int64_t images;
+};
+
+// A requantization, as far as others can take it over.
+struct Part {
+  enum Kind { other, rescale, codes } kind = other;
+  const RequantArgs* requant = nullptr;  // rescale: from i32 to i32; codes: to 8 bits, all channels in the 32-bit form
 };
 
 class Op {
@@ -42,8 +48,9 @@ class Op {
   virtual int64_t read_bytes(int64_t input_bytes) const { return input_bytes; }
   virtual const PeakLoop* peak() const { return nullptr; }
 
-  // Requantization to 8 bits in the 32-bit form, for an operation that can do it on its own result; else null.
-  virtual const RequantArgs* codes() const { return nullptr; }
+  // What the operation is to those that may run it together with others.
+  virtual Part part() const { return {}; }
+  virtual bool takes_maximum() const { return false; }  // of windows of fixed point, all of which hold some
   // Whether the last phase can be run together with `next`, an operation that alone reads the result. From then on
   // run_fused does that: it computes the result of `next`, and not its own.
   virtual bool fuse(const Op& /*next*/) { return false; }

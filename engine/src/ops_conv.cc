@@ -66,15 +66,15 @@ class ConvOp final : public Op {
   }
 
   bool fuse(const Op& next) override {
-    if (kernel_.run_codes == nullptr || next.codes() == nullptr) return false;
+    if (kernel_.run_codes == nullptr || next.part().kind != Part::codes) return false;
     next_ = &next;
     return true;
   }
   void run_fused(const Frame& f, int64_t begin, int64_t end) const override {
     each_image(f, next_->output, 1, false, begin, end,
                [&](const uint8_t* image, const uint8_t* staged, uint8_t* out, int64_t first, int64_t last) {
-                 kernel_.run_codes(shape_, packed_.data(), direct() ? image : staged, *next_->codes(), out, first,
-                                   last);
+                 kernel_.run_codes(shape_, packed_.data(), direct() ? image : staged, *next_->part().requant, out,
+                                   first, last);
                });
   }
 

@@ -37,9 +37,11 @@ class RequantOp final : public Op {
   int64_t items(int, int64_t images) const override { return pixels_ * images; }
   int64_t items_of_pixel() const override { return 1; }
   int64_t cost() const override { return pixels_ * args_.channels; }
-  const RequantArgs* codes() const override {
+  Part part() const override {
     const bool all = std::all_of(short_.in_short.begin(), short_.in_short.end(), [](uint8_t is) { return is != 0; });
-    return args_.in_short != nullptr && all && out_bytes_ == args_.channels ? &args_ : nullptr;
+    if (x_bytes_ == 4 * args_.channels && out_bytes_ == 4 * args_.channels) return {Part::rescale, &args_};
+    if (args_.in_short != nullptr && all && out_bytes_ == args_.channels) return {Part::codes, &args_};
+    return {};
   }
   int64_t constant_bytes() const override {
     return static_cast<int64_t>(args_.channels * 3 * sizeof(int64_t)) + short_.bytes();

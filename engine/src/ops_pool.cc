@@ -9,15 +9,17 @@ namespace {
 // Item: an output row.
 class PoolOp final : public Op {
  public:
-  PoolOp(PoolFn fn, const PoolShape& shape, DType in, DType out, int x, int output)
+  PoolOp(PoolFn fn, const PoolShape& shape, DType in, DType out, int x, int output, bool maximum = false)
       : Op({x}, output),
         fn_(fn),
+        maximum_(maximum && in == DType::i32),
         shape_(shape),
         in_bytes_(shape.in_h * shape.in_w * shape.channels * size_of(in)),
         out_bytes_(shape.out_h * shape.out_w * shape.channels * size_of(out)) {}
 
   int64_t items(int, int64_t images) const override { return shape_.out_h * images; }
   int64_t pixels_of_item() const override { return shape_.out_w; }
+  bool takes_maximum() const override { return maximum_; }
   int64_t cost() const override {
     return shape_.out_h * shape_.out_w * shape_.channels * shape_.kernel_h * shape_.kernel_w;
   }
@@ -32,6 +34,7 @@ class PoolOp final : public Op {
 
  private:
   PoolFn fn_;
+  bool maximum_;  // of fixed point
   PoolShape shape_;
   int64_t in_bytes_, out_bytes_;
 };
@@ -75,7 +78,7 @@ Made make_max_pool(const Kernels& kernels, const std::string& name, Operand x, i
   check_not_empty(name, "height", s.in_h, s.kernel_h, s.stride_h, s.pad_top, s.out_h);
   check_not_empty(name, "width", s.in_w, s.kernel_w, s.stride_w, s.pad_left, s.out_w);
   const DType dtype = x.value.dtype;
-  return {std::make_unique<PoolOp>(kernels.max_pool[static_cast<int>(dtype)], s, dtype, dtype, x.index, output),
+  return {std::make_unique<PoolOp>(kernels.max_pool[static_cast<int>(dtype)], s, dtype, dtype, x.index, output, true),
           Value{{s.out_h, s.out_w, s.channels}, dtype, x.value.lo, x.value.hi}};
 }
 

@@ -28,6 +28,7 @@ class Profile;
 struct Made;
 struct OpWork;
 struct Operand;
+struct Frame;
 
 struct ConvParams {
   const int8_t* codes;          // (out, in / groups, kernel_h, kernel_w), copied
@@ -119,6 +120,8 @@ class Graph {
     void* const* table;
     size_t output;
     void* only;
+    size_t values;
+    bool output_alone() const;
     void* operator[](size_t v) const { return table != nullptr ? table[v] : v == output ? only : nullptr; }
   };
   struct Call {
@@ -129,13 +132,16 @@ class Graph {
     int threads;       // of the lease
     bool share_rows;   // all threads work on the same images
     Profile* profile;  // or null
+    bool fused;        // nobody wants what lies between
   };
 
   Operand operand(const std::string& name, int index) const;
   int append(const std::string& name, Made made);
   void form_groups(int output);
   void find_locals(int output, Group* group);
-  void find_fused(Group* group);
+  void find_fusions(int output);
+  void find_deferred(int output, Group* group, Group* next);
+  bool read_once(size_t i, int value, int output) const;
   void lay_out_locals(int64_t images, Group* group);
   void lay_out_arena(int output, int64_t images);
   Destinations all(const std::vector<void*>& destinations) const;
@@ -148,6 +154,8 @@ class Graph {
   void run_batch(const Lease& lease, const void* input, int64_t batch, const Destinations& destinations,
                  Profile* profile) const;
   void run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const;
+  void run_taken(const Group& group, const Call& call, const Frame& frame, int thread, int64_t begin,
+                 int64_t end) const;
   void run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
                  int64_t end) const;
 

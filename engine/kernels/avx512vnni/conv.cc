@@ -45,7 +45,7 @@ void stage(const ConvShape& s, const void* packed, const void* image, void* stag
            int64_t row_end) {
   const Packed p(s, false);
   const uint8_t* padding = static_cast<const uint8_t*>(packed) + p.padding_at;
-  if (s.in_c == 3 && s.groups == 1 && !p.stage.sums)
+  if (s.in_c == 3 && s.groups == 1 && !p.stage.sums && p.stage.lanes == kStep)
     stage_rows_by(s, p.stage, padding, image, staged, row_begin, row_end,
                   [&](const uint8_t* from, int64_t pixels, uint8_t* to) { widen(from, pixels, p.form.offset, to); });
   else
@@ -198,7 +198,7 @@ void run_to(const ConvShape& s, const void* packed, const void* staged, const Re
   const Packed p(s, kDirect);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const uint8_t* rows = static_cast<const uint8_t*>(staged);
-  if (!kDirect && NarrowConv<Out>::fits(s)) return run_narrow(s, p, base, rows, out, row_begin, row_end);
+  if (!kDirect && narrow_fits(s)) return run_narrow(s, p, base, rows, out, row_begin, row_end);
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
   const __m512i* weights = reinterpret_cast<const __m512i*>(base + p.weights_at);
   const uint8_t* window[kTile];

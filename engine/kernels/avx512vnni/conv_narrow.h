@@ -16,17 +16,15 @@
 namespace bitstrata {
 namespace {
 
+// Rows of fewer than four pixels are better divided into blocks of the general kind, which reach over several rows.
+inline bool narrow_fits(const ConvShape& s) {
+  return s.kernel_w == 3 && s.stride_w == 1 && s.dilation_w == 1 && s.group_out() <= 16 && s.out_w >= 4;
+}
+
 template <typename Out>
 struct NarrowConv {
   static constexpr int kTaps = 3;     // columns of the kernel
   static constexpr int kPixels = 14;  // of a block, at most: compilers keep no more sums in registers around a loop
-  // Rows of fewer pixels are better divided into blocks of the general kind, which reach over several rows.
-  static constexpr int64_t kLeastWidth = 4;
-
-  static bool fits(const ConvShape& s) {
-    return s.kernel_w == kTaps && s.stride_w == 1 && s.dilation_w == 1 && s.group_out() <= 16 && s.out_w >= kLeastWidth;
-  }
-
   // The windows of a row's output pixels, as far as they lie in one group.
   struct Row {
     const uint8_t* staged;   // where the first pixel's window starts

@@ -9,6 +9,7 @@
 #include "../common/conv_stage.h"
 #include "../common/unroll.h"
 #include "../common/weight_form.h"
+#include "conv_narrow.h"
 
 namespace bitstrata {
 namespace {
@@ -19,13 +20,31 @@ constexpr int kStep = 4;     // activations of a step
 
 int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
 
+// Whether pixels are staged without filling their channels up: where a kernel row as a whole then takes fewer steps.
+bool dense(const ConvShape& s) {
+  return s.groups == 1 && s.dilation_w == 1 && !narrow_fits(s) &&
+         round_up(s.kernel_w * s.in_c, kStep) < s.kernel_w * round_up(s.in_c, kStep);
+}
+
+Staging<uint8_t> staging_of(const ConvShape& s, const WeightForm& form) {
+  Staging<uint8_t> stage(s, dense(s) ? s.in_c : round_up(s.group_in(), kStep), form.offset, !form.whole);
+  if (dense(s)) stage.row_bytes += kStep;  // the last step of a row's last window reads beyond it, for weights 0
+  return stage;
+}
+
+Runs<uint8_t> runs_of(const ConvShape& s, const Staging<uint8_t>& stage) {
+  Runs<uint8_t> runs(s, stage);
+  runs.elements = round_up(runs.elements, kStep);
+  return runs;
+}
+
 // Sizes and positions of everything that is packed: int32 correction[groups][vectors * kLanes]; padding; weights.
 // Vectors of a group come in sets of nearly equal size; weights are [group][set][step][vector of the set][lane][kStep].
 struct Packed {
   Packed(const ConvShape& s, bool direct)
       : form(s),
-        stage(s, round_up(s.group_in(), kStep), form.offset, !form.whole),
-        runs(s, stage),
+        stage(staging_of(s, form)),
+        runs(runs_of(s, stage)),
         vectors(round_up(s.group_out(), kLanes) / kLanes),
         sets((vectors + kVectors - 1) / kVectors),
         steps(runs.count * runs.elements / kStep),
@@ -205,7 +224,9 @@ class SetPacker {
   int64_t place_[kTogether];
 };
 
-bool as_they_are(const Packed& p) { return p.form.pack_mul == 1 && p.form.pack_add == 0 && p.form.whole; }
+bool as_they_are(const Packed& p) {
+  return p.form.pack_mul == 1 && p.form.pack_add == 0 && p.form.whole && p.stage.lanes % kStep == 0;
+}
 
 // Sets of a group are parts.
 int64_t pack_parts(const ConvShape& s) {
@@ -250,6 +271,31 @@ int32_t sum_codes(const int8_t* codes, int64_t count) {
   return sum;
 }
 
+// What the offset of the staged activations adds to an output channel's sums, to be taken off.
+int32_t correction_of(const ConvShape& s, const Packed& p, const int8_t* codes, int64_t count) {
+  const uint32_t sum = static_cast<uint32_t>(sum_codes(codes, count)) * static_cast<uint32_t>(s.mul) +
+                       static_cast<uint32_t>(count) * static_cast<uint32_t>(s.add);  // of the full weights
+  return static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
+}
+
+// Where pixels are dense: a kernel row's weights, (column, channel), are neighbours as its activations are.
+void pack_dense(const ConvShape& s, const Packed& p, const int8_t* codes, uint8_t* base) {
+  const int64_t row_steps = p.runs.elements / kStep, taps = s.kernel_h * s.kernel_w, row = s.in_c * taps;
+  for (int64_t set = 0; set < p.sets; ++set) {
+    const int64_t first = p.first_vector(set), together = p.first_vector(set + 1) - first;
+    int8_t* weights = reinterpret_cast<int8_t*>(base + p.weights_at) + first * p.steps * kLanes * kStep;
+    for (int64_t o = first * kLanes; o < min64(s.out_c, (first + together) * kLanes); ++o) {
+      reinterpret_cast<int32_t*>(base)[o] = correction_of(s, p, codes + o * row, row);
+      for (int64_t ky = 0; ky < s.kernel_h; ++ky)
+        for (int64_t b = 0; b < s.kernel_w * s.in_c; ++b) {
+          const int8_t code = codes[o * row + b % s.in_c * taps + ky * s.kernel_w + b / s.in_c];
+          const int64_t at = (ky * row_steps + b / kStep) * together * kLanes + o - first * kLanes;
+          weights[at * kStep + b % kStep] = static_cast<int8_t>(p.form.pack_mul * code + p.form.pack_add);
+        }
+    }
+  }
+}
+
 void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
   constexpr int64_t kTogether = 32;  // channels whose packed weights for a set stay in the L1 cache
   const Packed p(s, false);
@@ -260,6 +306,11 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
     return;
   }
   uint8_t* base = static_cast<uint8_t*>(packed);
+  if (p.stage.lanes % kStep != 0) {
+    std::memset(packed, 0, static_cast<size_t>(p.bytes));
+    stage_padding(s, p.stage, pad, base + p.padding_at);
+    return pack_dense(s, p, codes, base);
+  }
   const bool filled = s.group_in() % kStep == 0 && s.group_out() % kLanes == 0;  // no weight is left out
   std::memset(packed, 0, static_cast<size_t>(filled ? p.weights_at : p.bytes));
   stage_padding(s, p.stage, pad, base + p.padding_at);
@@ -278,11 +329,7 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
                         together * kLanes * kStep, to);
         }
       for (int64_t within = first * kLanes; within < end; ++within) {
-        const uint32_t sum =
-            static_cast<uint32_t>(sum_codes(of_group + within * row, row)) * static_cast<uint32_t>(s.mul) +
-            static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
-        correction[group * p.vectors * kLanes + within] =
-            static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
+        correction[group * p.vectors * kLanes + within] = correction_of(s, p, of_group + within * row, row);
       }
     }
 }
