@@ -15,6 +15,9 @@ def use_openmp(library: str) -> bool:
     """Share the loops of training among the threads of an OpenMP runtime that is loaded; whether the file is one."""
 
 def emulated_isas() -> list[str]: ...
+def channels_last(x: NDArray[Any]) -> NDArray[Any]:
+    """uint8 (N, C, H, W), C-contiguous -> uint8 (N, H, W, C)."""
+
 def kernel_table() -> list[tuple[str, bool, str]]:
     """(name, whether it is emulated, what it lacks here or "") of every row, whether this build has it or not."""
 
@@ -30,6 +33,7 @@ class Resources:
     def callers(self) -> int: ...
     @property
     def bytes(self) -> int: ...
+
 def guard_memory(on: bool) -> bool:
     """For tests: graphs and results allocated from now on end at an unmapped page; whether that is possible here."""
 

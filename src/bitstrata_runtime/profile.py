@@ -53,8 +53,9 @@ class Machine:
 class OpProfile:
     """One operation on the whole batch.
 
-    seconds: time of all threads together, divided by their number; the least of all runs. operations: two for each
-    product of a convolution, else one for each element. Bytes count once every element that takes part: inputs and
+    seconds: time of all threads together, divided by their number; the least of all runs. It is 0 for a requantization
+    that a convolution does with its sums, in whose time it is. operations: two for each product of a convolution, else
+    one for each element. Bytes count once every element that takes part: inputs and
     outputs, constants (packed weights, requantization), scratch (the staged input, written and read). group: operations
     of one group run together, tile by tile. peak: the instructions of the kernel, "" where it is no convolution.
     compute_seconds and memory_seconds: the least time that operations and bytes take on this machine.

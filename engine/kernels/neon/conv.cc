@@ -189,7 +189,7 @@ struct NeonConv {
 
 }  // namespace
 
-bool neon_direct_fits(const ConvShape& s) { return reads_image(s, signed_form(s)); }
+bool neon_direct_fits(const ConvShape& s) { return signed_form(s).whole && reads_image(s, signed_form(s)); }
 
 extern const ConvKernel kNeonConv = StepConv<NeonConv>::staged("neon");
 extern const ConvKernel kNeonDirect = StepConv<NeonConv>::direct("neon-direct");
