@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import ArrayLike
-
 from . import plan as p
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from .engine import EngineExecutor
     from .session import Session
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import ArrayLike
-
 from .machine import cpu_name
 from .plan import Conv, Plan
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from .engine import EngineExecutor, Resources
     from .session import Session
 
@@ -134,6 +133,8 @@ def store(path: Path, plan: Plan, isa: str, *, threads: int, batch: int, choice:
     if choice.tile_bytes is not None:
         known["tiles"][plan_key(plan, threads, batch)] = choice.tile_bytes
     path.parent.mkdir(parents=True, exist_ok=True)
+    import tempfile  # with much behind it, and needed here alone
+
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
