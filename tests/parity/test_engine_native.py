@@ -11,15 +11,11 @@ TESTS = "-DBITSTRATA_ENGINE_TESTS=ON"
 
 def test_kernels_and_graphs_on_guarded_buffers(tmp_path: Path) -> None:
     compiler = sanitizing_compiler(tmp_path)
-    for test, isas in (
-        ("kernel_test", ("generic", "amx-emulated")),
-        ("memory_test", ("generic", "amx-emulated")),
-        ("callers_test", ("generic",)),
-    ):
+    for test in ("kernel_test", "memory_test"):
         result = run(str(build(test, tmp_path, compiler, TESTS)))
         assert result.returncode == 0, result.stdout + result.stderr
-        for isa in isas:
-            assert f"{isa}: ok" in result.stdout
+        assert "generic: ok" in result.stdout
+        assert "amx-emulated: ok" in result.stdout
 
 
 def test_callers_of_one_graph_with_the_thread_sanitizer(tmp_path: Path) -> None:
