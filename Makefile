@@ -20,7 +20,7 @@ demo: $(VENV)/.train  ## train on real digits at 1, 2, 3, 4 bits at once, pack, 
 	$(BIN)/bitstrata demo
 
 test: $(VENV)/.test  ## all tests except the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not soak"
 
 lint: $(VENV)/.test  ## style, types, import layers, C++ format
 	$(BIN)/ruff check .

@@ -111,7 +111,7 @@ def build(model: nn.Module, files: OnnxFiles | None, x: Tensor, threads: int) ->
             peers.append(_openvino("openvino-f32", files.float32, x.numpy(), threads, 1e-3))
         peers.append(_onnxruntime("onnxruntime-int8", files.int8, x.numpy(), threads, 0.5))
         peers.append(_onnxruntime("onnxruntime-f32", files.float32, x.numpy(), threads, 1e-3))
-    peers.append(_torch("torch-bf16", model, x.bfloat16(), threads, 0.1))
+    peers.append(_torch("torch-bf16", model, x.bfloat16(), threads, 0.3))
     peers.append(_torch("torch-fp32", model, x, threads, 1e-3))
     return peers
 

@@ -158,7 +158,7 @@ def _measured(case: Case, threads: int, arguments: argparse.Namespace, profiles:
         for peer in PEERS:
             memory = _memory_columns(peaks, f"ours-{bits}", peer)
             yield Row.of(
-                Setting(case.title, threads, _engine.Graph("", 1).isa, str(bits)), times, f"ours-{bits}", peer, **memory
+                Setting(case.title, threads, _engine.chosen_isa(""), str(bits)), times, f"ours-{bits}", peer, **memory
             )
 
 

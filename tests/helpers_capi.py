@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,15 @@ def succeed(*command: str | Path, **options: Any) -> str:
     return result.stdout
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else is at work in `folder`, which is made: test processes build there, one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def build(sanitize: bool = False) -> Path:
     """Folder with the library and its test programs; kept between runs, so that only changes are compiled."""
@@ -49,9 +60,14 @@ def build(sanitize: bool = False) -> Path:
     if not (cmake and cc and cxx):
         pytest.skip(f"the C interface needs cmake, a C and a C++ compiler; found {cmake}, {cc}, {cxx}")
     folder = ROOT / "build" / ("native-sanitized" if sanitize else "native")
-    flags = SANITIZE if sanitize else ""
+    with alone(folder):
+        _build(folder, cmake, cc, cxx, SANITIZE if sanitize else "")
+    return folder / "engine" / "capi"
+
+
+def _build(folder: Path, cmake: str, cc: str, cxx: str, flags: str) -> None:
+    sanitize = bool(flags)
     if sanitize:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "probe.cc").write_text("int main() { return 0; }\n")
         if run(cxx, *flags.split(), folder / "probe.cc", "-o", folder / "probe").returncode:
             pytest.skip(f"{cxx} has no address and undefined-behaviour sanitizers")
@@ -70,7 +86,6 @@ def build(sanitize: bool = False) -> Path:
     succeed(cmake, "-S", ROOT, "-B", folder, *options)
     targets = ["capi_test", "classify"] if sanitize else ["capi_test", "classify", "derive_dump"]
     succeed(cmake, "--build", folder, "--parallel", "2", "--target", *targets)
-    return folder / "engine" / "capi"
 
 
 class Choice(ctypes.Structure):

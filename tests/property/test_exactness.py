@@ -170,7 +170,7 @@ def test_a_byte_too_far_ends_the_process(past_end: int) -> None:
 import ctypes, numpy as np
 from helpers_guarded import guarded_copy, guarded_engine
 from bitstrata_runtime import _engine
-graph = _engine.Graph("generic", 1)
+graph = _engine.Graph("generic", _engine.Resources(1, 1))
 graph.finish(graph.requant("r", graph.input((3, 3, 1), "u8", 0, 255), np.ones(1, np.int32), np.zeros(1, np.int64),
                            np.zeros(1, np.uint8), 0, 255, "u8"))
 with guarded_engine():
