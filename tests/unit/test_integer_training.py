@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -89,6 +90,11 @@ def test_first_and_last_in_order_of_execution_have_the_edge_width() -> None:
     assert [layers["stem"].state.name, layers["head"].state.name] == ["IntegerConv2d 'stem'", "IntegerLinear 'head'"]
 
 
+def shown(options: object) -> str:
+    """Options as the test's name shows them, the same in every process."""
+    return re.sub(r"<function .*? at 0x\w+>", "function", str(options))
+
+
 @pytest.mark.parametrize(
     ("norm", "kind", "l2"),
     [
@@ -139,7 +145,7 @@ def test_methods_are_what_they_set() -> None:
         {"seed": 1},
         {"filter": lambda name, _: name != "middle"},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_every_option_changes_the_step(change: dict[str, Any]) -> None:
     base = step(built())
@@ -288,7 +294,7 @@ def poisoned(where: str) -> Backwards:
             "integer_: no layer to convert among 4 candidates: .*kept in float by the filter",
         ),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_options_out_of_range_leave_the_model(options: dict[str, Any], message: str) -> None:
     refused(Backwards(), X, message, **options)
