@@ -60,6 +60,15 @@ void test_kernel(const char* row, const ConvKernel& kernel, bool (*fits)(const C
         s.code_lo = lo, s.code_hi = lo + span, s.mul = lo == 2 ? -3 : 2;
         check(s, false);
       }
+  for (const Range& range : {Range{DType::u8, 0, 1}, Range{DType::u8, 0, 3}, Range{DType::s8, -2, 1}})
+    for (int64_t in : {8, 16, 24, 40, 48, 72, 104})  // whole bytes of bits, but no whole words
+      for (int64_t kernel : {2, 3, 5})
+        for (int64_t stride : {1, 2, 3}) {
+          ConvShape s = shape_of(11, in, 20, kernel, 1);
+          s.stride_h = s.stride_w = stride;
+          s.out_h = s.out_w = (11 + kernel / 2 * 2 - kernel) / stride + 1;
+          check(with_bounds(s, range, 2), false);
+        }
   for (int64_t in : {500, 1500}) check(with_bounds(shape_of(2, in, 33, 3, 1), {DType::u8, 0, 1}, 1), true);
 }
 
@@ -111,7 +120,8 @@ void test_vpopcnt() {
   const char* name = kAvx512VpopcntConv.name;
   const Range one{DType::u8, 0, 1}, four{DType::u8, 0, 15};
   const ConvShape layers[] = {shape_of(56, 64, 64, 3, 1),  shape_of(28, 128, 128, 3, 1), shape_of(14, 256, 256, 3, 1),
-                              shape_of(7, 512, 512, 3, 1), shape_of(16, 32, 32, 3, 1),   shape_of(14, 64, 384, 1, 1)};
+                              shape_of(7, 512, 512, 3, 1), shape_of(16, 32, 32, 3, 1),   shape_of(14, 64, 384, 1, 1),
+                              shape_of(32, 16, 16, 3, 1)};
   for (const ConvShape& s : layers) {
     expect_chosen(row.isa, with_bounds(s, one, 1), name, true);
     expect_chosen(row.isa, with_bounds(s, {DType::s8, -1, 0}, 1), name, true);

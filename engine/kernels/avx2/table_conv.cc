@@ -309,7 +309,7 @@ void convolve(const Block& b) {
     if (level < highest) double_sums<kP, kV>(wide);
     for (int64_t digit = 0; digit < digits && 2 * digit <= level; ++digit)
       if (level - 2 * digit < b.p.form.weight_bits)
-        add_pair<kP, kV>(b.runs, b.p.chunk, b.window, digit * b.p.cells.digit_bytes(),
+        add_pair<kP, kV>(b.runs, b.p.chunk, b.window, digit * b.p.cells.digit_bytes,
                          b.weights + (level - 2 * digit) * b.weight_plane, wide);
   }
   for (int i = 0; i < kP; ++i)

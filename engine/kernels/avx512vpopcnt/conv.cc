@@ -27,7 +27,7 @@ constexpr int pixels_of(int vectors) { return vectors == kVectors ? 6 : kPixels;
 struct Packed {
   explicit Packed(const ConvShape& s)
       : form(s),
-        cells(s, form.input_bits, 32, 4),
+        cells(s, form.input_bits, 32, 4, true),
         vectors((s.group_out() + kLanes - 1) / kLanes),
         sets((vectors + kVectors - 1) / kVectors),
         steps(s.kernel_h * cells.per_row * cells.words),
@@ -230,7 +230,7 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v;
         convolve_tile(
-            {p, CellRuns(s, p.cells), p.cells.digit_bytes(), p.steps * vectors, window, sums,
+            {p, CellRuns(s, p.cells), p.cells.digit_bytes, p.steps * vectors, window, sums,
              reinterpret_cast<const __m512i*>(base + p.weights_of(group, v)),
              correction + (group * p.vectors + v) * kLanes, s.mul, least(vectors * kLanes, s.group_out() - v * kLanes),
              out + begin * s.out_c + group * s.group_out() + v * kLanes, s.out_c},

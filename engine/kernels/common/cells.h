@@ -5,6 +5,9 @@
 // empty or windows leave out columns, those of all the columns under one output pixel. It is
 // [group][digit][cell][word], then [group][cell] int32: the sum over a cell's codes; then [group][output column] int32:
 // the sum over the row of a window.
+//
+// Where bits are counted, columns may also lie without gaps, a whole number of bytes each, so that the windows of
+// neighbouring pixels overlap: the words of a window then end with bits beyond it, which meet weights that are 0.
 #pragma once
 
 #include <cstdint>
@@ -19,44 +22,51 @@ inline int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
 struct Cells {
-  // Words of word_bytes that hold word_codes digits each.
-  Cells(const ConvShape& s, int64_t digits, int64_t word_codes, int64_t word_bytes)
+  static constexpr int64_t kBeyond = 8;  // bytes after overlapping cells that are written or read with the last ones
+
+  // Words of word_bytes that hold word_codes digits each. may_overlap: the windows of digits of one bit.
+  Cells(const ConvShape& s, int64_t digits, int64_t word_codes, int64_t word_bytes, bool may_overlap = false)
       : digits(digits),
         word_codes(word_codes),
         word_bytes(word_bytes),
         of_outputs(s.groups == 1 && s.dilation_w == 1 &&
                    (words_of(s.kernel_w * s.in_c) < s.kernel_w * words_of(s.in_c) || s.kernel_w < s.stride_w)),
-        count(of_outputs ? s.out_w : s.padded_w()),
+        overlap(may_overlap && of_outputs && s.in_c % 8 == 0 && s.kernel_w > s.stride_w),
+        count(of_outputs && !overlap ? s.out_w : s.padded_w()),
         columns(of_outputs ? s.kernel_w : 1),
         codes(columns * s.group_in()),
         words(words_of(codes)),
-        step(of_outputs ? s.stride_w : 1),
+        step(of_outputs && !overlap ? s.stride_w : 1),
         per_row(of_outputs ? 1 : s.kernel_w),
-        sums_at((s.groups * digits * count * words * word_bytes + 3) / 4 * 4),
-        window_sums_at(of_outputs ? sums_at : sums_at + s.groups * count * 4),
+        cell_bytes(overlap ? s.in_c / 8 : words * word_bytes),
+        digit_bytes(overlap ? (count * cell_bytes + kBeyond + 3) / 4 * 4 : count * cell_bytes),
+        sums_at((s.groups * digits * digit_bytes + 3) / 4 * 4),
+        window_sums_at(of_outputs && !overlap ? sums_at : sums_at + s.groups * count * 4),
         row_bytes(window_sums_at + s.groups * s.out_w * 4) {}
 
   int64_t words_of(int64_t n) const { return (n + word_codes - 1) / word_codes; }
-  int64_t cell_bytes() const { return words * word_bytes; }     // in one digit
-  int64_t digit_bytes() const { return count * cell_bytes(); }  // from digit to digit
   // Whether windows leave out a staged row.
   static bool unread(const ConvShape& s, int64_t row) { return s.dilation_h == 1 && row % s.stride_h >= s.kernel_h; }
   static int64_t read_rows(const ConvShape& s) {
     return s.dilation_h == 1 && s.kernel_h < s.stride_h ? s.out_h * s.kernel_h : s.padded_h();
   }
-  int64_t first(const ConvShape& s, int64_t x) const { return of_outputs ? x : x * s.stride_w; }  // of a window
+  int64_t first(const ConvShape& s, int64_t x) const {  // of a window
+    return of_outputs && !overlap ? x : x * s.stride_w;
+  }
   // Bytes from the start of a row to a cell.
-  int64_t offset(int64_t group, int64_t cell) const { return group * digits * digit_bytes() + cell * cell_bytes(); }
+  int64_t offset(int64_t group, int64_t cell) const { return group * digits * digit_bytes + cell * cell_bytes; }
 
   int64_t digits, word_codes, word_bytes;
-  bool of_outputs;
-  int64_t count;    // cells of a row
-  int64_t columns;  // of a cell
-  int64_t codes;    // of a cell
-  int64_t words;    // of a cell and digit
-  int64_t step;     // columns from cell to cell
-  int64_t per_row;  // cells of a row of the kernel
-  int64_t sums_at;  // of cells, which are those of windows if cells are of outputs
+  bool of_outputs, overlap;
+  int64_t count;        // cells of a row
+  int64_t columns;      // of a cell
+  int64_t codes;        // of a cell
+  int64_t words;        // of a cell and digit
+  int64_t step;         // columns from cell to cell
+  int64_t per_row;      // cells of a row of the kernel
+  int64_t cell_bytes;   // from cell to cell in one digit
+  int64_t digit_bytes;  // from digit to digit
+  int64_t sums_at;      // of cells, which are those of windows if cells are of outputs
   int64_t window_sums_at, row_bytes;
 };
 
@@ -65,9 +75,9 @@ struct CellRuns {
   CellRuns(const ConvShape& s, const Cells& c)
       : rows(s.kernel_h),
         per_row(s.dilation_w == 1 ? 1 : c.per_row),
-        bytes((s.dilation_w == 1 ? c.per_row : 1) * c.cell_bytes()),
+        bytes((s.dilation_w == 1 ? c.per_row : 1) * c.words * c.word_bytes),
         row_step(s.dilation_h * c.row_bytes),
-        column_step(s.dilation_w * c.cell_bytes()) {}
+        column_step(s.dilation_w * c.cell_bytes) {}
   int64_t rows, per_row, bytes, row_step, column_step;
 };
 
@@ -96,7 +106,7 @@ int64_t visit_weights(const ConvShape& s, const Cells& cells, const int8_t* code
 // each one's codes, wrapping.
 inline void find_windows(const ConvShape& s, const Cells& cells, const uint8_t* staged, int64_t group, int64_t begin,
                          int64_t pixels, uint32_t factor, const uint8_t** window, uint32_t* sums) {
-  const int64_t step = cells.first(s, 1) * cells.cell_bytes();
+  const int64_t step = cells.first(s, 1) * cells.cell_bytes;
   for (int64_t i = 0; i < pixels;) {
     const int64_t y = (begin + i) / s.out_w, x = (begin + i) % s.out_w;
     const int64_t count = least(s.out_w - x, pixels - i);
