@@ -181,16 +181,18 @@ def report(rows: Sequence[Row]) -> None:
         peers = {row.peer: row for row in group}
         for number, row in enumerate(peers.values(), 1):
             print(f"  [{number}] {row.peer:34} {_shown(row.peer_ms, row.peer_ms_min, row.peer_ms_max)}")
-        ours: dict[tuple[str, str], list[Row]] = {}
+        ours: dict[tuple[str, str, str], list[Row]] = {}
         for row in group:
-            ours.setdefault((row.isa, row.bits), []).append(row)
+            ours.setdefault((row.extra.get("mode", "ours"), row.isa, row.bits), []).append(row)
         numbered = "".join(f"{f'to [{number}]':>9}" for number in range(1, len(peers) + 1))
         print(f"{'':74}ratio{numbered}")
-        for (isa, bits), same in ours.items():
+        for (mode, isa, bits), same in ours.items():
             ratios = {row.peer: f"{row.ratio:9.3g}" for row in same}
             first = same[0]
             shown = _shown(first.ours_ms, first.ours_ms_min, first.ours_ms_max)
-            print(f"      {f'ours, {isa}, bits {bits}':34} {shown:38}" + "".join(ratios.get(p, " " * 9) for p in peers))
+            print(
+                f"      {f'{mode}, {isa}, bits {bits}':34} {shown:38}" + "".join(ratios.get(p, " " * 9) for p in peers)
+            )
 
 
 def _shown(median: float, least: float, largest: float) -> str:

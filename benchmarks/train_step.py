@@ -16,22 +16,17 @@ libraries need only once is touched before, by a step on a batch of two. See ben
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
+from _memory import in_own_process, rise
 from torch import Tensor, nn
 
 import bitstrata as bs
@@ -41,10 +36,7 @@ from bitstrata.prepare.integer_training import integer_
 from bitstrata_runtime import _engine
 
 QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=9, turn_s=0.0)
-STEPS = 3  # in a process that measures memory
 PEERS = ("torch-fp32", "torch-bf16")
-MB = 2**20
-_CLEAR = Path("/proc/self/clear_refs")  # of Linux: written to, it makes the peak the present
 
 
 @dataclass(frozen=True)
@@ -174,45 +166,14 @@ def _memory_columns(peaks: Mapping[str, float], ours: str, peer: str) -> dict[st
 def _in_own_process(case: Case, who: str, threads: int) -> float:
     """`_rise` in a process of its own."""
     options = {"--cases": case.name, "--batch": case.batch, "--threads": threads, "--memory-of": who}
-    command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(f"{case.title}, {who}: the process that measures memory failed")
-    return float(result.stdout)
+    return in_own_process(__file__, options, f"{case.title}, {who}")
 
 
 def _rise(case: Case, who: str, threads: int) -> float:
     """MB by which the peak resident set of some steps is above the resident set before them."""
     torch.set_num_threads(threads)
     Contestant(replace(case, batch=2), who).check()
-    contestant = Contestant(case, who)
-    before = _resident()
-    for _ in range(STEPS):
-        contestant()
-    return (_peak() - before) / MB
-
-
-def _resident() -> int:
-    """Bytes in use, after all that is free was returned to the system; the peak starts anew from here."""
-    gc.collect()
-    if not _CLEAR.exists():
-        return _peak()
-    ctypes.CDLL(None).malloc_trim(0)
-    # ru_maxrss keeps the peak of making the model, and on Linux a process starts with its parent's
-    _CLEAR.write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    """Bytes of the largest resident set so far."""
-    if _CLEAR.exists():
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+    return rise(Contestant(case, who))
 
 
 def _report_memory(rows: list[Row]) -> None:
