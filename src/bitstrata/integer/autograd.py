@@ -21,6 +21,7 @@ from .peers import tensor_quantize
 from .products import check_form
 from .rounding import ROUNDINGS, CounterGenerator
 from .shiftquant import PackedShift, ShiftQuantized, check_bits, check_clip, shift_quantize
+from .untraced import untraced
 
 METHODS = ("shift", "tensor")
 REACTIONS = ("error", "skip")
@@ -391,5 +392,5 @@ def integer_conv(
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"{call.state.name}: input {tuple(x.shape)} has no elements, so no range")
-    result: Tensor = _IntegerProduct.apply(x, weight, bias, call)
+    result: Tensor = untraced(_IntegerProduct.apply, x, weight, bias, call)
     return result

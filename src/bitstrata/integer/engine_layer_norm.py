@@ -17,6 +17,7 @@ from bitstrata_runtime import _engine
 
 from .engine_codes import FASTEST
 from .engine_norm import NormRule
+from .untraced import untraced
 
 
 class _Normalized(torch.autograd.Function):
@@ -69,4 +70,4 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, features: 
         x: float32 on the CPU, not empty; normalized over its last dimensions, which hold `features` elements.
         weight, bias: `features` elements each, float32, of one shape, or None; no bias without a weight.
     """
-    return _Normalized.apply(x, weight, bias, features, rule)
+    return untraced(_Normalized.apply, x, weight, bias, features, rule)

@@ -17,6 +17,7 @@ from bitstrata_runtime import _engine
 from ..functional.l1norm import Rounding, nearest
 from .engine_codes import FASTEST, array, noise_of, rows_of, takes
 from .rounding import CounterGenerator, CounterRounding
+from .untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,4 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Norm
     Args:
         x: (N, C, ...), float32 on the CPU, not empty. weight, bias: (C,) or None.
     """
-    return _Normalized.apply(x, weight, bias, rule)
+    return untraced(_Normalized.apply, x, weight, bias, rule)

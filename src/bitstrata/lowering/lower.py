@@ -14,6 +14,7 @@ from bitstrata_runtime.program import Program
 from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import OwnLayer
+from ..prepare.compiled import uncompiled
 from ..prepare.observe import BATCH_NORMS
 from ..prepare.precision import precisions as all_precisions
 from ..quantizers.pixels import PixelInput
@@ -50,7 +51,7 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
     """
     if not isinstance(example, Tensor):
         raise LowerError(f"lower: example must be one input tensor, got {type(example).__name__}")
-    model = deployed(model, example)
+    model = deployed(uncompiled(model), example)
     served = _served(model, precisions)
     if not 2 <= example.dim() <= 4:
         raise LowerError(

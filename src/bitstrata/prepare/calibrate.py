@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..nn.integer_layers import IntegerLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer, Quantizer
+from .compiled import eagerly
 from .finite import not_finite
 from .precision import precision, precisions, quantized_layers
 
@@ -40,7 +41,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.statistic.zero_()
-    with _training(model), torch.no_grad(), _watched(model, "calibrate_") as met:
+    with eagerly(), _training(model), torch.no_grad(), _watched(model, "calibrate_") as met:
         for quantizer in quantizers:
             quantizer.observing = True
         try:
@@ -82,7 +83,7 @@ def average_statistics_(model: nn.Module, data: list[Tensor]) -> None:
         level.reset_running_stats()
         level.momentum = None  # torch's cumulative average
     try:
-        with _training(model), torch.no_grad():
+        with eagerly(), _training(model), torch.no_grad():
             for x in data:
                 model(x)
     finally:

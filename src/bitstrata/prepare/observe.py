@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn.l1_norm import L1BatchNorm
 from ..nn.layer_batch_norm import LayerBatchNorm1d, LayerBatchNorm2d
+from .compiled import eagerly
 from .finite import not_finite
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, LayerBatchNorm1d, LayerBatchNorm2d, L1BatchNorm)
@@ -115,7 +116,7 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
             handles.append(module.register_forward_hook(norm_hook(name), with_kwargs=True))
             handles.append(module.register_forward_pre_hook(enter_norm))
     try:
-        with torch.no_grad(), evaluating(model), readers:
+        with eagerly(), torch.no_grad(), evaluating(model), readers:
             model(*example) if isinstance(example, tuple | list) else model(example)
     except Exception as error:
         error.add_note(f"quantize_: the model does not run on example_inputs, {_described(example)}")

@@ -15,6 +15,7 @@ from ..quantizers.base import LayerFacts, Quantizer, WeightQuantizer
 from ..quantizers.gradient import GradientQuantizer
 from ..quantizers.registry import build, build_gradient, build_rescale, build_transform
 from ..recipes.base import Part, Recipe
+from .compiled import uncompiled
 from .finite import not_finite, watched
 from .float_form import float_type, strip_float_form_
 from .integer_training import integer_
@@ -76,7 +77,7 @@ def quantize_(
         input: `Pixels` if the model reads normalised images; else the first layer's input gets a learned 8-bit grid.
 
     Returns:
-        The same model.
+        The same model. One that torch.compile made is taken apart for this and compiles anew when it runs.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -87,8 +88,10 @@ def quantize_(
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"quantize_: recipe must be a Recipe such as recipes.strata(), got {type(recipe).__name__}")
+    given, model = model, uncompiled(model)
     if recipe.integers:
-        return _in_integers(model, recipe, example_inputs, filter, input)
+        _in_integers(model, recipe, example_inputs, filter, input)
+        return given
     if quantized_layers(model):
         raise ValueError("quantize_: the model is quantized already; start from a float model")
     if type(model) in FORMS:
@@ -145,7 +148,7 @@ def quantize_(
         give_own_edges(model, recipe.precisions, first, last)
     _start_gradients(model)
     _disable_fused_paths(model)
-    return model
+    return given
 
 
 def _in_integers(

@@ -274,6 +274,8 @@ class ActivationQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.__dict__.pop("_initialized_cache", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.initialized.is_meta:
+            self.is_initialized()  # read it here: torch.compile cannot read a buffer's values inside a graph
 
 
 class WeightQuantizer(Quantizer):
