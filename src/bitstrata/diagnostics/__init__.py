@@ -5,6 +5,7 @@ Reading order: kept (what is put back), landscape, plot, variance.
 """
 
 from .landscape import Landscape, loss_landscape
+from .nonzero import NonzeroRatios, nonzero_activations, nonzero_weights
 from .plot import plot_landscape
 from .variance import GradientVariance, LayerVariance, gradient_variance
 
@@ -12,7 +13,10 @@ __all__ = [
     "GradientVariance",
     "Landscape",
     "LayerVariance",
+    "NonzeroRatios",
     "gradient_variance",
     "loss_landscape",
+    "nonzero_activations",
+    "nonzero_weights",
     "plot_landscape",
 ]
