@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..diagnostics import nonzero_activations, nonzero_weights
 from ..data import Loader
+from ..diagnostics import nonzero_activations, nonzero_weights
 from ..prepare import precision, precisions
 from ..train import evaluate
 
