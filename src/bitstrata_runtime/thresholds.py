@@ -1,4 +1,4 @@
-"""Requantization by comparison: a plan without the multiplications of its requantizations (spec/numerics.md, section 8).
+"""Requantization by comparison: a plan whose requantizations do not multiply (spec/numerics.md, section 8).
 
 clamp((x*M + B) >> s, lo, hi) never falls in x where M > 0, never rises where M < 0, and is constant where M = 0. So it
 is lo plus the number of thresholds that x has passed, and each threshold is one integer a channel: the form of SAT's
@@ -28,14 +28,14 @@ def as_thresholds(plan: Plan, most_levels: int = MOST_LEVELS) -> Plan:
     """
     if not 1 <= most_levels <= 255:
         raise ValueError(f"as_thresholds: most_levels = {most_levels}: must be 1..255")
-    ops = tuple(_thresholds(op) if _fits(plan, op, most_levels) else op for op in plan.ops)
-    return dataclasses.replace(plan, ops=ops)
+    return dataclasses.replace(plan, ops=tuple(_changed(plan, op, most_levels) for op in plan.ops))
 
 
-def _fits(plan: Plan, op: Op, most_levels: int) -> bool:
+def _changed(plan: Plan, op: Op, most_levels: int) -> Op:
     if not isinstance(op, Requant) or plan.values[op.inputs[0]].dtype != "i32":
-        return False
-    return plan.values[op.output].dtype != "i32" and 1 <= op.hi - op.lo <= most_levels
+        return op
+    codes = plan.values[op.output].dtype != "i32"
+    return _thresholds(op) if codes and 1 <= op.hi - op.lo <= most_levels else op
 
 
 def _thresholds(op: Requant) -> Op:
