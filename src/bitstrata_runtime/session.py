@@ -303,9 +303,9 @@ def load(
     or None for the engine where it is available, else the reference with a warning. isa: the engine's instruction
     set, None for the best. threads: of the engine. keep: how many precisions stay ready at most, the present one
     included; each holds its weights. tune: take the kernels and tile sizes that `tune` found to be fastest, from the
-    file it names or, for True, from `tuning.tune_path()`. passes: functions from a plan to one of equal results, such as
-    `as_thresholds`, applied to every precision's plan. Raises ArtifactError for an artifact or precision that cannot be
-    used, ValueError for a wrong executor, isa, threads, keep or tune, ImportError if the engine is asked for and not
+    file it names or, for True, from `tuning.tune_path()`. passes: functions from a plan to one of equal results, as
+    `as_thresholds` is, applied to every precision's plan. Raises ArtifactError for an artifact or precision that cannot
+    be used, ValueError for a wrong executor, isa, threads, keep or tune, ImportError if the engine is asked for and not
     built.
     """
     backend = choose_backend(executor, isa, threads, tune)

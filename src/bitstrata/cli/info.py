@@ -26,7 +26,7 @@ class Info:
     artifact: Annotated[Path, tyro.conf.Positional]
     """Artifact directory."""
     operations: bool = False
-    """Also count multiplications, additions, comparisons and shifts of one image at every precision; reads all of it."""
+    """Also count multiplications, additions, comparisons and shifts of an image at every precision; reads all."""
     json: bool = False
     """Print JSON instead of tables."""
 

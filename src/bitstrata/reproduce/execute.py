@@ -31,6 +31,10 @@ class MissingDataError(ValueError):
     """The data set of a run cannot be read."""
 
 
+class BusyError(Exception):
+    """Another process is training a network that the run needs."""
+
+
 class Run:
     """What a run works with: its configuration and its folder, `runs`/<digest>.
 
@@ -38,14 +42,16 @@ class Run:
         config: of one run, from `Row.run`.
         root: folder of the data set's files.
         runs: where runs are kept.
+        wait: for another process that is training a network which the run needs; else BusyError.
     """
 
-    def __init__(self, config: Mapping[str, Any], root: Path | None, runs: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], root: Path | None, runs: Path, *, wait: bool = True) -> None:
         self.config = config
         self.root = root
         self.runs = runs
         self.folder = runs / digest(config)
         self.seed = int(config["seed"])
+        self.wait = wait
 
     def dataset(self, split: str) -> Dataset:
         """A split of the run's data set, or its first images."""
@@ -80,14 +86,15 @@ class Run:
         )
 
 
-def execute(config: Mapping[str, Any], root: Path | None, runs: Path) -> dict[str, float]:
+def execute(config: Mapping[str, Any], root: Path | None, runs: Path, *, wait: bool = True) -> dict[str, float]:
     """Run what is missing of a run and give its metrics, name -> value; a finished run is read from its folder.
 
     Raises:
         MissingDataError: the data set is not there.
         CheckpointError: the folder holds a checkpoint that cannot be continued.
+        BusyError: with wait=False, if another process is training a network that the run needs.
     """
-    run = Run(config, root, runs)
+    run = Run(config, root, runs, wait=wait)
     wanted = list(config["metrics"])
     done = finished(run.folder)
     if done is not None and set(wanted) <= set(done["measured"]):
@@ -127,7 +134,7 @@ def trained(run: Run, train: Dataset) -> nn.Module:
     prepared(run, model, recipe, train, example)
     if "warm_start" in config:
         stage = {k: v for k, v in merge(config, config["warm_start"]).items() if k != "warm_start"}
-        before = Run(stage, run.root, run.runs)
+        before = Run(stage, run.root, run.runs, wait=run.wait)
         warm_start_(model, trained(before, train).state_dict())
         calibrate_(model, calibration(run, train, training(recipe, config["train"]).batch_size))
     settings = training(recipe, {"seed": run.seed, **config["train"]})
@@ -177,7 +184,9 @@ def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
     same = {"float": settings.to_dict(), "data": config["data"], "model": config["model"], "form": form}
     folder = run.runs / f"float-{digest({**same, 'seed': run.seed})}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FolderLock(folder):
+    with FolderLock(folder, wait=run.wait) as lock:
+        if not lock.held:
+            raise BusyError(str(folder))
         trainer = Trainer(model, settings, run.loader(train, settings.batch_size), None, folder, name="float")
         trainer.fit()
     return model

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Row, Table, digest
-from .execute import FolderLock, execute, finished, torch_threads
+from .execute import BusyError, FolderLock, execute, finished, torch_threads
 
 PAUSE_S = 2.0  # between looks at runs that another process has in hand
 
@@ -68,7 +68,10 @@ class Queue:
                 return False
             torch_threads(job.config)
             begun = time.monotonic()
-            values = execute(job.config, self.root, self.runs)
+            try:
+                values = execute(job.config, self.root, self.runs, wait=False)
+            except BusyError:
+                return False
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             note(
                 f"{job.table.paper} {job.table.name}: {job.row.name}, seed {job.seed}: {shown} "
