@@ -18,6 +18,7 @@ from bitstrata.cli.demo import Demo
 from bitstrata.cli.eval import Eval
 from bitstrata.cli.export import Export
 from bitstrata.cli.info import Info
+from bitstrata.cli.inspect import Inspect
 from bitstrata.cli.kernels import fill_in
 from bitstrata.cli.lower import Lower
 from bitstrata.cli.pack import Pack
@@ -42,6 +43,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Lower, tyro.conf.subcommand("lower")]
     | Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
