@@ -109,7 +109,7 @@ def training_rules(model: nn.Module, loss: Loss, batch: Any, *, training: bool |
             value = loss(model, batch)
             order = list(seen)
             for name in order:
-                weights.setdefault(name, layers[name].weight)  # type: ignore[arg-type]
+                weights.setdefault(name, layers[name].weight)
             if not order:
                 raise ValueError(
                     f"training_rules: {type(model).__name__} has no Linear, Conv1d or Conv2d layer that runs"
@@ -167,11 +167,12 @@ def _positions(name: str, seen: dict[str, tuple[int, int]]):  # type: ignore[no-
 
     def note(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
         if name not in seen:
-            conv = isinstance(layer, nn.Conv1d | nn.Conv2d)
-            x, features = args[0], layer.in_channels if conv else args[0].shape[-1]  # type: ignore[union-attr]
-            made = layer.out_channels if conv else result.shape[-1]  # type: ignore[union-attr]
-            batch = max(x.shape[0], 1)
-            seen[name] = (x.numel() // (batch * int(features)), result.numel() // (batch * int(made)))
+            x, batch = args[0], max(args[0].shape[0], 1)
+            if isinstance(layer, nn.Conv1d | nn.Conv2d):
+                features, made = layer.in_channels, layer.out_channels
+            else:
+                features, made = x.shape[-1], result.shape[-1]
+            seen[name] = (x.numel() // (batch * features), result.numel() // (batch * made))
 
     return note
 
