@@ -59,6 +59,15 @@ int conv(Graph& g, const std::string& name, int x, Array<int8_t, 4> codes, int64
       {codes.data(), dims, pad_code.data(), length(pad_code), mul, add, stride, padding, dilation, groups, kernel});
 }
 
+int thresholds(Graph& g, const std::string& name, int x, Array<int32_t, 2> after, Array<int8_t, 1> sign,
+               Array<int32_t, 1> base, const std::string& dtype) {
+  if (sign.shape(0) != after.shape(1) || base.shape(0) != after.shape(1))
+    throw std::invalid_argument("operation '" + name + "': after, sign and base differ in channels");
+  return g.thresholds(name, x,
+                      {after.data(), sign.data(), base.data(), static_cast<int64_t>(after.shape(0)),
+                       static_cast<int64_t>(after.shape(1)), parse_dtype(dtype)});
+}
+
 int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multiplier, Array<int64_t, 1> bias,
             Array<uint8_t, 1> shift, int64_t lo, int64_t hi, const std::string& dtype) {
   if (bias.shape(0) != multiplier.shape(0) || shift.shape(0) != multiplier.shape(0))
@@ -155,6 +164,8 @@ NB_MODULE(_engine, m) {
            "dilation"_a, "groups"_a, "pad_code"_a.noconvert(), "kernel"_a = "")
       .def("requant", &requant, "name"_a, "x"_a, "multiplier"_a.noconvert(), "bias"_a.noconvert(),
            "shift"_a.noconvert(), "lo"_a, "hi"_a, "dtype"_a)
+      .def("thresholds", &thresholds, "name"_a, "x"_a, "after"_a.noconvert(), "sign"_a.noconvert(),
+           "base"_a.noconvert(), "dtype"_a)
       .def("add", &Graph::add, "name"_a, "a"_a, "b"_a, "shift_a"_a, "shift_b"_a)
       .def("clip", &Graph::clip, "name"_a, "x"_a, "lo"_a, "hi"_a)
       .def(

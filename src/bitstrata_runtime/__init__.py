@@ -18,6 +18,7 @@ from .profile import Profile, profile
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
 from .session import Memory, Session, load
 from .snapshot import Snapshot
+from .thresholds import as_thresholds
 from .tuning import tune
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Snapshot",
     "Weights",
     "__version__",
+    "as_thresholds",
     "available_isas",
     "derive",
     "headroom",

@@ -274,6 +274,12 @@ def _(op: p.Requant, graph: Any, inputs: list[int], dtype: str) -> int:
 
 
 @_append.register
+def _(op: p.Thresholds, graph: Any, inputs: list[int], dtype: str) -> int:
+    after, base = _array(op, "after", np.int32, 2), _array(op, "base", np.int32, 1)
+    return int(graph.thresholds(op.name, *inputs, after, _array(op, "sign", np.int8, 1), base, dtype))
+
+
+@_append.register
 def _(op: p.Add, graph: Any, inputs: list[int], dtype: str) -> int:
     return int(graph.add(op.name, *inputs, op.shift_a, op.shift_b))
 

@@ -71,6 +71,19 @@ class Requant(Op):
 
 
 @dataclass(frozen=True)
+class Thresholds(Op):
+    """out = base[c] + sign[c] * (number of j with x > after[j, c]): a requantization without multiplication.
+
+    x is i32, the result codes (u8/s8). after: int32 (levels, C); sign: int8 (C,), 1 or -1; base: int32 (C,).
+    Made of `Requant` by `thresholds.as_thresholds`, equal to it for every x.
+    """
+
+    after: NDArray[np.int32]
+    sign: NDArray[np.int8]
+    base: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class Add(Op):
     """out = align(a, shift_a) + align(b, shift_b).
 

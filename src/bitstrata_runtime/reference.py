@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .intervals import align
-from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Value
+from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Thresholds, Value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,6 +162,12 @@ def _add(op: Add, a: Wide, b: Wide) -> Wide:
     return align(a, op.shift_a) + align(b, op.shift_b)
 
 
+def _thresholds(op: Thresholds, x: Wide) -> Wide:
+    """Section 8."""
+    passed = sum((x > row for row in op.after.astype(np.int64)), np.zeros(x.shape, np.int64))
+    return op.base.astype(np.int64) + op.sign * passed
+
+
 def _clip(op: Clip, x: Wide) -> Wide:
     return np.minimum(np.maximum(x, op.lo), op.hi)
 
@@ -197,6 +203,7 @@ _OPS: dict[type[Op], Callable[..., Wide]] = {
     Requant: _requant,
     Add: _add,
     Clip: _clip,
+    Thresholds: _thresholds,
     MaxPool: _maxpool,
     SumPool: _sumpool,
     Slice: _slice,

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from .artifact import Artifact
 from .backend import Backend, check_threads, choose_backend
@@ -21,6 +21,7 @@ from .source import Source
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+Pass: TypeAlias = Callable[[Plan], Plan]
 KEEP = 4  # precisions that a session keeps ready, if nothing else is asked for
 
 
@@ -79,12 +80,20 @@ class Session:
     together with the means to run.
     """
 
-    def __init__(self, source: ProgramSource, precision: Precision, backend: Backend, keep: int = KEEP) -> None:
+    def __init__(
+        self,
+        source: ProgramSource,
+        precision: Precision,
+        backend: Backend,
+        keep: int = KEEP,
+        passes: Iterable[Pass] = (),
+    ) -> None:
         if type(keep) is not int or keep < 1:
             raise ValueError(f"keep = {keep!r}: must be a positive integer")
         self._source = source
         self._backend = backend
         self._keep = keep
+        self._passes = tuple(passes)
         self._loading = threading.Lock()  # held while a precision is read and made ready; taken before `_state`
         self._state = threading.Lock()  # of what follows; held for microseconds
         self._ready: OrderedDict[tuple[Any, ...], Snapshot] = OrderedDict()  # the most recently used last
@@ -103,10 +112,12 @@ class Session:
         threads: int = 1,
         keep: int = KEEP,
         tune: bool | str | os.PathLike[str] = False,
+        passes: Iterable[Pass] = (),
     ) -> Session:
         """A session on a program in memory; arguments and errors as of `load`."""
         backend = choose_backend(executor, isa, threads, tune)
-        return cls(_InMemory(program), _narrowest(program.precisions) if bits is None else bits, backend, keep)
+        first = _narrowest(program.precisions) if bits is None else bits
+        return cls(_InMemory(program), first, backend, keep, passes)
 
     @property
     def executor(self) -> Executor:
@@ -228,6 +239,8 @@ class Session:
     def _make(self, bits: Precision) -> Snapshot:
         program = self._source.load(*self._source.needs(bits))
         chosen, plan = resolve_map(program, bits), derive(program, bits)
+        for change in self._passes:
+            plan = change(plan)
         return Snapshot(bits, chosen, program, plan, self._backend.make(plan))
 
     def _key(self, bits: Precision) -> tuple[Any, ...]:
@@ -281,6 +294,7 @@ def load(
     threads: int = 1,
     keep: int = KEEP,
     tune: bool | str | os.PathLike[str] = False,
+    passes: Iterable[Pass] = (),
 ) -> Session:
     """Open an artifact and get it ready to run at `bits`, reading only the files which that needs.
 
@@ -289,13 +303,14 @@ def load(
     or None for the engine where it is available, else the reference with a warning. isa: the engine's instruction
     set, None for the best. threads: of the engine. keep: how many precisions stay ready at most, the present one
     included; each holds its weights. tune: take the kernels and tile sizes that `tune` found to be fastest, from the
-    file it names or, for True, from `tuning.tune_path()`. Raises ArtifactError for an artifact or precision that cannot
+    file it names or, for True, from `tuning.tune_path()`. passes: functions from a plan to one of equal results, as
+    `as_thresholds` is, applied to every precision's plan. Raises ArtifactError for an artifact or precision that cannot
     be used, ValueError for a wrong executor, isa, threads, keep or tune, ImportError if the engine is asked for and not
     built.
     """
     backend = choose_backend(executor, isa, threads, tune)
     artifact = Artifact.open(path)
-    return Session(artifact, _narrowest(artifact.precisions) if bits is None else bits, backend, keep)
+    return Session(artifact, _narrowest(artifact.precisions) if bits is None else bits, backend, keep, passes)
 
 
 def _narrowest(precisions: tuple[int, ...]) -> int:

@@ -52,6 +52,15 @@ struct RequantParams {
   DType dtype;  // of the result
 };
 
+// out = base[c] + sign[c] * (number of j with x > after[j][c]), of i32 to codes.
+struct ThresholdParams {
+  const int32_t* after;  // (levels, channels), copied, as are the next two
+  const int8_t* sign;    // (channels,), 1 or -1
+  const int32_t* base;   // (channels,)
+  int64_t levels, channels;
+  DType dtype;  // of the result
+};
+
 struct PoolParams {
   Pair kernel, stride;
   Sides padding;
@@ -71,6 +80,7 @@ class Graph {
   int input(Shape shape, DType dtype, int64_t lo, int64_t hi);  // exactly once, first
   int conv(const std::string& name, int x, const ConvParams& p);
   int requant(const std::string& name, int x, const RequantParams& p);
+  int thresholds(const std::string& name, int x, const ThresholdParams& p);
   int add(const std::string& name, int a, int b, int64_t shift_a, int64_t shift_b);
   int clip(const std::string& name, int x, int64_t lo, int64_t hi);
   int max_pool(const std::string& name, int x, const PoolParams& p);

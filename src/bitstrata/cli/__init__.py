@@ -18,11 +18,14 @@ from bitstrata.cli.demo import Demo
 from bitstrata.cli.eval import Eval
 from bitstrata.cli.export import Export
 from bitstrata.cli.info import Info
+from bitstrata.cli.inspect import Inspect
 from bitstrata.cli.kernels import fill_in
 from bitstrata.cli.lower import Lower
 from bitstrata.cli.pack import Pack
+from bitstrata.cli.plan import Plan
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.recipes import Recipes
+from bitstrata.cli.reproduce import Reproduce
 from bitstrata.cli.run import Run
 from bitstrata.cli.train import Train
 from bitstrata.cli.tune import Tune
@@ -40,6 +43,8 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Lower, tyro.conf.subcommand("lower")]
     | Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Run, tyro.conf.subcommand("run")]
@@ -47,6 +52,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
 )
 
 

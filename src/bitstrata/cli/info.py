@@ -7,13 +7,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from bitstrata.cli.common import human_bytes, output
 
 if TYPE_CHECKING:
+    from bitstrata_runtime.artifact import Artifact
     from bitstrata_runtime.info import ArtifactInfo
     from bitstrata_runtime.program import Program
 
@@ -24,6 +25,8 @@ class Info:
 
     artifact: Annotated[Path, tyro.conf.Positional]
     """Artifact directory."""
+    operations: bool = False
+    """Also count multiplications, additions, comparisons and shifts of an image at every precision; reads all."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -40,9 +43,24 @@ class Info:
         if self.json:
             rows = dataclasses.asdict(info)
             rows["layers"] = [{**row, "macs": macs[row["name"]]} for row in rows["layers"]]
+            if self.operations:
+                rows["operations"] = operations_of(artifact)
             print(json.dumps({**rows, "input_shape": program.input_shape, "macs": sum(macs.values())}, indent=2))
             return
         self._tables(program, info, macs)
+        if self.operations:
+            self._operations(operations_of(artifact))
+
+    def _operations(self, rows: list[dict[str, Any]]) -> None:
+        from rich.table import Table
+
+        columns = ("precision", "requantization by", "multiplications", "additions", "comparisons", "shifts")
+        table = Table(title="operations of one image", title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="left" if column in columns[:2] else "right")
+        for row in rows:
+            table.add_row(row["precision"], row["form"], *(f"{row[name]:,}" for name in columns[2:]))
+        output().print(table)
 
     def _tables(self, program: Program, info: ArtifactInfo, macs: dict[str, int]) -> None:
         from rich.table import Table
@@ -79,6 +97,21 @@ class Info:
                 f"{macs[layer.name]:,}",
             )
         console.print(layers)
+
+
+def operations_of(artifact: Artifact) -> list[dict[str, Any]]:
+    """Operations of one image at every precision: with requantization by multiplication, and by comparison."""
+    from bitstrata_runtime.derive import derive
+    from bitstrata_runtime.operations import Operations, count
+    from bitstrata_runtime.thresholds import as_thresholds
+
+    rows = []
+    for precision in artifact.precisions:
+        plan = derive(artifact.load(*artifact.needs(precision)), precision)
+        for form, shown in (("multiplication", plan), ("comparison", as_thresholds(plan, 255))):
+            total = sum(count(shown).values(), Operations())
+            rows.append({"precision": str(precision), "form": form, **dataclasses.asdict(total)})
+    return rows
 
 
 def macs_of(program: Program) -> dict[str, int]:

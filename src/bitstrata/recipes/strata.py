@@ -17,6 +17,7 @@ def strata(
     *,
     per_channel: bool = False,
     scales: str = "free",
+    target_db: float | None = 25.0,
     edges: str = "int8",
     edge_bits: int = 8,
     distill: str | None = "cosine",
@@ -28,6 +29,7 @@ def strata(
         a: activation widths: "same" as the weights', one width for all, a map from weight width, or None for float.
         per_channel: one weight step an output channel instead of one a tensor.
         scales: "free" learns a scale ratio a width, "tied" fixes the ratios to powers of two.
+        target_db: signal-to-noise ratio in dB beyond which the initial step asks nothing more for a width, or None.
         edges: first and last layer: "int8", "inner" or "float".
         edge_bits: width of the first and last layer (weights and input) with edges="int8".
         distill: "cosine" or "kl" distillation from the next higher precision, or None.
@@ -37,7 +39,7 @@ def strata(
         name="strata",
         description=STRATA,
         precisions=precisions,
-        weight=Part("nested", "weight", {"scales": scales}),
+        weight=Part("nested", "weight", {"scales": scales, "target_db": target_db}),
         activation=None if a is None else Part("uniq", "activation"),
         activation_bits=activation_widths(precisions, a),
         per_channel=per_channel,

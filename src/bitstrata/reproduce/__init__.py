@@ -1,0 +1,28 @@
+"""Tables of the papers, run again: one small configuration a row, cached runs, results beside the paper's numbers.
+
+Reading order: config (files to runs), execute (one run), metrics, memory, queue (many runs, several processes), table
+(results), page, cost.
+"""
+
+from .config import ConfigError, Row, Table, load_table, tables
+from .cost import Cost, estimate
+from .execute import MissingDataError, execute
+from .page import write_page
+from .queue import Queue
+from .table import collect, write_results
+
+__all__ = [
+    "ConfigError",
+    "Cost",
+    "MissingDataError",
+    "Queue",
+    "Row",
+    "Table",
+    "collect",
+    "estimate",
+    "execute",
+    "load_table",
+    "tables",
+    "write_page",
+    "write_results",
+]

@@ -1,0 +1,89 @@
+"""Many runs: in order, resumable, and shared by processes that are started side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Row, Table, digest
+from .execute import BusyError, FolderLock, execute, finished, torch_threads
+
+PAUSE_S = 2.0  # between looks at runs that another process has in hand
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one row."""
+
+    table: Table
+    row: Row
+    seed: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration."""
+        return self.row.run(self.seed)
+
+
+class Queue:
+    """Runs of tables. Any number of processes may work on the same queue: each run is made by one of them.
+
+    An interrupted run goes on from its checkpoint; a finished one is not repeated, in whatever table it was asked for.
+
+    Args:
+        tables: in the order in which their runs are made; first seeds of all rows come before second seeds.
+        root: folder of the data sets' files.
+        runs: where runs are kept.
+    """
+
+    def __init__(self, tables: list[Table], root: Path | None, runs: Path) -> None:
+        self.root = root
+        self.runs = runs
+        self.jobs = [job for table in tables for job in _by_seed(table)]
+
+    def missing(self) -> list[Job]:
+        """Jobs that have no result yet."""
+        return [job for job in self.jobs if not self._done(job)]
+
+    def work(self, note: Callable[[str], None] = print) -> None:
+        """Make all missing runs; returns when none is missing, whoever made it.
+
+        Raises:
+            MissingDataError, CheckpointError, FloatingPointError: of the run in hand, which stays missing.
+        """
+        while missing := self.missing():
+            made = [job for job in missing if self._try(job, note)]
+            if not made:
+                time.sleep(PAUSE_S)
+
+    def _try(self, job: Job, note: Callable[[str], None]) -> bool:
+        """Make one run unless another process has it in hand or has just made it."""
+        folder = self.runs / digest(job.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FolderLock(folder, wait=False) as lock:
+            if not lock.held or self._done(job):
+                return False
+            torch_threads(job.config)
+            begun = time.monotonic()
+            try:
+                values = execute(job.config, self.root, self.runs, wait=False)
+            except BusyError:
+                return False
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            note(
+                f"{job.table.paper} {job.table.name}: {job.row.name}, seed {job.seed}: {shown} "
+                f"({time.monotonic() - begun:.0f} s)"
+            )
+        return True
+
+    def _done(self, job: Job) -> bool:
+        done = finished(self.runs / digest(job.config))
+        return done is not None and set(job.row.metrics) <= set(done["measured"])
+
+
+def _by_seed(table: Table) -> Iterator[Job]:
+    for seed in sorted({s for row in table.rows for s in row.seeds}):
+        yield from (Job(table, row, seed) for row in table.rows if seed in row.seeds)
