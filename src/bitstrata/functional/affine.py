@@ -32,9 +32,14 @@ def affine_codes(x: Tensor, step: Tensor, beta: Tensor, hi: int) -> Tensor:
     return _position(x, step, beta).clamp_(0, hi).round_()
 
 
+def _single(beta: Tensor) -> Tensor:
+    """beta as 0-d, so that the result has x's shape whatever it is."""
+    return beta.reshape(()) if beta.numel() == 1 else beta
+
+
 def _position(x: Tensor, step: Tensor, beta: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, step.dtype))
-    return wide.sub(beta).div_(positive(step))
+    return wide.sub(_single(beta)).div_(positive(step))
 
 
 @register_formula
@@ -53,7 +58,7 @@ class Affine(Formula):
     def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
         assert extra is not None
         s = positive(step)
-        return affine_codes(x, step, extra, self.hi).add_(extra / s).mul_(s).to(x.dtype)
+        return affine_codes(x, step, extra, self.hi).add_(_single(extra) / s).mul_(s).to(x.dtype)
 
     def gradients(
         self, grad: Tensor, x: Tensor, step: Tensor, extra: Tensor | None, *, needs: Needs, factor: float

@@ -59,7 +59,7 @@ class Clipping(Formula):
 
     def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
         codes = clipping_codes(x, step, self.top, self.signed)
-        scale = clipping_scale(step, self.top, self.signed)
+        scale = clipping_scale(step, self.top, self.signed).reshape(())  # x may be 0-d
         return ((codes.to(scale.dtype) + self._offset()) * scale).to(x.dtype)
 
     def _offset(self) -> float:
