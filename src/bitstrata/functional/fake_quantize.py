@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from . import engine_fake
 from .formula import Formula, Gradients, Needs, restore
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_enabled = os.environ.get("BITSTRATA_FUSED", "1") != "0"
+
+
+def wanted() -> bool:
+    """Whether the environment asks for kernels: unless BITSTRATA_FUSED=0."""
+    return os.environ.get("BITSTRATA_FUSED", "1") != "0"
+
+
+_enabled = wanted()
 
 
 @contextmanager
@@ -44,7 +52,16 @@ def _kernels(x: Tensor) -> Any:
         return None
     if x.device.type == "cpu":
         return engine_fake if engine_fake.AVAILABLE else None
-    return None
+    return _triton() if x.device.type == "cuda" else None
+
+
+@cache
+def _triton() -> Any:
+    try:
+        from . import triton_fake
+    except ImportError:  # the package triton is missing, or knows no such machine
+        return None
+    return triton_fake
 
 
 def _value(x: Tensor, step: Tensor, extra: Tensor | None, formula: Formula) -> Tensor:
