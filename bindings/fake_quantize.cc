@@ -20,8 +20,8 @@ using bitstrata::FakeGrid;
 using bitstrata::FakeRule;
 using bitstrata::FakeTensor;
 
-const char* const kNames[bitstrata::kFakeGrids] = {"uniform", "affine", "symmetric", "nested",
-                                                   "vertical", "unit", "centred"};
+const char* const kNames[bitstrata::kFakeGrids] = {"uniform",  "affine", "symmetric", "nested",
+                                                   "vertical", "unit",   "centred"};
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("fake_quantize: " + what); }
 

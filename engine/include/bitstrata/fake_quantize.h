@@ -10,13 +10,13 @@ namespace bitstrata {
 // Which grid, and where gradients pass.
 struct FakeRule {
   FakeGrid grid = FakeGrid::kUniform;
-  int lo = 0, hi = 1;      // codes, at the source width
-  int shift = 0;           // source width less the width, for kNested and kVertical
-  float add = 0;           // value = scale (code + add), for kVertical
-  float slope_add = 0;     // the same in the gradient of the step
-  bool open_range = false; // values on a bound are outside
-  bool everywhere = false; // gradients pass outside too
-  bool calibrated = false; // elements inside count in the gradient of a clipping level
+  int lo = 0, hi = 1;       // codes, at the source width
+  int shift = 0;            // source width less the width, for kNested and kVertical
+  float add = 0;            // value = scale (code + add), for kVertical
+  float slope_add = 0;      // the same in the gradient of the step
+  bool open_range = false;  // values on a bound are outside
+  bool everywhere = false;  // gradients pass outside too
+  bool calibrated = false;  // elements inside count in the gradient of a clipping level
 };
 
 // Elements in the order of memory, as (outer, channels, inner). step and extra: (channels,) each; what they mean:

@@ -117,8 +117,8 @@ constexpr int64_t kFakeLanes = 64;    // sums kept side by side, in float32 over
 constexpr int64_t kFakePiece = 4096;  // elements; 64 summands a lane
 
 template <FakeGrid kGrid, bool kNarrow, bool kSums, typename T>
-inline void fake_backward_lanes(const FakeArgs& a, const T* g, const T* x, int64_t count, T* out,
-                                float* slopes, float* second) {
+inline void fake_backward_lanes(const FakeArgs& a, const T* g, const T* x, int64_t count, T* out, float* slopes,
+                                float* second) {
   BITSTRATA_INDEPENDENT
   for (int64_t j = 0; j < count; ++j) {
     const float value = to_float(x[j]), gradient = to_float(g[j]), u = fake_position<kGrid, kNarrow>(value, a);
@@ -131,8 +131,7 @@ inline void fake_backward_lanes(const FakeArgs& a, const T* g, const T* x, int64
     if constexpr (kSums) {
       const float level = fake_level<kGrid>(fake_code<kGrid>(u, a), a);
       float slope = level - (inside ? u : 0.0f);
-      if constexpr (kGrid == FakeGrid::kUnit || kGrid == FakeGrid::kCentred)
-        slope = inside & !a.inside ? 0.0f : slope;
+      if constexpr (kGrid == FakeGrid::kUnit || kGrid == FakeGrid::kCentred) slope = inside & !a.inside ? 0.0f : slope;
       slopes[j] += slope * gradient;
       if constexpr (kGrid == FakeGrid::kNested) second[j] += level * gradient;
       if constexpr (kGrid == FakeGrid::kAffine) {
@@ -144,8 +143,7 @@ inline void fake_backward_lanes(const FakeArgs& a, const T* g, const T* x, int64
 }
 
 template <FakeGrid kGrid, bool kNarrow, bool kSums, typename T>
-void fake_backward_with(const FakeArgs& args, const T* g, const T* x, int64_t count, T* out,
-                        FakeSums* sums) {
+void fake_backward_with(const FakeArgs& args, const T* g, const T* x, int64_t count, T* out, FakeSums* sums) {
   constexpr bool kSecond = kGrid == FakeGrid::kNested || kGrid == FakeGrid::kAffine;
   const FakeArgs a = args;
   T unwanted[kFakeLanes];
@@ -154,9 +152,10 @@ void fake_backward_with(const FakeArgs& args, const T* g, const T* x, int64_t co
     float slopes[kFakeLanes] = {}, second[kSecond ? kFakeLanes : 1] = {};
     int64_t i = begin;
     for (; i + kFakeLanes <= end; i += kFakeLanes)
-      fake_backward_lanes<kGrid, kNarrow, kSums>(a, g + i, x + i, kFakeLanes, out == nullptr ? unwanted : out + i, slopes,
-                                 second);
-    fake_backward_lanes<kGrid, kNarrow, kSums>(a, g + i, x + i, end - i, out == nullptr ? unwanted : out + i, slopes, second);
+      fake_backward_lanes<kGrid, kNarrow, kSums>(a, g + i, x + i, kFakeLanes, out == nullptr ? unwanted : out + i,
+                                                 slopes, second);
+    fake_backward_lanes<kGrid, kNarrow, kSums>(a, g + i, x + i, end - i, out == nullptr ? unwanted : out + i, slopes,
+                                               second);
     if constexpr (kSums) {
       for (float s : slopes) sums->slopes += s;
       for (float s : second) sums->second += s;
@@ -175,12 +174,10 @@ void fake_backward(const FakeArgs& a, const T* g, const T* x, int64_t count, T* 
                   : fake_backward_with<kGrid, false, true>(a, g, x, count, out, sums);
 }
 
-#define BITSTRATA_FAKE_GRIDS(kernel, type)                                                                            \
-  {                                                                                                                   \
-    kernel<FakeGrid::kUniform, type>, kernel<FakeGrid::kAffine, type>, kernel<FakeGrid::kSymmetric, type>,            \
-        kernel<FakeGrid::kNested, type>, kernel<FakeGrid::kVertical, type>, kernel<FakeGrid::kUnit, type>,            \
-        kernel<FakeGrid::kCentred, type>                                                                              \
-  }
+#define BITSTRATA_FAKE_GRIDS(kernel, type)                                                                  \
+  {kernel<FakeGrid::kUniform, type>, kernel<FakeGrid::kAffine, type>,   kernel<FakeGrid::kSymmetric, type>, \
+   kernel<FakeGrid::kNested, type>,  kernel<FakeGrid::kVertical, type>, kernel<FakeGrid::kUnit, type>,      \
+   kernel<FakeGrid::kCentred, type>}
 
 constexpr FakeKernels kFakeKernels = {
     BITSTRATA_FAKE_GRIDS(fake_forward, float),
