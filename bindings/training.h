@@ -10,3 +10,6 @@ void bind_conv_norm(nanobind::module_& m);
 
 // The layer normalization.
 void bind_layer_norm(nanobind::module_& m);
+
+// Fake quantization.
+void bind_fake_quantize(nanobind::module_& m);

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "bitstrata/fake_kernels.h"
 #include "bitstrata/layer_kernels.h"
 
 namespace bitstrata {
@@ -145,6 +146,7 @@ struct Training {
                             const CodeArgs&, uint8_t* out);
 
   LayerKernels layer;  // of the layer normalization
+  FakeKernels fake;    // of fake quantization
 };
 
 }  // namespace bitstrata

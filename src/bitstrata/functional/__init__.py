@@ -5,7 +5,9 @@ Nothing here knows of modules, layers or recipes.
 
 from .affine import affine_codes, affine_fake_quantize, best_affine
 from .allocation import Allocation, allocate_widths
+from .clipping import clipping_codes, clipping_fake_quantize
 from .dorefa import dorefa_codes, dorefa_gradient, tanh_normalize
+from .fake_quantize import fused_kernels
 from .nested import nested_codes, nested_fake_quantize
 from .sat import clamped_weight, deviation_scale, sat_scale
 from .ste import floor_ste, grad_scale, round_ste, with_value
@@ -28,10 +30,13 @@ __all__ = [
     "allocate_widths",
     "best_affine",
     "clamped_weight",
+    "clipping_codes",
+    "clipping_fake_quantize",
     "deviation_scale",
     "dorefa_codes",
     "dorefa_gradient",
     "floor_ste",
+    "fused_kernels",
     "grad_scale",
     "nested_codes",
     "nested_fake_quantize",

@@ -7,13 +7,14 @@ eqs. 5 to 8 and section 3.2.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .fake_quantize import fake_quantize
+from .formula import Formula, Gradients, Needs, Rule, positive, register_formula
 from .reduce import sum_to
-from .uniform import positive
 
 SAMPLE = 65_536  # elements that the search looks at
 SHRINK = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08)  # of the way from the mean to the smallest and largest element
@@ -31,40 +32,51 @@ def affine_codes(x: Tensor, step: Tensor, beta: Tensor, hi: int) -> Tensor:
     return _position(x, step, beta).clamp_(0, hi).round_()
 
 
+def _single(beta: Tensor) -> Tensor:
+    """beta as 0-d, so that the result has x's shape whatever it is."""
+    return beta.reshape(()) if beta.numel() == 1 else beta
+
+
 def _position(x: Tensor, step: Tensor, beta: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, step.dtype))
-    return wide.sub(beta).div_(positive(step))
+    return wide.sub(_single(beta)).div_(positive(step))
 
 
-class _Affine(torch.autograd.Function):
+@register_formula
+@dataclass(frozen=True)
+class Affine(Formula):
     """value = s * (code + beta/s), code = round(clip((x - beta)/s, 0, hi)). G = dL/dvalue, bounds count as inside.
 
     Inside: dx = G, ds = g G (code - (x - beta)/s), dbeta = 0. Outside: dx = 0, ds = g G code, dbeta = g G.
     """
 
-    @staticmethod
-    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
-        ctx: Any, x: Tensor, step: Tensor, beta: Tensor, hi: int, grad_scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, step, beta)
-        ctx.config = (hi, grad_scale)
-        s = positive(step)
-        return affine_codes(x, step, beta, hi).add_(beta / s).mul_(s).to(x.dtype)
+    hi: int
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, beta = ctx.saved_tensors
-        hi, grad_scale = ctx.config
-        u = _position(x, step, beta)
-        outside = (u < 0) | (u > hi)
-        grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
-        grad_step = grad_beta = None
-        if ctx.needs_input_grad[1]:
-            terms = u.clamp(0, hi).round_().sub_(u.masked_fill(outside, 0.0)).mul_(grad)
-            grad_step = sum_to(terms, step.shape).mul_(grad_scale).to(step.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_beta = sum_to(grad * outside, beta.shape).mul_(grad_scale).to(beta.dtype)
-        return grad_x, grad_step, grad_beta, None, None
+    name = "affine"
+    takes_extra = True
+
+    def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
+        assert extra is not None
+        s = positive(step)
+        return affine_codes(x, step, extra, self.hi).add_(_single(extra) / s).mul_(s).to(x.dtype)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, step: Tensor, extra: Tensor | None, *, needs: Needs, factor: float
+    ) -> Gradients:
+        assert extra is not None
+        u = _position(x, step, extra)
+        outside = (u < 0) | (u > self.hi)
+        grad_x = grad.masked_fill(outside, 0.0) if needs[0] else None
+        grad_step = grad_extra = None
+        if needs[1]:
+            terms = u.clamp(0, self.hi).round_().sub_(u.masked_fill(outside, 0.0)).mul_(grad)
+            grad_step = sum_to(terms, step.shape).mul_(factor).to(step.dtype)
+        if needs[2]:
+            grad_extra = sum_to(grad.masked_fill(~outside, 0.0), extra.shape).mul_(factor).to(extra.dtype)
+        return grad_x, grad_step, grad_extra
+
+    def rule(self) -> Rule:
+        return Rule("affine", 0, self.hi)
 
 
 def affine_fake_quantize(x: Tensor, step: Tensor, beta: Tensor, hi: int, *, grad_scale: float = 1.0) -> Tensor:
@@ -78,7 +90,7 @@ def affine_fake_quantize(x: Tensor, step: Tensor, beta: Tensor, hi: int, *, grad
         hi: largest code.
         grad_scale: factor on the gradients of step and beta only.
     """
-    return _Affine.apply(x, step, beta, hi, grad_scale)
+    return fake_quantize(x, step, beta, Affine(hi), grad_scale=grad_scale)
 
 
 def sampled(x: Tensor, limit: int = SAMPLE) -> Tensor:

@@ -7,13 +7,13 @@ with step 2^(n-b) D at every other width.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .fake_quantize import fake_quantize
+from .formula import EPS, Formula, Gradients, Needs, Rule, positive, register_formula
 from .reduce import sum_to
-from .uniform import EPS, positive
 
 
 def nested_codes(w: Tensor, step: Tensor, source_bits: int, bits: int) -> Tensor:
@@ -29,7 +29,9 @@ def nested_codes(w: Tensor, step: Tensor, source_bits: int, bits: int) -> Tensor
     return source.div_(2 ** (source_bits - bits)).floor_() if bits < source_bits else source
 
 
-class _Nested(torch.autograd.Function):
+@register_formula
+@dataclass(frozen=True)
+class Nested(Formula):
     """value = S * (c_b + 1/2), S = r * D * 2^(n-b).
 
     G = dL/dvalue. Inside |u| < 2^(n-1), decided on the unrounded u at the source width for every b:
@@ -37,33 +39,39 @@ class _Nested(torch.autograd.Function):
     dr = g G D 2^(n-b) (c_b + 1/2).
     """
 
-    @staticmethod
-    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
-        ctx: Any, w: Tensor, step: Tensor, ratio: Tensor, source_bits: int, bits: int, grad_scale: float
-    ) -> Tensor:
-        codes = nested_codes(w, step, source_bits, bits)
-        ctx.save_for_backward(w, step, ratio, codes)
-        ctx.config = (source_bits, bits, grad_scale)
-        scale = nested_scale(step, ratio, source_bits, bits)
-        return (codes + 0.5).mul_(scale.reshape(()) if scale.numel() == 1 else scale).to(w.dtype)
+    source_bits: int
+    bits: int
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, step, ratio, codes = ctx.saved_tensors
-        source_bits, bits, grad_scale = ctx.config
-        divisor = positive(step)
-        u = w / divisor
-        inside = u.abs() < 2 ** (source_bits - 1)
-        centre = (codes + 0.5).mul_(2 ** (source_bits - bits))
-        r = positive(ratio)
-        grad_w = grad * inside * r if ctx.needs_input_grad[0] else None
-        grad_step = grad_ratio = None
-        if ctx.needs_input_grad[1]:
-            terms = (centre - u * inside).mul_(r).mul_(grad)
-            grad_step = sum_to(terms, step.shape).mul_(grad_scale).to(step.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_ratio = sum_to(centre * divisor * grad, ratio.shape).mul_(grad_scale).to(ratio.dtype)
-        return grad_w, grad_step, grad_ratio, None, None, None
+    name = "nested"
+    narrows = True
+    takes_extra = True
+
+    def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
+        assert extra is not None
+        scale = nested_scale(step, extra, self.source_bits, self.bits)
+        codes = nested_codes(x, step, self.source_bits, self.bits)
+        return (codes + 0.5).mul_(scale.reshape(()) if scale.numel() == 1 else scale).to(x.dtype)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, step: Tensor, extra: Tensor | None, *, needs: Needs, factor: float
+    ) -> Gradients:
+        assert extra is not None
+        divisor, r = positive(step), positive(extra)
+        u = x / divisor
+        outside = ~(u.abs() < 2 ** (self.source_bits - 1))
+        centre = nested_codes(x, step, self.source_bits, self.bits).add_(0.5).mul_(2 ** (self.source_bits - self.bits))
+        grad_x = (grad * r).masked_fill_(outside, 0.0).to(x.dtype) if needs[0] else None
+        grad_step = grad_extra = None
+        if needs[1]:
+            terms = (centre - u.masked_fill(outside, 0.0)).mul_(r).mul_(grad)
+            grad_step = sum_to(terms, step.shape).mul_(factor).to(step.dtype)
+        if needs[2]:
+            grad_extra = sum_to(centre * divisor * grad, extra.shape).mul_(factor).to(extra.dtype)
+        return grad_x, grad_step, grad_extra
+
+    def rule(self) -> Rule:
+        half = 2 ** (self.source_bits - 1)
+        return Rule("nested", -half, half - 1, shift=self.source_bits - self.bits, open_range=True)
 
 
 def nested_scale(step: Tensor, ratio: Tensor, source_bits: int, bits: int) -> Tensor:
@@ -74,7 +82,7 @@ def nested_scale(step: Tensor, ratio: Tensor, source_bits: int, bits: int) -> Te
 def nested_fake_quantize(
     w: Tensor, step: Tensor, ratio: Tensor, source_bits: int, bits: int, *, grad_scale: float = 1.0
 ) -> Tensor:
-    """Fake-quantize onto the nested symmetric grid at `bits` bits; gradients as in `_Nested`.
+    """Fake-quantize onto the nested symmetric grid at `bits` bits; gradients as in `Nested`.
 
     Args:
         w: any shape, floating; the result has its shape and dtype.
@@ -83,4 +91,4 @@ def nested_fake_quantize(
         source_bits: n in 1..8; bits: b in 1..n.
         grad_scale: factor on the gradients of step and ratio only.
     """
-    return _Nested.apply(w, step, ratio, source_bits, bits, grad_scale)
+    return fake_quantize(w, step, ratio, Nested(source_bits, bits), grad_scale=grad_scale)

@@ -5,13 +5,13 @@ Source: Pham, Abraham, Chung, "UniQ", eqs. 3, 4 and 6.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .fake_quantize import fake_quantize
+from .formula import Formula, Gradients, Needs, Rule, positive, register_formula
 from .reduce import sum_to
-from .uniform import positive
 
 
 def symmetric_codes(w: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -32,32 +32,37 @@ def symmetric_codes(w: Tensor, step: Tensor, bits: int) -> Tensor:
     return codes.sub_(odd.mul_(u == codes)).clamp_(-half, half - 1)
 
 
-class _Symmetric(torch.autograd.Function):
+@register_formula
+@dataclass(frozen=True)
+class Symmetric(Formula):
     """value = D * (code + 1/2). G = dL/dvalue; in range means |w/D| < (N-1)/2, strictly, before rounding.
 
     In range: dw = G, dD = g G (code + 1/2 - w/D). Outside: dw = 0, dD = g G sign(w) (N-1)/2.
     """
 
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, step: Tensor, bits: int, grad_scale: float) -> Tensor:
-        ctx.save_for_backward(w, step)
-        ctx.config = (bits, grad_scale)
-        return symmetric_codes(w, step, bits).add_(0.5).mul_(positive(step)).to(w.dtype)
+    bits: int
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, step = ctx.saved_tensors
-        bits, grad_scale = ctx.config
-        u = w.div(positive(step))
-        bound = (2**bits - 1) / 2
-        inside = u.abs() < bound
-        grad_w = grad * inside if ctx.needs_input_grad[0] else None
-        grad_step = None
-        if ctx.needs_input_grad[1]:
-            level = symmetric_codes(w, step, bits).add_(0.5)  # outside the range it is sign(w) (N-1)/2 already
-            residual = level.sub_(u.masked_fill_(~inside, 0.0)).mul_(grad)
-            grad_step = sum_to(residual, step.shape).mul_(grad_scale).to(step.dtype)
-        return grad_w, grad_step, None, None
+    name = "symmetric"
+    narrows = True
+    half_steps = True
+
+    def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
+        return symmetric_codes(x, step, self.bits).add_(0.5).mul_(positive(step)).to(x.dtype)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, step: Tensor, extra: Tensor | None, *, needs: Needs, factor: float
+    ) -> Gradients:
+        u = x.div(positive(step))
+        outside = ~(u.abs() < (2**self.bits - 1) / 2)
+        grad_x = grad.masked_fill(outside, 0.0) if needs[0] else None
+        if not needs[1]:
+            return grad_x, None, None
+        level = symmetric_codes(x, step, self.bits).add_(0.5)  # outside the range it is sign(w) (N-1)/2 already
+        residual = level.sub_(u.masked_fill_(outside, 0.0)).mul_(grad)
+        return grad_x, sum_to(residual, step.shape).mul_(factor).to(step.dtype), None
+
+    def rule(self) -> Rule:
+        return Rule("symmetric", -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1, open_range=True)
 
 
 def symmetric_fake_quantize(w: Tensor, step: Tensor, bits: int, *, grad_scale: float = 1.0) -> Tensor:
@@ -72,4 +77,4 @@ def symmetric_fake_quantize(w: Tensor, step: Tensor, bits: int, *, grad_scale: f
         bits: b in 1..8.
         grad_scale: factor on the gradient of D only.
     """
-    return _Symmetric.apply(w, step, bits, grad_scale)
+    return fake_quantize(w, step, None, Symmetric(bits), grad_scale=grad_scale)

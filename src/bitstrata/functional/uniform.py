@@ -5,23 +5,16 @@ Source: Esser et al., "Learned step size quantization", eqs. 1-3; Pham et al., "
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .fake_quantize import fake_quantize
+from .formula import EPS, Formula, Gradients, Needs, Rule, positive, register_formula
 from .reduce import sum_to
 
-EPS = 1e-8  # smallest step used: a step that training drives through zero must not flip or blow up the grid
-
-
-def positive(step: Tensor) -> Tensor:
-    """The step as a divisor: at least 1e-8, and 0-d when it is one number.
-
-    A 0-d float32 step keeps bfloat16 inputs in bfloat16 while each operation still computes in float32 and rounds once.
-    """
-    safe = step.clamp_min(EPS)
-    return safe.reshape(()) if safe.numel() == 1 else safe
+__all__ = ["EPS", "Uniform", "positive", "uniform_codes", "uniform_fake_quantize"]
 
 
 def uniform_codes(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
@@ -35,44 +28,54 @@ def uniform_codes(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
     return x.div(positive(step)).clamp_(lo, hi).round_()
 
 
-def _masked(values: Tensor, u: Tensor, lo: int, hi: int, open_range: bool) -> Tensor:
-    """`values` where u is in range, 0 elsewhere."""
-    if open_range:  # hardtanh's backward is this very mask, in one pass over memory
-        return torch.ops.aten.hardtanh_backward(values, u, lo, hi)
-    return values.masked_fill((u < lo) | (u > hi), 0.0)
-
-
-class _Uniform(torch.autograd.Function):
+@register_formula
+@dataclass(frozen=True)
+class Uniform(Formula):
     """value = s * round(clamp(x/s, lo, hi)).
 
     dx = G inside the range, 0 outside; ds = g * sum G * (code - x/s inside, lo below, hi above). The range is decided
-    on the unrounded x/s; a value on a bound is inside (LSQ) unless `open_range` (UniQ).
+    on the unrounded x/s; a value on a bound is inside (LSQ) unless `open_range` (UniQ). NaN is inside. With
+    `everywhere`, dx = G outside too, and nothing is said of ds.
     """
 
-    @staticmethod
-    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
-        ctx: Any, x: Tensor, step: Tensor, lo: int, hi: int, grad_scale: float, open_range: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, step)
-        ctx.config = (lo, hi, grad_scale, open_range)
-        return uniform_codes(x, step, lo, hi).mul_(positive(step)).to(x.dtype)
+    lo: int
+    hi: int
+    open_range: bool = False
+    everywhere: bool = False
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step = ctx.saved_tensors
-        lo, hi, grad_scale, open_range = ctx.config
+    name = "uniform"
+    narrows = True
+    half_steps = True
+
+    def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
+        return uniform_codes(x, step, self.lo, self.hi).mul_(positive(step)).to(x.dtype)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, step: Tensor, extra: Tensor | None, *, needs: Needs, factor: float
+    ) -> Gradients:
         u = x.div(positive(step))
-        grad_x = grad_step = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _masked(grad, u, lo, hi, open_range)
-        if ctx.needs_input_grad[1]:
-            residual = u.clamp(lo, hi).round_().sub_(_masked(u, u, lo, hi, open_range))
-            grad_step = sum_to(residual.mul_(grad), step.shape).mul_(grad_scale).to(step.dtype)
-        return grad_x, grad_step, None, None, None, None
+        outside = (u <= self.lo) | (u >= self.hi) if self.open_range else (u < self.lo) | (u > self.hi)
+        if self.everywhere:
+            outside = torch.zeros_like(outside)
+        grad_x = grad.masked_fill(outside, 0.0) if needs[0] else None
+        if not needs[1]:
+            return grad_x, None, None
+        residual = u.clamp(self.lo, self.hi).round_().sub_(u.masked_fill(outside, 0.0))
+        return grad_x, sum_to(residual.mul_(grad), step.shape).mul_(factor).to(step.dtype), None
+
+    def rule(self) -> Rule:
+        return Rule("uniform", self.lo, self.hi, open_range=self.open_range, everywhere=self.everywhere)
 
 
 def uniform_fake_quantize(
-    x: Tensor, step: Tensor, lo: int, hi: int, *, grad_scale: float = 1.0, open_range: bool = False
+    x: Tensor,
+    step: Tensor,
+    lo: int,
+    hi: int,
+    *,
+    grad_scale: float = 1.0,
+    open_range: bool = False,
+    everywhere: bool = False,
 ) -> Tensor:
     """Fake-quantize onto the grid step * {lo..hi} with the straight-through estimator (LSQ eqs. 1-3, UniQ eq. 5).
 
@@ -82,5 +85,6 @@ def uniform_fake_quantize(
         lo, hi: smallest and largest code.
         grad_scale: factor on the step's gradient only (LSQ section 2.2).
         open_range: values on a bound count as outside (UniQ), else inside (LSQ).
+        everywhere: x gets the gradient outside the range too, for steps that follow x and learn nothing.
     """
-    return _Uniform.apply(x, step, lo, hi, grad_scale, open_range)
+    return fake_quantize(x, step, None, Uniform(lo, hi, open_range, everywhere), grad_scale=grad_scale)

@@ -6,13 +6,14 @@ and the value is s 2^(n-b) (c_b + z_b), z_b = (1 - 2^-(n-b)) / 2 (Wu et al., "Ve
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .fake_quantize import fake_quantize
+from .formula import EPS, Formula, Gradients, Needs, Rule, positive, register_formula
 from .reduce import sum_to
-from .uniform import EPS, positive
 
 
 def vertical_offset(source_bits: int, bits: int) -> float:
@@ -49,38 +50,45 @@ def _codes(u: Tensor, source_bits: int, bits: int) -> Tensor:
     return source.div_(2 ** (source_bits - bits)).floor_() if bits < source_bits else source
 
 
-class _Vertical(torch.autograd.Function):
-    """value = s 2^(n-b) (c_b + z).
+@register_formula
+@dataclass(frozen=True)
+class Vertical(Formula):
+    """value = s 2^(n-b) (c_b + z), z = `offset`.
 
     G = dL/dvalue, u = w/s. Inside, -2^(n-1) <= u <= 2^(n-1)-1, decided on the unrounded u at the source width for every
     b: dw = G; ds = g G (2^(n-b) (c_b + z') - u). Outside: dw = 0; ds = g G 2^(n-b) (c_b + z'), c_b being the bound.
-    z' = z, or 0 for the gradient as it is printed.
+    z' = `grad_offset`: z, or 0 for the gradient as it is printed.
     """
 
-    @staticmethod
-    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
-        ctx: Any, w: Tensor, step: Tensor, source_bits: int, bits: int, offset: float, grad_offset: float, g: float
-    ) -> Tensor:
-        codes = vertical_codes(w, step, source_bits, bits)
-        ctx.save_for_backward(w, step)
-        ctx.config = (source_bits, bits, grad_offset, g)
-        scale = vertical_scale(step, source_bits, bits)
-        return (codes + offset).mul_(scale.reshape(()) if scale.numel() == 1 else scale).to(w.dtype)
+    source_bits: int
+    bits: int
+    offset: float
+    grad_offset: float
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, step = ctx.saved_tensors
-        source_bits, bits, grad_offset, g = ctx.config
-        half = 2 ** (source_bits - 1)
-        u = _ratio(w, step)
+    name = "vertical"
+    half_steps = True
+
+    def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
+        codes = vertical_codes(x, step, self.source_bits, self.bits)
+        scale = vertical_scale(step, self.source_bits, self.bits)
+        return (codes + self.offset).mul_(scale.reshape(()) if scale.numel() == 1 else scale).to(x.dtype)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, step: Tensor, extra: Tensor | None, *, needs: Needs, factor: float
+    ) -> Gradients:
+        half = 2 ** (self.source_bits - 1)
+        u = _ratio(x, step)
         outside = (u < -half) | (u > half - 1)
-        grad_w = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
-        grad_step = None
-        if ctx.needs_input_grad[1]:
-            centre = _codes(u, source_bits, bits).add_(grad_offset).mul_(2 ** (source_bits - bits))
-            terms = centre.sub_(u.masked_fill(outside, 0.0)).mul_(grad)
-            grad_step = sum_to(terms, step.shape).mul_(g).to(step.dtype)
-        return grad_w, grad_step, None, None, None, None, None
+        grad_x = grad.masked_fill(outside, 0.0) if needs[0] else None
+        if not needs[1]:
+            return grad_x, None, None
+        centre = _codes(u, self.source_bits, self.bits).add_(self.grad_offset).mul_(2 ** (self.source_bits - self.bits))
+        terms = centre.sub_(u.masked_fill(outside, 0.0)).mul_(grad)
+        return grad_x, sum_to(terms, step.shape).mul_(factor).to(step.dtype), None
+
+    def rule(self) -> Rule:
+        half, shift = 2 ** (self.source_bits - 1), self.source_bits - self.bits
+        return Rule("vertical", -half, half - 1, shift=shift, add=self.offset, slope_add=self.grad_offset)
 
 
 def vertical_scale(step: Tensor, source_bits: int, bits: int) -> Tensor:
@@ -98,7 +106,7 @@ def vertical_fake_quantize(
     ste_include_z: bool = True,
     grad_scale: float = 1.0,
 ) -> Tensor:
-    """Fake-quantize onto the vertical grid at `bits` bits (vertical layering, eqs. 1-8); gradients as in `_Vertical`.
+    """Fake-quantize onto the vertical grid at `bits` bits (vertical layering, eqs. 1-8); gradients as in `Vertical`.
 
     Args:
         w: any shape, floating; the result has its shape and dtype.
@@ -110,4 +118,5 @@ def vertical_fake_quantize(
     """
     offset = vertical_offset(source_bits, bits) if compensation else 0.0
     grad_offset = offset if ste_include_z else 0.0
-    return _Vertical.apply(w, step, source_bits, bits, offset, grad_offset, grad_scale)
+    formula = Vertical(source_bits, bits, offset, grad_offset)
+    return fake_quantize(w, step, None, formula, grad_scale=grad_scale)

@@ -5,7 +5,6 @@ What the kernels take: tensors on the CPU, float32 or bfloat16, as rows of chann
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,20 +13,12 @@ from torch import Tensor
 
 from bitstrata_runtime import _engine
 
+from ..functional import engine_fake  # which also lets the engine use torch's own threads
 from .rounding import CounterGenerator
 
-FASTEST = ""  # as an instruction set: the engine takes the one BITSTRATA_ISA names, else the fastest
+FASTEST = engine_fake.FASTEST
 Noise = tuple[int, int] | None  # seed and stream
 MEMORY = {torch.float32: torch.float32, torch.bfloat16: torch.int16}  # how the kernels are handed a dtype
-
-
-def _share_threads() -> bool:
-    """Let the kernels use torch's own threads. Else those of both, which wait busily, are in each other's way."""
-    folder = Path(torch.__file__).parent / "lib"
-    return any(_engine.use_openmp(str(library)) for library in folder.glob("lib*omp*"))
-
-
-SHARED_THREADS = _share_threads()
 
 
 def takes(x: Tensor) -> bool:

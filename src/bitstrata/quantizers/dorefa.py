@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..functional.clipping import clipping_fake_quantize
 from ..functional.dorefa import SCHEMES, dorefa_codes, tanh_normalize, unit_codes, widened
 from ..functional.ste import with_value
 from ..functional.uniform import EPS
@@ -124,13 +125,9 @@ class DoReFaActivation(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         return unit_codes(widened(x), self.width).to(torch.int32)
 
-    def surrogate(self, x: Tensor) -> Tensor:
-        return x.clamp(0, 1)
-
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            value = self.grid(x).dequantize(unit_codes(widened(x), self.width)).to(x.dtype)
-        return with_value(self.surrogate(x), value)
+        unit = self.unit.to(widened(x).dtype)
+        return clipping_fake_quantize(x, unit, 2**self.width - 1, closed=True)
 
     def init_(self, x: Tensor) -> None:
         """Nothing to set: the grid is fixed."""

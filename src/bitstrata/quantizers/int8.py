@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..functional.ste import with_value
 from ..functional.uniform import EPS, uniform_codes, uniform_fake_quantize
 from .base import ActivationQuantizer, Grid, WeightQuantizer
 from .registry import register
@@ -54,8 +53,8 @@ class Int8Weight(WeightQuantizer):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             grid = self.grid(x)
-            value = grid.dequantize(self._codes(x, grid)).to(x.dtype)
-        return with_value(x, value)
+        scale = self._broadcast(grid.scale, x)
+        return uniform_fake_quantize(x.to(scale.dtype), scale, grid.lo, grid.hi, everywhere=True).to(x.dtype)
 
     def init_(self, x: Tensor) -> None:
         """Nothing to set: the scale is that of the weight at hand."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..functional.clipping import clipping_fake_quantize
 from ..functional.ste import with_value
 from .base import Grid, Quantizer, WeightQuantizer
 from .registry import register
@@ -260,11 +261,9 @@ class MaQDActivation(Quantizer):
         return self._levels(x).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.act_surrogate == "ste" or not (x.requires_grad and torch.is_grad_enabled()):
+            return clipping_fake_quantize(x, _wide(x.new_ones(1)), self.states[self.precision] - 1)
         value = self.grid(x).dequantize(self._levels(x)).to(x.dtype)
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return value
-        if self.act_surrogate == "ste":
-            return with_value(x * ((x > 0) & (x < 1)), value)
         count = self.states[self.precision]
         gain = 1.0 / (count - 1) if self.act_surrogate == "normalised" else 1.0
         return _Surrogate.apply(x, value, (count, self.alpha, gain))

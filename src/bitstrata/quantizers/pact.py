@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..functional.dorefa import widened
-from ..functional.reduce import sum_to
+from ..functional.clipping import clipping_codes, clipping_fake_quantize, clipping_scale
 from ..functional.steps import optimal_step
-from ..functional.uniform import EPS
 from .base import ActivationQuantizer, Grid, LayerFacts
 from .initial import Rule, activation_step
 from .registry import register
 
 CONV_ALPHA, LINEAR_ALPHA = 8.0, 10.0
-
-
-def _level(alpha: Tensor) -> Tensor:
-    """The clipping level as a divisor: |alpha|, at least 1e-8; 0-d, so that it widens no tensor."""
-    return alpha.detach().abs().clamp_min(EPS).reshape(())
-
-
-def _codes(x: Tensor, level: Tensor, top: int, symmetric: bool) -> Tensor:
-    """round(a clip(x, 0, alpha)/alpha), or round(a (clip(x, -alpha, alpha)/alpha + 1)/2) - (a + 1)/2, in x's dtype."""
-    if not symmetric:
-        return x.div(level).clamp_(0, 1).mul_(top).round_()
-    return x.div(level).clamp_(-1, 1).add_(1).div_(2).mul_(top).round_().sub_((top + 1) // 2)
-
-
-class _Pact(torch.autograd.Function):
-    """Forward: the grid's value. dx = G strictly inside the range; dalpha as the card of `PactActivation` says.
-
-    The unrounded x decides what is inside, and x = alpha is outside.
-    """
-
-    @staticmethod
-    def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
-        ctx: Any, x: Tensor, alpha: Tensor, grid: Grid, symmetric: bool, calibrated: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, alpha)
-        ctx.config = (grid, symmetric, calibrated)
-        codes = _codes(widened(x), _level(alpha), grid.hi - grid.lo, symmetric)
-        return grid.dequantize(codes).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, alpha = ctx.saved_tensors
-        grid, symmetric, calibrated = ctx.config
-        level, wide = _level(alpha), widened(x)
-        inside = (wide > (-level if symmetric else 0)) & (wide < level)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_alpha = None
-        if ctx.needs_input_grad[1]:
-            u = wide.div(level).clamp_(-1 if symmetric else 0, 1)
-            slope = torch.zeros_like(u)
-            if calibrated:
-                top = grid.hi - grid.lo
-                slope = (_codes(wide, level, top, symmetric) + grid.offset) * ((2 if symmetric else 1) / top) - u
-            slope = torch.where(inside, slope, u)  # u is a bound there
-            sign = torch.where(alpha < 0, -1.0, 1.0)  # of |alpha|; 1 at 0, where the level must be able to grow again
-            grad_alpha = (sum_to(slope * grad, alpha.shape) * sign).to(alpha.dtype)
-        return grad_x, grad_alpha, None, None, None
 
 
 @register("pact", "activation", "PACT: learned clipping level alpha, its gradient from clipped inputs alone")
@@ -141,8 +91,7 @@ class PactActivation(ActivationQuantizer):
 
     def _grid(self) -> Grid:
         lo, hi = self.limits()
-        width = 2 if self.signed else 1  # of the range, in alphas
-        return Grid(_level(self.step).reshape(1) * width / (hi - lo), self.offset, lo, hi)
+        return Grid(clipping_scale(self.step, hi - lo, self.signed), self.offset, lo, hi)
 
     def grid(self, x: Tensor | None = None) -> Grid:
         self.require_initialized()
@@ -152,11 +101,13 @@ class PactActivation(ActivationQuantizer):
     def codes(self, x: Tensor) -> Tensor:
         self.require_initialized()
         lo, hi = self.limits()
-        return _codes(widened(x), _level(self.step), hi - lo, self.signed).to(torch.int32)
+        return clipping_codes(x, self.step, hi - lo, self.signed).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         self.prepare(x)
-        return _Pact.apply(x, self.step, self._grid(), self.signed, self.gradient == "cg")
+        lo, hi = self.limits()
+        calibrated = self.gradient == "cg"
+        return clipping_fake_quantize(x, self.step, hi - lo, signed=self.signed, calibrated=calibrated)
 
 
 @register("cg_pact", "activation", "CG-PACT: PACT with the calibrated gradient of alpha, from every input in range")
