@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
-    from .objectives import joint_backward
+    from .objectives import PrecisionSampler, joint_backward
     from .prepare import (
         Pixels,
         calibrate_,
@@ -52,6 +52,7 @@ _HOMES = {
     "QuantConv1d": "nn",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
+    "PrecisionSampler": "objectives",
     "joint_backward": "objectives",
     "Pixels": "prepare",
     "calibrate_": "prepare",
@@ -82,6 +83,7 @@ __all__ = [
     "FusedNetwork",
     "Pixels",
     "PrecisionBatchNorm",
+    "PrecisionSampler",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
