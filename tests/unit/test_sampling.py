@@ -54,9 +54,17 @@ def test_all_is_every_precision_widest_first():
     assert list(PrecisionSampler((2, 1, 4)).at(7).items()) == [(4, 1.0), (2, 1.0), (1, 1.0)]
 
 
-@pytest.mark.parametrize("precisions", [(3,), (1, 8)])
-def test_a_sandwich_of_two_is_all(precisions):
-    assert PrecisionSampler(precisions, "sandwich").at(0) == dict.fromkeys(precisions, 1.0)
+@pytest.mark.parametrize(
+    ("precisions", "sampling"), [((3,), "sandwich"), ((1, 8), "sandwich"), ((1, 8), "pair"), ((2,), "pair")]
+)
+def test_where_there_is_no_choice_all_are_trained(precisions, sampling):
+    assert PrecisionSampler(precisions, sampling).at(0) == dict.fromkeys(precisions, 1.0)
+
+
+def test_a_pair_is_the_widest_and_one_more():
+    samples = [PrecisionSampler(WIDTHS, "pair").at(step) for step in range(60)]
+    assert {tuple(sample) for sample in samples} == {(4, 1), (4, 2), (4, 3)}
+    assert all(list(sample.values()) == [1.0, 3.0] for sample in samples)
 
 
 def test_a_sandwich_is_both_ends_and_one_between():
@@ -88,7 +96,7 @@ DRAWS_OF_SEED_0 = [3, 2, 3, 3, 2, 2, 3, 2, 3, 2, 2, 3, 3, 3, 3, 2]
     [
         (((),), r"precisions must be one or more different ones, got \(\)$"),
         (((2, 1, 2),), r"precisions must be one or more different ones, got \(1, 2, 2\)$"),
-        (((1, 2), "some"), r"sampling must be one of \('all', 'sandwich'\), got 'some'$"),
+        (((1, 2), "some"), r"sampling must be one of \('all', 'sandwich', 'pair'\), got 'some'$"),
     ],
 )
 def test_samplers_that_cannot_be(arguments, message):

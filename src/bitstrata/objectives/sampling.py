@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SAMPLINGS = ("all", "sandwich")
+SAMPLINGS = ("all", "sandwich", "pair")
 _STREAM = 0x7072656373616D70  # keeps these draws apart from those of anything else that takes the same seed
 
 
@@ -20,10 +20,11 @@ class PrecisionSampler:
             joint_backward(model, x, y, precisions=sampler.at(step))
 
     "all": every precision, weight 1. "sandwich": the narrowest and the widest, weight 1, and one of the m between them,
-    each with probability 1/m and weight m. The three stand for all n precisions: their weights add up to n, and since
-    m * 1/m = 1, the expectation over the draws of sum_b weight_b dL_b is the full sum of dL_b. Slimmable networks,
-    which the sampling is from, add the three without weights; what they minimise counts a precision between the ends m
-    times less than an end. With two precisions or fewer, "sandwich" is "all".
+    each with probability 1/m and weight m. "pair": the widest, weight 1, and one of the m others likewise. What is
+    drawn stands for all n precisions: the weights of a step add up to n, and since m * 1/m = 1, the expectation over
+    the draws of sum_b weight_b dL_b is the full sum of dL_b. Slimmable networks, which the sandwich is from, add the
+    three without weights; what they minimise counts a precision between the ends m times less than an end. Where there
+    is nothing to choose from, all precisions are trained.
 
     Where a precision's teacher is the next wider one ("next"), that is the next wider of the sampled ones, so that the
     narrowest learns from the one drawn. What belongs to a precision alone (normalization, activation steps, ratios)
@@ -38,7 +39,7 @@ class PrecisionSampler:
 
     Args:
         precisions: any order, without repetition.
-        sampling: "all" or "sandwich".
+        sampling: "all", "sandwich" or "pair".
         seed: of the draws.
 
     Raises:
@@ -67,12 +68,14 @@ class PrecisionSampler:
         """
         if step < 0:
             raise ValueError(f"PrecisionSampler: step must not be negative, got {step}")
-        *_, widest = self.precisions
-        between = self.precisions[1:-1]
-        if self.sampling == "all" or not between:
-            return dict.fromkeys(reversed(self.precisions), 1.0)
-        drawn = between[self._draw(step, len(between))]
-        return {widest: 1.0, drawn: float(len(between)), self.precisions[0]: 1.0}
+        always = {"all": self.precisions, "sandwich": self.precisions[:1] + self.precisions[-1:]}.get(
+            self.sampling, self.precisions[-1:]
+        )
+        others = tuple(p for p in self.precisions if p not in always)
+        weights = dict.fromkeys(always, 1.0)
+        if others:
+            weights[others[self._draw(step, len(others))]] = float(len(others))
+        return {p: weights[p] for p in sorted(weights, reverse=True)}
 
     def _draw(self, step: int, count: int) -> int:
         """Uniform in 0..count - 1, from Philox at counter `step` under the seed as key.

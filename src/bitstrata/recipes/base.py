@@ -39,7 +39,8 @@ class Objective:
     loss: "cross_entropy" or "maqd", (1 - gamma) CE + gamma MSE (MaQD eq. 9). distill: "cosine" or "kl" against a
     teacher, or None. teacher: "next" higher precision or "widest". combine: how several precisions make one gradient,
     "scalarization" or "mgd" (multiple-gradient descent). reduction: "mean" of the precisions' gradients or their "sum".
-    sampling: the precisions of a step, "all" or a "sandwich" of the narrowest, the widest and a random one between.
+    sampling: the precisions of a step, "all", a "sandwich" of both ends and a random one between, or a "pair" of the
+    widest and a random one.
     """
 
     loss: str = "cross_entropy"
@@ -56,7 +57,7 @@ class Objective:
         _one_of("Objective", "teacher", self.teacher, ("next", "widest"))
         _one_of("Objective", "combine", self.combine, ("scalarization", "mgd"))
         _one_of("Objective", "reduction", self.reduction, ("mean", "sum"))
-        _one_of("Objective", "sampling", self.sampling, ("all", "sandwich"))
+        _one_of("Objective", "sampling", self.sampling, ("all", "sandwich", "pair"))
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"Objective: gamma must lie in 0..1, got {self.gamma}")
 

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "teacher": ("next", "widest"),
     "combine": ("scalarization", "mgd"),
     "reduction": ("mean", "sum"),
-    "sampling": ("all", "sandwich"),
+    "sampling": ("all", "sandwich", "pair"),
     "amp": ("none", "bf16"),
 }
 
@@ -82,8 +82,8 @@ class TrainConfig:
     """How precisions make one gradient: by fixed factors, or by multiple gradient descent."""
     reduction: Literal["mean", "sum"] = "mean"
     """Scalarization takes the mean of the precisions' gradients or their sum."""
-    sampling: Literal["all", "sandwich"] = "all"
-    """Precisions of a step: all, or the narrowest, the widest and a random one between them (`PrecisionSampler`)."""
+    sampling: Literal["all", "sandwich", "pair"] = "all"
+    """Precisions of a step: all; the narrowest, the widest and a random one between; or the widest and a random one."""
     precisions: tuple[int, ...] | None = None
     """Precisions to train and evaluate; None for all (quantized networks only)."""
     amp: Literal["none", "bf16"] = "none"
