@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         reestimate_batchnorm_,
         saved_memory,
         set_precision,
+        step_weights,
         summary,
     )
     from .recipes import Recipe
@@ -71,6 +72,7 @@ _HOMES = {
     "reestimate_batchnorm_": "prepare",
     "saved_memory": "prepare",
     "set_precision": "prepare",
+    "step_weights": "prepare",
     "summary": "prepare",
     "Recipe": "recipes",
     "TrainConfig": "train",
@@ -116,6 +118,7 @@ __all__ = [
     "reestimate_batchnorm_",
     "saved_memory",
     "set_precision",
+    "step_weights",
     "summary",
     "train",
     "verify",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..prepare.parameters import precision_parameters
 from ..prepare.precision import precision, precisions
+from ..prepare.step import weights_of_a_step
 from .distill import DISTILLATIONS, Distillation
 from .losses import Loss
 from .mgd import min_norm_point
@@ -56,6 +57,9 @@ def joint_backward(
     (normalization, activation steps, scale ratios) the unscaled dL_b. The caller zeroes gradients and steps
     the optimizer, so gradient accumulation and clipping work as usual.
 
+    Weights that all precisions quantize alike (edge layers), and what is done to a weight before it is quantized, are
+    computed once for all precisions; weights of a module in several places once a precision (see `step_weights`, which
+    serves layers that are applied repeatedly). Not with "mgd" or in wrapped models.
     combine="mgd" holds one shared gradient a precision in memory, and takes gradients without running hooks on their
     accumulation (`DistributedDataParallel`). Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
 
@@ -97,13 +101,16 @@ def joint_backward(
         return _descend(step, tuple(chosen), owner)
     whole = sum(chosen.values()) if reduction == "mean" else 1.0
     result: dict[int, JointLoss] = {}
-    with _unscaled_precision_gradients(model, owner, {p: whole / weight for p, weight in chosen.items()}):
+    inverse = {p: whole / weight for p, weight in chosen.items()}
+    with _unscaled_precision_gradients(model, owner, inverse), weights_of_a_step(model) as weights:
         for p, weight in chosen.items():
             factor = weight / whole
             with precision(model, p):
                 total, logits = step.forward(p)
                 (total * factor if factor != 1.0 else total).backward()
+            weights.settle(everything=False)
             result[p] = JointLoss(total.detach(), logits, factor)
+        weights.settle()
     return result
 
 
