@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import bitstrata as bs
 from bitstrata.objectives import joint_backward
 from bitstrata.quantizers.base import WeightQuantizer
+from bitstrata.quantizers.registry import build, names
 
 WIDTHS = (1, 2, 4)
 STANDARDIZED = {"transform": bs.recipes.Part("standardize", "transform", {})}
@@ -285,6 +286,32 @@ def test_blocks_in_blocks_are_one(calls):
         accumulated(model, block=True)
         assert model.again.weight.grad is None
     assert_same(model, expected)
+
+
+# ---- which quantizers serve all precisions alike
+
+
+@pytest.mark.parametrize("channels", [None, 5])
+@pytest.mark.parametrize("name", names("weight"))
+def test_what_is_the_same_at_all_precisions(name, channels):
+    """Values and gradients agree between precisions of one width; and widths that differ never count as the same."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 12)
+    quantizer = build(name, "weight", {}, bits={2: 4, 3: 4}, channels=channels, signed=True)
+    if quantizer.same_at_all_precisions:
+        quantizer.init_(x)
+        found = []
+        for p in (2, 3):
+            quantizer.precision = p
+            w = x.clone().requires_grad_()
+            value = quantizer(w)
+            inputs = [w, *quantizer.parameters()]
+            found.append((value, *torch.autograd.grad(value.square().sum(), inputs)))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
+    if name not in ("uniq", "lsq", "lsq_plus"):  # they serve one width only
+        assert not build(name, "weight", {}, bits={2: 3, 3: 4}, channels=channels, signed=True).same_at_all_precisions
+    assert build("lsq", "weight", {}, bits={2: 8, 3: 8}, channels=channels, signed=True).same_at_all_precisions
 
 
 # ---- what cannot be
