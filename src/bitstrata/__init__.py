@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
-    from .objectives import joint_backward
+    from .objectives import PrecisionSampler, joint_backward, warm_start_chain
     from .prepare import (
         Pixels,
         calibrate_,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         reestimate_batchnorm_,
         saved_memory,
         set_precision,
+        step_weights,
         summary,
     )
     from .recipes import Recipe
@@ -52,7 +53,9 @@ _HOMES = {
     "QuantConv1d": "nn",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
+    "PrecisionSampler": "objectives",
     "joint_backward": "objectives",
+    "warm_start_chain": "objectives",
     "Pixels": "prepare",
     "calibrate_": "prepare",
     "float_form_": "prepare",
@@ -70,6 +73,7 @@ _HOMES = {
     "reestimate_batchnorm_": "prepare",
     "saved_memory": "prepare",
     "set_precision": "prepare",
+    "step_weights": "prepare",
     "summary": "prepare",
     "Recipe": "recipes",
     "TrainConfig": "train",
@@ -82,6 +86,7 @@ __all__ = [
     "FusedNetwork",
     "Pixels",
     "PrecisionBatchNorm",
+    "PrecisionSampler",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
@@ -114,9 +119,11 @@ __all__ = [
     "reestimate_batchnorm_",
     "saved_memory",
     "set_precision",
+    "step_weights",
     "summary",
     "train",
     "verify",
+    "warm_start_chain",
     "zoo",
 ]
 

@@ -17,7 +17,7 @@ from bitstrata.train import checkpoint
 from bitstrata.train.config import Level, TrainConfig, differences
 from bitstrata.train.evaluate import evaluate, place
 from bitstrata.train.metrics import MetricsLog
-from bitstrata.train.objective import LevelLoss, Objective, default_objective, make_optimizer
+from bitstrata.train.objective import FollowsSteps, LevelLoss, Objective, default_objective, make_optimizer
 from bitstrata.train.progress import Reporter, per_level, reporter
 from bitstrata.train.schedule import lr_factor_of
 
@@ -33,12 +33,20 @@ class BatchSource(Protocol):
 
 @dataclass
 class Position:
-    """Where a run stands: `step` steps of the whole run are done; sums are over the epoch in progress."""
+    """Where a run stands: `step` steps of the whole run are done; sums are over the epoch in progress.
+
+    seen: images that a level was trained on, where not every step trains every level.
+    """
 
     step: int = 0
     loss_sum: dict[Level, float] = field(default_factory=dict)
     correct: dict[Level, int] = field(default_factory=dict)
+    seen: dict[Level, int] = field(default_factory=dict)
     images: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.seen:  # a checkpoint from before levels were counted apart: every step trained all
+            self.seen = dict.fromkeys(self.loss_sum, self.images)
 
     def add(self, results: Mapping[Any, LevelLoss], labels: Tensor) -> dict[Level, float]:
         """Count one step; returns its losses."""
@@ -47,17 +55,18 @@ class Position:
             hits = int((result.logits.detach().argmax(1) == labels).sum())
             self.correct[level] = self.correct.get(level, 0) + hits
             self.loss_sum[level] = self.loss_sum.get(level, 0.0) + losses[level] * len(labels)
+            self.seen[level] = self.seen.get(level, 0) + len(labels)
         self.images += len(labels)
         self.step += 1
         return losses
 
     def end_epoch(self) -> dict[str, dict[str, float]]:
-        """Means over the epoch as JSON values; the sums start again."""
+        """Means over the epoch as JSON values, of the levels trained in it; the sums start again."""
         means = {
-            "loss": {str(level): total / self.images for level, total in self.loss_sum.items()},
-            "accuracy": {str(level): count / self.images for level, count in self.correct.items()},
+            "loss": {str(level): total / self.seen[level] for level, total in self.loss_sum.items()},
+            "accuracy": {str(level): count / self.seen[level] for level, count in self.correct.items()},
         }
-        self.loss_sum, self.correct, self.images = {}, {}, 0
+        self.loss_sum, self.correct, self.seen, self.images = {}, {}, {}, 0
         return means
 
 
@@ -100,6 +109,8 @@ class Trainer:
         if objective is not None and teacher is not None:
             raise ValueError("Trainer: give either an objective or a teacher; an objective brings its own teacher")
         self.objective = objective or default_objective(model, config, teacher)
+        # Kept apart, so that it is told the step although something is wrapped around `objective` later.
+        self._follower = self.objective if isinstance(self.objective, FollowsSteps) else None
         self.reporter = reporter
         self.device = next(model.parameters()).device
         if config.channels_last:
@@ -186,6 +197,8 @@ class Trainer:
         inputs = place(images, self.device, self.config.channels_last)
         targets = labels.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
+        if self._follower is not None:
+            self._follower.at_step(self.position.step)
         results = self.objective(self.model, inputs, targets)
         losses = self.position.add(results, targets)
         for level, loss in losses.items():
