@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         saved_memory,
         set_precision,
         summary,
+        synchronize_,
     )
     from .recipes import Recipe
     from .train import TrainConfig, Trainer
@@ -71,6 +72,7 @@ _HOMES = {
     "saved_memory": "prepare",
     "set_precision": "prepare",
     "summary": "prepare",
+    "synchronize_": "prepare",
     "Recipe": "recipes",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -115,6 +117,7 @@ __all__ = [
     "saved_memory",
     "set_precision",
     "summary",
+    "synchronize_",
     "train",
     "verify",
     "zoo",

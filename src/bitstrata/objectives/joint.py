@@ -16,6 +16,7 @@ from ..prepare.precision import precision, precisions
 from .distill import DISTILLATIONS, Distillation
 from .losses import Loss
 from .mgd import min_norm_point
+from .ranks import Ranks
 
 COMBINE = ("scalarization", "mgd")
 REDUCTIONS = ("mean", "sum")
@@ -57,10 +58,15 @@ def joint_backward(
     the optimizer, so gradient accumulation and clipping work as usual.
 
     combine="mgd" holds one shared gradient a precision in memory, and takes gradients without running hooks on their
-    accumulation (`DistributedDataParallel`). Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
+    accumulation. Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
+
+    In `DistributedDataParallel` the gradients of the wrapped network are averaged over ranks once, after the last
+    precision (not inside `no_sync`); for "mgd" each precision's are, so that every rank finds the same alphas. `loss` has
+    to be a mean over samples; ranks may have different numbers of them.
 
     Args:
-        model: a quantized model, in training mode.
+        model: a quantized model, in training mode, or `DistributedDataParallel` of one, or one that `fully_shard` has
+            sharded ("mgd" needs whole gradients, which the latter has not).
         inputs, targets: as the model and `loss` take them.
         loss: called with (logits, targets), returns a scalar.
         distill: "cosine", "kl", a function of (student logits, teacher logits), or None for no distillation.
@@ -88,18 +94,25 @@ def joint_backward(
             f"joint_backward: combine='mgd' chooses the factors itself, so reduction={reduction!r} is void"
         )
     guide = _Guide(_distillation(distill), distill_weight, _checked_teacher(model, teacher, distill))
-    step = _Step(model, inputs, targets, loss, guide, amp)
+    ranks = Ranks.of(model, inputs)
+    if ranks.sharded and combine == "mgd":
+        raise ValueError("joint_backward: combine='mgd' needs whole gradients; this model's are sharded over ranks (FSDP)")
+    model = ranks.network
+    step = _Step(model, inputs, targets, loss, guide, amp, ranks)
     owner = _owners(model)
     if combine == "mgd":
         return _descend(step, chosen, owner)
     factor = 1.0 / len(chosen) if reduction == "mean" else 1.0
     result: dict[int, JointLoss] = {}
-    with _unscaled_precision_gradients(model, owner, len(chosen) if reduction == "mean" else 1):
+    count = len(chosen) if reduction == "mean" else 1
+    unscaled = _unscaled_sharded_gradients if ranks.sharded else _unscaled_precision_gradients
+    with unscaled(model, owner, count):
         for p in chosen:
             with precision(model, p):
                 total, logits = step.forward(p)
-                (total * factor if factor != 1.0 else total).backward()
+                ranks.share(total * factor if factor != 1.0 else total).backward()
             result[p] = JointLoss(total.detach(), logits, factor)
+    ranks.average_()
     return result
 
 
@@ -139,10 +152,12 @@ class _Step:
     loss: Loss
     guide: _Guide
     amp: torch.dtype | None
+    ranks: Ranks
 
     def forward(self, p: int) -> tuple[Tensor, Tensor]:
         """Loss with its graph, and detached logits, at the model's current precision p."""
-        with torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+        autocast = torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+        with autocast, self.ranks.counting():
             taught = self.guide.ask(self.inputs)
             logits = self.model(self.inputs)
             total = self.loss(logits, self.targets)
@@ -173,10 +188,12 @@ def _descend(step: _Step, chosen: tuple[int, ...], owner: dict[int, int]) -> dic
         own = [q for _, q in trained if owner.get(id(q)) == p]
         with precision(step.model, p):
             total, logits = step.forward(p)
-            found = torch.autograd.grad(total, [q for _, q in shared] + own, allow_unused=True)
+            wanted = [q for _, q in shared] + own
+            mine = torch.autograd.grad(step.ranks.share(total), wanted, allow_unused=True)
+            found = step.ranks.mean([None if g is None else g.contiguous() for g in mine], wanted)
         losses[p] = (total.detach(), logits)
-        mine = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
-        gradients.append(_Gradients(list(found[: len(shared)]), mine))
+        kept = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
+        gradients.append(_Gradients(list(found[: len(shared)]), kept))
     alphas = _alphas([g.shared for g in gradients], [name for name, _ in shared], chosen)
     for index, (_, q) in enumerate(shared):
         parts = [(a, g.shared[index]) for a, g in zip(alphas, gradients, strict=True)]
@@ -287,3 +304,18 @@ def _unscaled_precision_gradients(model: nn.Module, owner: dict[int, int], count
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _unscaled_sharded_gradients(model: nn.Module, owner: dict[int, int], count: int) -> Iterator[None]:
+    """The same where the parameters are sharded, whose gradients come from elsewhere than a hook could see."""
+    own = [p for p in model.parameters() if p.requires_grad and id(p) in owner] if count > 1 else []
+    before = [p.grad for p in own]
+    for p in own:
+        p.grad = None
+    yield
+    for p, earlier in zip(own, before, strict=True):
+        if p.grad is not None:
+            p.grad.mul_(count)
+        if earlier is not None:
+            p.grad = earlier if p.grad is None else p.grad.add_(earlier)

@@ -17,6 +17,7 @@ from .parameters import parameter_groups, precision_parameters
 from .precision import precision, precisions, set_precision
 from .quantize import Pixels, quantize_
 from .summary import Summary, SummaryRow, summary
+from .synchronize import synchronize_, synchronized
 
 __all__ = [
     "LayerMemory",
@@ -42,4 +43,6 @@ __all__ = [
     "saved_memory",
     "set_precision",
     "summary",
+    "synchronize_",
+    "synchronized",
 ]

@@ -15,6 +15,7 @@ from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer, Quantizer
 from .finite import not_finite
 from .precision import precision, precisions, quantized_layers
+from .wrapped import refuse_sharded, unwrapped
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[int] | None = None) -> nn.Module:
@@ -22,7 +23,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
 
     Every batch runs at every precision, widest first, in training mode without gradients: batch-normalization
     statistics move, each layer sees inputs that are already quantized upstream, and each step comes from the largest
-    statistic so far.
+    statistic so far. After `synchronize_`, ranks of a distributed run give their shares of the same batches, and find
+    the steps of one rank with the joined ones; without it each goes by its own.
 
     Args:
         batches: inputs as the model takes them, or (input, ...) tuples as loaders yield them; kept in memory once.
@@ -35,6 +37,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
     Warns:
         UserWarning: a layer's inputs were zero in every batch, so that its step is not set.
     """
+    refuse_sharded("calibrate_", model)
+    wrapper, model = model, unwrapped(model)
     data = inputs_of("calibrate_", batches)
     chosen = _checked(model, "calibrate_", data, precisions)
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
@@ -52,7 +56,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
             for quantizer in quantizers:
                 quantizer.observing = False
     _warn_of_unset_steps(model, met)
-    return model
+    return wrapper
 
 
 def reestimate_batchnorm_(
@@ -67,12 +71,13 @@ def reestimate_batchnorm_(
     Raises:
         TypeError, ValueError: as for `calibrate_`.
     """
+    wrapper, model = model, unwrapped(model)
     data = inputs_of("reestimate_batchnorm_", batches)
     chosen = _checked(model, "reestimate_batchnorm_", data, precisions)
     for p in chosen:
         with precision(model, p):
             average_statistics_(model, data)
-    return model
+    return wrapper
 
 
 def average_statistics_(model: nn.Module, data: list[Tensor]) -> None:
