@@ -52,7 +52,9 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
     if not isinstance(example, Tensor):
         raise LowerError(f"lower: example must be one input tensor, got {type(example).__name__}")
     if is_sharded(model):
-        raise LowerError("lower: the model's parameters are sharded over ranks; load the gathered state_dict into a copy")
+        raise LowerError(
+            "lower: the parameters are sharded over ranks (FSDP); load the gathered state_dict into a copy"
+        )
     model = deployed(unwrapped(model), example)
     served = _served(model, precisions)
     if not 2 <= example.dim() <= 4:

@@ -74,9 +74,7 @@ class _Joined(nn.modules.batchnorm._BatchNorm):
         y, mean, var, count = _JoinedNorm.apply(wide, self.eps)
         self._track(mean, var, count, x)
         if self.affine:
-            y = torch.addcmul(
-                _per_channel(self.bias.to(y.dtype), y), y, _per_channel(self.weight.to(y.dtype), y)
-            )
+            y = torch.addcmul(_per_channel(self.bias.to(y.dtype), y), y, _per_channel(self.weight.to(y.dtype), y))
         return y.to(x.dtype)
 
     @torch.no_grad()

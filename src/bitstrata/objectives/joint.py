@@ -61,8 +61,8 @@ def joint_backward(
     accumulation. Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
 
     In `DistributedDataParallel` the gradients of the wrapped network are averaged over ranks once, after the last
-    precision (not inside `no_sync`); for "mgd" each precision's are, so that every rank finds the same alphas. `loss` has
-    to be a mean over samples; ranks may have different numbers of them.
+    precision (not inside `no_sync`); for "mgd" each precision's are, so that every rank finds the same alphas. `loss`
+    has to be a mean over samples; ranks may have different numbers of them.
 
     Args:
         model: a quantized model, in training mode, or `DistributedDataParallel` of one, or one that `fully_shard` has
@@ -96,7 +96,7 @@ def joint_backward(
     guide = _Guide(_distillation(distill), distill_weight, _checked_teacher(model, teacher, distill))
     ranks = Ranks.of(model, inputs)
     if ranks.sharded and combine == "mgd":
-        raise ValueError("joint_backward: combine='mgd' needs whole gradients; this model's are sharded over ranks (FSDP)")
+        raise ValueError("joint_backward: combine='mgd' needs whole gradients, and FSDP shards this model's over ranks")
     model = ranks.network
     step = _Step(model, inputs, targets, loss, guide, amp, ranks)
     owner = _owners(model)
@@ -190,7 +190,7 @@ def _descend(step: _Step, chosen: tuple[int, ...], owner: dict[int, int]) -> dic
             total, logits = step.forward(p)
             wanted = [q for _, q in shared] + own
             mine = torch.autograd.grad(step.ranks.share(total), wanted, allow_unused=True)
-            found = step.ranks.mean([None if g is None else g.contiguous() for g in mine], wanted)
+            found = step.ranks.mean(mine, wanted)
         losses[p] = (total.detach(), logits)
         kept = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
         gradients.append(_Gradients(list(found[: len(shared)]), kept))

@@ -73,7 +73,13 @@ class Ranks:
             return list(gradients)
         present = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=like[0].device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX)
-        means: list[Tensor | None] = list(gradients)
+        if any(g is not None and g.is_sparse for g in gradients):
+            raise ValueError(
+                "joint_backward: gradients are averaged over ranks only if they are dense; some are sparse"
+            )
+        means = [
+            g.clone() if g is not None and 0 in g.stride() else g for g in gradients
+        ]  # expanded: no room of its own
         for i, needed in enumerate(present.tolist()):
             if needed and means[i] is None:
                 means[i] = torch.zeros_like(like[i])

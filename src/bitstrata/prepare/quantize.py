@@ -81,8 +81,9 @@ def quantize_(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: the model is wrapped for distributed training, or quantized already; no layer is left to quantize; parameters or statistics are not
-            finite; a layer's input on the example is empty or not finite. The model is unchanged.
+        ValueError: the model is wrapped for distributed training, or quantized already; no layer is left to quantize;
+            parameters or statistics are not finite; a layer's input on the example is empty or not finite. The model is
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")

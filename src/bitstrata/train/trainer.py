@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from bitstrata.prepare import load_noise_state_, noise_state, precisions
 from bitstrata.train import checkpoint
 from bitstrata.train.config import Level, TrainConfig, differences
-from bitstrata.train.evaluate import evaluate, place
+from bitstrata.train.distributed import Distributed, Silent
+from bitstrata.train.evaluate import accuracies, count_correct, place
 from bitstrata.train.metrics import MetricsLog
 from bitstrata.train.objective import LevelLoss, Objective, default_objective, make_optimizer
 from bitstrata.train.progress import Reporter, per_level, reporter
 from bitstrata.train.schedule import lr_factor_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Batch = tuple[Tensor, Tensor]
 
@@ -40,14 +44,15 @@ class Position:
     correct: dict[Level, int] = field(default_factory=dict)
     images: int = 0
 
-    def add(self, results: Mapping[Any, LevelLoss], labels: Tensor) -> dict[Level, float]:
-        """Count one step; returns its losses."""
-        losses = {level: float(result.loss) for level, result in results.items()}
-        for level, result in results.items():
-            hits = int((result.logits.detach().argmax(1) == labels).sum())
-            self.correct[level] = self.correct.get(level, 0) + hits
-            self.loss_sum[level] = self.loss_sum.get(level, 0.0) + losses[level] * len(labels)
-        self.images += len(labels)
+    def add(self, results: Mapping[Any, LevelLoss], labels: Tensor, ranks: Distributed) -> dict[Level, float]:
+        """Count one step of all ranks; returns its losses."""
+        mine = {level: float(result.loss) for level, result in results.items()}
+        right = {level: int((result.logits.detach().argmax(1) == labels).sum()) for level, result in results.items()}
+        losses, hits, images = ranks.joined(mine, right, len(labels))
+        for level, loss in losses.items():
+            self.correct[level] = self.correct.get(level, 0) + hits[level]
+            self.loss_sum[level] = self.loss_sum.get(level, 0.0) + loss * images
+        self.images += images
         self.step += 1
         return losses
 
@@ -72,7 +77,10 @@ class Trainer:
     labels (N,)), such as torch's DataLoader without worker processes. objective: replaces `joint_backward` (or
     the plain loss, for a float network) with everything the configuration says of it. teacher: a network of its own
     that all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
-    has to be given the same one. out_dir: holds NAME.ckpt and metrics.jsonl; None writes nothing.
+    has to be given the same one. out_dir: holds NAME.ckpt and metrics.jsonl; None writes nothing. accelerator: of
+    accelerate; by default one is made where torchrun or accelerate has launched several processes. Each of these then
+    runs the same lines and takes its share of the loader's batches, which are of batch_size on each; statistics are of
+    the joined batch, and the first alone writes files.
     """
 
     def __init__(
@@ -87,11 +95,13 @@ class Trainer:
         teacher: nn.Module | None = None,
         name: str = "train",
         reporter: Callable[[str, int, int], Reporter] = reporter,
+        accelerator: Accelerator | None = None,
     ) -> None:
+        self.ranks = Distributed(accelerator)
         self.model = model
         self.config = config
         self.name = name
-        self.train_loader = as_source(train_loader, config.seed)
+        self.train_loader = as_source(self.ranks.share(train_loader, config.seed), config.seed)
         self.eval_loader = eval_loader
         self.steps_per_epoch = len(self.train_loader)
         if self.steps_per_epoch < 1:
@@ -100,13 +110,15 @@ class Trainer:
         if objective is not None and teacher is not None:
             raise ValueError("Trainer: give either an objective or a teacher; an objective brings its own teacher")
         self.objective = objective or default_objective(model, config, teacher)
-        self.reporter = reporter
-        self.device = next(model.parameters()).device
+        self.reporter = reporter if self.ranks.is_first else Silent
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.wrapped = self.ranks.wrap(model)
+        self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, config)
         self.position = Position()
-        self.log = MetricsLog(None if self.out_dir is None else self.out_dir / "metrics.jsonl", name)
+        writes = self.ranks.is_first and self.out_dir is not None
+        self.log = MetricsLog(cast(Path, self.out_dir) / "metrics.jsonl" if writes else None, name)
 
     @property
     def total_steps(self) -> int:
@@ -132,9 +144,13 @@ class Trainer:
         rng = self._restore() if resume else None
         if rng is None:
             self.log.drop_run()
-            checkpoint.seed_all(self.config.seed)
+            checkpoint.seed_all(self.ranks.seed(self.config.seed))
+        self.ranks.own_noise_(self.model)
         accuracy: dict[Level, float] = {}
-        with self.reporter(self.name, self.total_steps, self.position.step) as report:
+        with (
+            self.ranks.synchronized(self.model),
+            self.reporter(self.name, self.total_steps, self.position.step) as report,
+        ):
             while self.position.step < self.total_steps:
                 accuracy = self._epoch(report, rng)
                 rng = None
@@ -143,14 +159,16 @@ class Trainer:
     def evaluate(self, levels: tuple[int, ...] | None = None) -> dict[Level, float]:
         """Top-1 accuracy on eval_loader, a fraction for each of `levels`, by default what the configuration trains.
 
-        Raises ValueError without an eval_loader.
+        Every rank counts its share of the batches, and all must call this. Raises ValueError without an eval_loader.
         """
         if self.eval_loader is None:
             raise ValueError("Trainer.evaluate: the trainer was made without an eval_loader")
-        loader = self.eval_loader
-        batches = cast(BatchSource, loader).epoch(0, 0) if hasattr(loader, "epoch") else loader
-        wanted = self.config.precisions if levels is None else levels
-        return evaluate(self.model, batches, wanted, amp=self.config.amp, channels_last=self.config.channels_last)
+        batches, wanted = self.ranks.every(self.eval_loader), self.config.precisions if levels is None else levels
+        correct, seen = count_correct(
+            self.model, batches, wanted, amp=self.config.amp, channels_last=self.config.channels_last
+        )
+        *hits, images = self.ranks.sums([*correct.values(), seen])
+        return accuracies(dict(zip(correct, hits, strict=True)), images)
 
     def _epoch(self, report: Reporter, rng: dict[str, Any] | None) -> dict[Level, float]:
         """The rest of the current epoch, its evaluation and its checkpoint."""
@@ -161,9 +179,10 @@ class Trainer:
             checkpoint.set_rng_state(rng)
         begun, images_before = time.monotonic(), self.position.images
         for images, labels in batches:
+            seen = self.position.images
             losses = self._step(images, labels)
             step = self.position.step
-            report.step(step, epoch, len(labels), losses)
+            report.step(step, epoch, self.position.images - seen, losses)
             if step % self.config.log_every == 0:
                 self._log_step(epoch, losses)
             if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
@@ -186,8 +205,8 @@ class Trainer:
         inputs = place(images, self.device, self.config.channels_last)
         targets = labels.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        results = self.objective(self.model, inputs, targets)
-        losses = self.position.add(results, targets)
+        results = self.objective(self.wrapped, inputs, targets)
+        losses = self.position.add(results, targets, self.ranks)
         for level, loss in losses.items():
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -220,39 +239,43 @@ class Trainer:
         return {} if self.eval_loader is None else self.evaluate()
 
     def _save(self) -> None:
-        if self.checkpoint_path is None:
+        """Write the checkpoint; all ranks take part, the first writes."""
+        path = self.checkpoint_path
+        if path is None:
             return
-        checkpoint.save(
-            self.checkpoint_path,
-            {
-                "config": self.config.to_dict(),
-                "steps_per_epoch": self.steps_per_epoch,
-                "precisions": list(precisions(self.model)),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "position": vars(self.position),
-                "rng": checkpoint.rng_state(),
-                "noise": noise_state(self.model),
-                "metrics": self.log.position(),
-            },
-        )
+        state = {
+            "config": self.config.to_dict(),
+            "steps_per_epoch": self.steps_per_epoch,
+            "ranks": self.ranks.size,
+            "precisions": list(precisions(self.model)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": vars(self.position),
+            "rng": self.ranks.of_all(checkpoint.rng_state()),
+            "noise": noise_state(self.model),
+        }
+        self.ranks.from_first(lambda: checkpoint.save(path, {**state, "metrics": self.log.position()}))
 
     def _restore(self) -> dict[str, Any] | None:
         """Load the checkpoint if there is one; returns the state of the random generators."""
         path = self.checkpoint_path
-        if path is None or not path.exists():
+        if path is None:
             return None
-        state = checkpoint.load(path)
+        state = self.ranks.from_first(lambda: checkpoint.load(path) if path.exists() else None)
+        if state is None:
+            return None
         self._check_same_run(path, state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         load_noise_state_(self.model, state.get("noise", {}))
         self.position = Position(**state["position"])
-        self.log.cut(state["metrics"])
-        return cast(dict[str, Any], state["rng"])
+        self.ranks.from_first(lambda: self.log.cut(state["metrics"]))
+        return cast(dict[str, Any], self.ranks.mine(state["rng"]))
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         changes = differences(state["config"], self.config.to_dict())
+        if state.get("ranks", 1) != self.ranks.size:
+            changes.append(f"ranks: {state.get('ranks', 1)} saved, {self.ranks.size} now")
         if state["steps_per_epoch"] != self.steps_per_epoch:
             changes.append(f"steps an epoch: {state['steps_per_epoch']} saved, {self.steps_per_epoch} now")
         if state["precisions"] != list(precisions(self.model)):
@@ -286,6 +309,8 @@ class IterableSource:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches of `epoch` from `start_step` on."""
         checkpoint.seed_all(self.seed * 1_000_003 + epoch)
+        if hasattr(self.batches, "set_epoch"):  # of a loader that accelerate has prepared
+            self.batches.set_epoch(epoch)
         iterator = iter(self.batches)
         for _ in range(start_step):
             next(iterator)
