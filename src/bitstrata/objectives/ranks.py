@@ -37,7 +37,10 @@ class Ranks:
     @classmethod
     def of(cls, model: nn.Module, inputs: Tensor) -> Ranks:
         """The ranks that train `model`, on `inputs` here; one, if nothing wraps it."""
-        network, sharded = unwrapped(model), is_sharded(model)
+        network = unwrapped(model)
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(network)
+        sharded = is_sharded(model)
         wrapped = isinstance(model, DistributedDataParallel)
         world = world_size() if wrapped or sharded else 1
         if world == 1:

@@ -1,0 +1,85 @@
+"""Two ranks with shares of a batch do what one does with the joined batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+import torch.multiprocessing as mp  # noqa: E402
+from helpers_two_ranks import RECIPES, everything, run  # noqa: E402
+
+# Sums in float64, of shares first: they differ from those of the joined batch by rounding alone.
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    mp.spawn(run, args=(2, str(folder), 0), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return everything(0, 1, folder)
+
+
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_steps_equal_those_on_the_joined_batch(kind: str, ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    expected = alone[kind]
+    for found in ranks:
+        for state, wanted in zip(found[kind]["states"], expected["states"], strict=True):
+            close(state, wanted)
+        assert found[kind]["alphas"] == pytest.approx(expected["alphas"], abs=TOLERANCE)
+    first, *_, last = expected["states"]
+    moved = [name for name in first if not torch.equal(first[name], last[name])]
+    assert any(name.endswith("weight") for name in moved)
+    assert any("running_mean" in name for name in moved)
+    assert kind == "maqd" or any(".steps." in name for name in moved)
+
+
+def test_gradients_accumulate(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for found in ranks:
+        close(found["accumulated"], alone["accumulated"])
+
+
+def test_sharded_parameters_get_the_same_gradients(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for found in ranks:
+        close(found["sharded"], alone["sharded"])
+
+
+def test_the_trainer_trains_as_one(ranks: list[dict[str, Any]], alone: dict[str, Any], folder: Path) -> None:
+    expected = alone["trained"]
+    for found in ranks:
+        close(found["trained"]["state"], expected["state"])
+        assert found["trained"]["accuracy"] == expected["accuracy"]
+        assert found["trained"]["types"] == expected["types"]  # nothing stays synchronized
+    logs = [(folder / f"whole{world}" / "metrics.jsonl").read_text().splitlines() for world in (1, 2)]
+    for one, two in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert one["event"] == two["event"]
+        for name in ("loss", "accuracy"):
+            assert two.get(name, {}) == pytest.approx(one.get(name, {}), rel=TOLERANCE)
+
+
+def test_a_resumed_run_repeats_every_bit(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for found in (*ranks, alone):
+        whole, resumed = found["trained"]["state"], found["trained"]["resumed"]
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
