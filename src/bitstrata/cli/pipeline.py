@@ -1,7 +1,8 @@
 """The way from data to a verified artifact, shared by `train` and `quantize` (torch side).
 
 Stages: float -> quantize, calibrate -> joint -> lower, pack -> measure. Each stage that has finished is skipped when
-the command is given again; the training stages resume from their checkpoints.
+the command is given again; the training stages resume from their checkpoints. Launched as several processes, all train,
+and the first alone writes files and does what comes after.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from bitstrata.lowering import LowerError
 from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate
 from bitstrata.train.checkpoint import seed_all
+from bitstrata.train.distributed import first_process
 
 T = TypeVar("T")
 
@@ -106,22 +108,24 @@ def quantize_checkpoint(options: Quantize, out: Path) -> None:
     loading.load_weights(model, options.checkpoint)
     claim(run)
     accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
-    print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
+    if first_process():
+        print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
     finish(run, model, accuracy)
 
 
 def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None) -> Run | None:
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
-    if options.fresh and out.exists():
+    if options.fresh and out.exists() and first_process():
         for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", FROZEN):
             (out / name).unlink(missing_ok=True)
     saved = out / "config.json"
-    if saved.exists():
+    if saved.exists() and not options.fresh:
         check_same_options(saved, read_json(saved), resolved(options))
         if (out / "results.json").exists():
-            print(f"{out} is complete; --fresh starts over")
-            print_results(output(), read_json(out / "results.json"))
+            if first_process():
+                print(f"{out} is complete; --fresh starts over")
+                print_results(output(), read_json(out / "results.json"))
             return None
     train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
     test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)
@@ -142,7 +146,8 @@ def check(options: RunOptions) -> tuple[int, ...]:
 def claim(run: Run) -> None:
     """Make the output directory this run's, once its inputs have proved good."""
     assert run.out is not None
-    write_json(run.out / "config.json", resolved(run.options))
+    if first_process():
+        write_json(run.out / "config.json", resolved(run.options))
 
 
 def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -195,7 +200,7 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     """Quantize a float network in place and train all precisions; returns their accuracies in float32."""
     quantized(run, model)
     run.refusal = refusal(run, model)
-    if run.refusal is not None:
+    if run.refusal is not None and first_process():
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
     trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
@@ -203,7 +208,7 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     if not integers(run):
         return float32_accuracies(run, model)
     bs.freeze_(model, calibration(run))
-    if run.out is not None:
+    if run.out is not None and first_process():
         checkpoint.save(run.out / FROZEN, {"model": model.state_dict()})
     return {run.bits[0]: float32_accuracies(run, model)["float"]}
 
@@ -249,6 +254,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
     """From a float network to results.json."""
     assert run.out is not None
     fake = joint_stage(run, model)
+    if not first_process():
+        return
     if run.refusal is not None:
         rows = [{"bits": p, "float_accuracy": float_accuracy, "fake_accuracy": fake[p]} for p in run.bits]
         results = {"rows": rows, "no_artifact": run.refusal, "seconds": run.seconds, "seed": run.options.seed}

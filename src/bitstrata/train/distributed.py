@@ -187,6 +187,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1") or 1)
 
 
+def first_process() -> bool:
+    """Whether the environment makes this process the first, or the only one, of those launched."""
+    return launched() == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
 def _accelerator() -> Accelerator:
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError(
