@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
@@ -13,10 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import bitstrata as bs
 from bitstrata import data, recipes
+from bitstrata.cli import main
+from bitstrata.functional.ranks import gather_rows
 from bitstrata.train import TrainConfig, Trainer
+from bitstrata.train.distributed import Distributed
+from bitstrata.train.trainer import as_source
 
 SPLIT = (6, 4)  # samples on each rank: shares may differ
 
@@ -149,7 +155,7 @@ def trainer(out: Path | None, batch_size: int) -> Trainer:
     return Trainer(bs.calibrate_(quantized("strata"), [batch()[0]]), config, train, test, out)
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """What ends a run in the middle."""
 
 
@@ -162,15 +168,13 @@ def trained(folder: Path, rank: int, world: int) -> dict[str, Any]:
 
     def stopping(*args: Any) -> Any:
         if len(done) == 3:
-            raise Stop
+            raise StoppedError
         done.append(None)
         return step(*args)
 
     broken._step = stopping  # type: ignore[method-assign]
-    try:
+    with contextlib.suppress(StoppedError):
         broken.fit()
-    except Stop:
-        pass
     again = trainer(folder / f"broken{world}", 8 // world)
     again.fit()
     return {
@@ -179,6 +183,66 @@ def trained(folder: Path, rank: int, world: int) -> dict[str, Any]:
         "accuracy": accuracy,
         "types": sorted({type(m).__name__ for m in whole.model.modules()}),
     }
+
+
+def normalized(rank: int, world: int) -> dict[str, Tensor]:
+    """Results, gradients and statistics of batch normalizations by themselves, with the options that they have."""
+    x, upstream = (share(t, rank, world) for t in torch.randn(2, 10, 4, 3, generator=torch.Generator().manual_seed(4)))
+    norms = {
+        "plain": nn.BatchNorm1d(4),
+        "cumulative": nn.BatchNorm1d(4, momentum=None, affine=False),
+        "untracked": nn.BatchNorm1d(4, track_running_stats=False),
+        "double": nn.BatchNorm1d(4).double(),
+        "images": nn.BatchNorm2d(4),
+        "bfloat16": nn.BatchNorm1d(4),
+    }
+    found: dict[str, Tensor] = {}
+    for name, norm in norms.items():
+        bs.synchronize_(norm)
+        mine, above = (t.double() if name == "double" else t for t in (x, upstream))
+        if name == "images":
+            mine, above = mine[:, :, :, None], above[:, :, :, None]
+        mine = (mine.bfloat16() if name == "bfloat16" else mine).clone().requires_grad_()
+        for _ in range(2):
+            y = norm(mine)
+        (y * above).sum().backward()
+        whole = [y.detach(), mine.grad]
+        if world > 1:
+            whole = [gather_rows(t) for t in whole]
+            for p in norm.parameters():
+                dist.all_reduce(p.grad)
+        found |= {f"{name}.y": whole[0], f"{name}.dx": whole[1]}
+        found |= {f"{name}.{key}": value for key, value in norm.named_buffers()}
+        found |= {f"{name}.d{key}": p.grad for key, p in norm.named_parameters()}
+    return found
+
+
+def refused(world: int) -> str:
+    """What calibration says when ranks come with different numbers of batches."""
+    model = bs.synchronize_(quantized("strata"))
+    try:
+        bs.calibrate_(model, [batch()[0]] * (1 + int(world > 1 and dist.get_rank())))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def dealt(rank: int, world: int) -> list[list[int]]:
+    """What accelerate deals out of a shuffled DataLoader, epochs 0, 1 and 0 again."""
+    loader = DataLoader(TensorDataset(torch.arange(12)), 2, shuffle=True)
+    source = as_source(Distributed().share(loader, 7), 7)
+    return [[int(i) for (part,) in source.epoch(epoch) for i in part] for epoch in (0, 1, 0)]
+
+
+COMMAND = (
+    "train --data digits --model digits_cnn --bits 1,2 --float-epochs 1 --epochs 1 --lr 0.05 --batch-size {} "
+    "--train-limit 96 --test-limit 24 --calibration-batches 1 --verify-images 2 --threads 1"
+)
+
+
+def commanded(folder: Path, world: int) -> int:
+    """`bitstrata train`, a run of its own for each number of ranks."""
+    return main([*COMMAND.format(32 // world).split(), "--out", str(folder / f"command{world}")])
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,6 +256,10 @@ def everything(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "accumulated": accumulated(rank, world),
         "sharded": fully_sharded(rank, world),
         "trained": trained(folder, rank, world),
+        "normalized": normalized(rank, world),
+        "refused": refused(world),
+        "dealt": dealt(rank, world),
+        "commanded": commanded(folder, world),
     }
 
 

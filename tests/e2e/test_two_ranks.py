@@ -83,3 +83,33 @@ def test_a_resumed_run_repeats_every_bit(ranks: list[dict[str, Any]], alone: dic
     for found in (*ranks, alone):
         whole, resumed = found["trained"]["state"], found["trained"]["resumed"]
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_batch_normalization_of_the_joined_batch(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    expected = alone["normalized"]
+    for found in ranks:
+        assert found["normalized"].keys() == expected.keys()
+        for name, value in expected.items():
+            tolerance = 1e-2 if name.startswith("bfloat16") else 1e-12 if name.startswith("double") else 1e-5
+            torch.testing.assert_close(found["normalized"][name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_calibration_needs_as_many_batches_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for found, count in zip(ranks, (1, 2), strict=True):
+        assert found["refused"] == (
+            f"calibrate_: the number of batches on every rank must be the same, it is {count} here and goes from 1 to 2"
+        )
+
+
+def test_a_data_loader_is_dealt_out(ranks: list[dict[str, Any]]) -> None:
+    for first, second in zip(ranks[0]["dealt"], ranks[1]["dealt"], strict=True):
+        assert sorted(first + second) == list(range(12))
+    for found in ranks:
+        assert found["dealt"][0] == found["dealt"][2] != found["dealt"][1]
+
+
+def test_the_command_trains_and_packs(ranks: list[dict[str, Any]], alone: dict[str, Any], folder: Path) -> None:
+    assert [found["commanded"] for found in (*ranks, alone)] == [0, 0, 0]
+    one, two = ((folder / f"command{world}" / "metrics.jsonl").read_text().splitlines() for world in (1, 2))
+    assert [json.loads(line)["step"] for line in one] == [json.loads(line)["step"] for line in two]
+    assert json.loads((folder / "command2" / "results.json").read_text())["verify"]["ok"] is True

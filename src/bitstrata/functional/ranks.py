@@ -76,6 +76,17 @@ def power_mean_over_ranks(value: Tensor, weight: int, power: int) -> Tensor:
     return (sums[0] / sums[1]).pow(1 / power).reshape(value.shape).to(value.dtype)
 
 
+def require_equal(what: str, value: int, device: torch.device | str) -> None:
+    """Raise ValueError on every rank unless all have the same number: they would wait for each other forever."""
+    if world_size() == 1:
+        return
+    found = torch.tensor([value, -value], dtype=torch.int64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    most, least = int(found[0]), -int(found[1])
+    if most != least:
+        raise ValueError(f"{what} on every rank must be the same, it is {value} here and goes from {least} to {most}")
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """The batches of all ranks joined along the first dimension, in the order of ranks, without gradient.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..functional.ranks import batch_of, world_size
-from ..prepare.wrapped import is_sharded, unwrapped
+from ..prepare.wrapped import has_flat_parameters, is_sharded, unwrapped
 
 BUCKET = 25 * 2**20  # bytes that travel together
 
@@ -36,11 +36,19 @@ class Ranks:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Tensor) -> Ranks:
-        """The ranks that train `model`, on `inputs` here; one, if nothing wraps it."""
+        """The ranks that train `model`, on `inputs` here; one, if nothing wraps it.
+
+        Raises ValueError for `FullyShardedDataParallel`.
+        """
         network = unwrapped(model)
         if not (dist.is_available() and dist.is_initialized()):
             return cls(network)
         sharded = is_sharded(model)
+        if sharded and has_flat_parameters(model):
+            raise ValueError(
+                "joint_backward: FullyShardedDataParallel joins parameters that belong to different precisions; shard "
+                "the model with torch.distributed.fsdp.fully_shard (FSDP version 2 in accelerate)"
+            )
         wrapped = isinstance(model, DistributedDataParallel)
         world = world_size() if wrapped or sharded else 1
         if world == 1:

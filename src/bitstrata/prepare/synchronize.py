@@ -47,6 +47,11 @@ def synchronize_(model: nn.Module, on: bool = True) -> nn.Module:
     return model
 
 
+def is_synchronized(model: nn.Module) -> bool:
+    """Whether `synchronize_` has been called, or a part asks for it by itself."""
+    return any(type(m) in PLAIN or getattr(m, "sync", False) for m in model.modules())
+
+
 @contextmanager
 def synchronized(model: nn.Module) -> Iterator[nn.Module]:
     """`synchronize_` inside the `with` block; every module is then what it was."""

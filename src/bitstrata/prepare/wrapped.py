@@ -15,9 +15,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether some of the parameters are spread over ranks: `fully_shard` or `FullyShardedDataParallel`."""
-    return any(hasattr(p, "device_mesh") for p in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
-    )
+    return any(hasattr(p, "device_mesh") for p in model.parameters()) or has_flat_parameters(model)
+
+
+def has_flat_parameters(model: nn.Module) -> bool:
+    """Whether `FullyShardedDataParallel` has joined parameters, which then are none of their layers' any more."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def refuse_wrapped(what: str, model: nn.Module) -> None:

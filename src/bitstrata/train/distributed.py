@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ODD = 0x9E3779B97F4A7C15  # takes the seeds of ranks far apart
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA")
 
 
@@ -35,7 +37,7 @@ class Distributed:
 
     Args:
         accelerator: of accelerate; None to make one if the environment says that torchrun or accelerate has launched
-            several processes (WORLD_SIZE above 1).
+            several processes.
 
     Raises:
         ImportError: several processes, and accelerate is not installed.
@@ -183,19 +185,19 @@ class Silent:
 
 
 def launched() -> int:
-    """Processes that the environment announces, as torchrun and accelerate do."""
-    return int(os.environ.get("WORLD_SIZE", "1") or 1)
+    """Processes that the environment announces, as torchrun, accelerate and MPI do."""
+    return next((int(os.environ[name]) for name in SIZES if os.environ.get(name)), 1)
 
 
 def first_process() -> bool:
     """Whether the environment makes this process the first, or the only one, of those launched."""
-    return launched() == 1 or int(os.environ.get("RANK", "0")) == 0
+    return launched() == 1 or next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0) == 0
 
 
 def _accelerator() -> Accelerator:
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError(
-            f"Trainer: {launched()} processes were launched (WORLD_SIZE), and accelerate is not installed: "
+            f"Trainer: {launched()} processes were launched, and accelerate is not installed: "
             'pip install "bitstrata[distributed]"'
         )
     from accelerate import Accelerator, DistributedDataParallelKwargs
