@@ -60,3 +60,12 @@ def test_integer_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "gradients    shiftquant(g=4, groups=4" in printed
     assert "engine values unequal to the reference's: 0" in printed
     assert (tmp_path / "integers.strata" / "manifest.json").is_file()
+
+
+def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for source in blocks("distributed.md"):
+        run(source, "distributed.md", names)
+    assert (tmp_path / "runs" / "digits" / "train.ckpt").is_file()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
 import torch.multiprocessing as mp  # noqa: E402
-from helpers_two_ranks import RECIPES, everything, run  # noqa: E402
+from helpers_two_ranks import COMMAND, RECIPES, everything, run  # noqa: E402
+
+from bitstrata.train.metrics import read  # noqa: E402
 
 # Sums in float64, of shares first: they differ from those of the joined batch by rounding alone.
 TOLERANCE = 1e-10
@@ -108,8 +113,29 @@ def test_a_data_loader_is_dealt_out(ranks: list[dict[str, Any]]) -> None:
         assert found["dealt"][0] == found["dealt"][2] != found["dealt"][1]
 
 
-def test_the_command_trains_and_packs(ranks: list[dict[str, Any]], alone: dict[str, Any], folder: Path) -> None:
-    assert [found["commanded"] for found in (*ranks, alone)] == [0, 0, 0]
-    one, two = ((folder / f"command{world}" / "metrics.jsonl").read_text().splitlines() for world in (1, 2))
-    assert [json.loads(line)["step"] for line in one] == [json.loads(line)["step"] for line in two]
-    assert json.loads((folder / "command2" / "results.json").read_text())["verify"]["ok"] is True
+def test_the_command_trains_and_packs(ranks: list[dict[str, Any]], folder: Path) -> None:
+    assert [found["commanded"] for found in ranks] == [0, 0]
+    epochs = [event for event in read(folder / "command" / "metrics.jsonl") if event["event"] == "epoch"]
+    assert [(event["run"], event["step"]) for event in epochs] == [("float", 3), ("joint", 3)]  # 96 images by 2 x 16
+    assert json.loads((folder / "command" / "results.json").read_text())["verify"]["ok"] is True
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_launchers(launcher: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "torch.distributed.run": ["--nproc-per-node", "2", "--master-port", str(port)],
+        # without a GPU it passes --multi_gpu on to torchrun, and the processes find that there is none
+        "accelerate.commands.launch": ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)],
+    }[launcher]
+    command = [sys.executable, "-m", launcher, *options, "-m", "bitstrata", *COMMAND.split(), "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["verify"]["ok"] is True
+    assert done.stdout.count("verified layer by layer: ok") == 1
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is complete") == 1
