@@ -182,8 +182,8 @@ class StepSizes:
             if low <= 0 and name not in self.warned:
                 self.warned.add(name)
                 warnings.warn(
-                    f"{words} is {low:.3g} and no longer positive, so the layer gives almost nothing: the learning rate "
-                    "of step sizes is too high",
+                    f"{words} is {low:.3g} and no longer positive, so the layer gives almost nothing: the learning "
+                    "rate of step sizes is too high",
                     stacklevel=5,
                 )
             if high > EXPLODED * self.start.get(name, math.inf):

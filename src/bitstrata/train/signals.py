@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ContextDecorator
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -14,12 +16,13 @@ T = TypeVar("T")
 class TrainingStopped(SystemExit):
     """A run has stopped on request and can go on; left alone, it ends the process with exit code 0.
 
-    message: what was saved and how to continue.
+    message: what was saved and how to continue; written to stderr, as a SystemExit is silent.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(0)
         self.message = message
+        print(message, file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         return self.message
@@ -29,7 +32,7 @@ class StopEvaluationError(Exception):
     """Leaves an evaluation that a stop has been asked for."""
 
 
-class _Handlers:
+class _Handlers(ContextDecorator):
     """Puts a handler in the place of those of some signals, and those back after it; the main thread alone may."""
 
     def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
@@ -77,9 +80,9 @@ class StopRequest(_Handlers):
 class StopsAtOnce(_Handlers):
     """While entered, SIGTERM raises TrainingStopped: for work that is short and repeats, such as between stages."""
 
-    def __init__(self, message: Callable[[], str]) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__((signal.SIGTERM,))
         self.message = message
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        raise TrainingStopped(self.message())
+        raise TrainingStopped(f"{signal.Signals(number).name}: {self.message}")

@@ -286,4 +286,4 @@ class Trainer:
         done = f"{self.stop.requested}: {self.name} stopped after step {self.position.step} of {self.total_steps}"
         if self.keeper is None:
             raise TrainingStopped(f"{done}; nothing was saved, as the trainer has no out_dir")
-        raise TrainingStopped(f"{done}, saved in {self.keeper.last}; start the same program again to continue")
+        raise TrainingStopped(f"{done}, saved in {self.keeper.last}; run the same again to continue")
