@@ -62,7 +62,7 @@ class Phase:
         return int(self._lines()[0] or 0)
 
     def _lines(self) -> list[str]:
-        return (self.memory[:].rstrip(b"\0").decode().split("\n") + ["", ""])[:2]
+        return self.memory[:].rstrip(b"\0").decode().split("\n")[:2]
 
 
 def instrument(phase: Phase, die_at: float | None) -> None:

@@ -32,7 +32,8 @@ def assert_equal(table: dict[str, Any], kills: int) -> None:
 
 
 def test_four_kills(tmp_path: Path) -> None:
-    assert_equal(killed(tmp_path / "kills.json", "--kills", "4", "--seed", "2", "--epochs", "1", "--recipes", "strata"), 4)
+    options = ("--kills", "4", "--seed", "2", "--epochs", "1", "--recipes", "strata")
+    assert_equal(killed(tmp_path / "kills.json", *options), 4)
 
 
 @pytest.mark.soak

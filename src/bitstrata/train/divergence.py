@@ -56,6 +56,14 @@ def first_bad_gradient(model: nn.Module) -> str:
     return ""
 
 
+def first_bad_parameter(model: nn.Module) -> str:
+    """The first parameter that is not finite, in words; "" if there is none."""
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"{_parameter_in_words(model, name)} is not finite"
+    return ""
+
+
 def trace(model: nn.Module, run: Callable[[], object]) -> Finding | None:
     """Call `run`, a forward and backward pass, and watch every layer; None if everything was finite.
 
@@ -82,9 +90,7 @@ class _Probe:
 
     def __enter__(self) -> None:
         for name, module in self.model.named_modules():
-            if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
-                continue  # a container: what it returns comes from its parts
-            if name:
+            if name and not _is_container(module):
                 self.handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._after(name)))
         for name, parameter in self.model.named_parameters():
@@ -233,6 +239,13 @@ def _parameter_in_words(model: nn.Module, name: str) -> str:
             return f"the {kind} {own!r} of quantizer {owner!r}"
     layer = ".".join(parts[:-1])
     return f"the {parts[-1]} of layer {layer!r}" if layer else f"the parameter {name!r}"
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether what a module returns comes from its parts, which are watched themselves."""
+    if isinstance(module, Quantizer):
+        return False
+    return any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False))
 
 
 def _floating(value: Any) -> list[Tensor]:

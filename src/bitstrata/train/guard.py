@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitstrata.prepare import load_noise_state_, noise_state
 from bitstrata.train.config import Level, TrainConfig
-from bitstrata.train.divergence import StepSizes, first_bad_gradient, gradient_norm, trace
+from bitstrata.train.divergence import StepSizes, first_bad_gradient, first_bad_parameter, gradient_norm, trace
 
 
 class Guard:
@@ -70,6 +70,12 @@ class Guard:
     def check_steps(self, step: int) -> None:
         """Raise FloatingPointError if a step size is not finite or has exploded; warn where it is not positive."""
         problem = self.steps.problem()
+        if problem:
+            raise FloatingPointError(f"Trainer: after step {step}, {problem}; {self.advice}")
+
+    def check_weights(self, step: int) -> None:
+        """Raise FloatingPointError if a parameter is not finite: a quantized layer can hide an infinite weight."""
+        problem = first_bad_parameter(self.model)
         if problem:
             raise FloatingPointError(f"Trainer: after step {step}, {problem}; {self.advice}")
 

@@ -245,7 +245,7 @@ class Trainer:
             self.position.skip()
             self.log.write("skipped", step=self.position.step, epoch=self.position.epochs, reason=message)
             return
-        times = f" (the {config.nonfinite_limit}th in a row)" if config.on_nonfinite == "skip" else ""
+        times = f" ({config.nonfinite_limit} in a row)" if config.on_nonfinite == "skip" else ""
         raise FloatingPointError(f"Trainer: step {step}{times}: {message}; {self.guard.advice}") from error
 
     def _log_step(self, epoch: int, losses: Mapping[Level, float]) -> None:
@@ -274,8 +274,9 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint, of weights that can still be trained on."""
-        self.guard.check_steps(self.position.step)
         if self.keeper is not None:
+            self.guard.check_steps(self.position.step)
+            self.guard.check_weights(self.position.step)
             self.keeper.save(capture(self.parts, self.position, self.log.position()), best)
 
     def _stop_if_requested(self) -> None:
