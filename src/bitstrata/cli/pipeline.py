@@ -8,6 +8,7 @@ and the first alone writes files and does what comes after.
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -41,8 +42,12 @@ from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate
 from bitstrata.train.checkpoint import seed_all
 from bitstrata.train.distributed import first_process
+from bitstrata.train.keeper import Keeper
+from bitstrata.train.signals import StopsAtOnce
 
 T = TypeVar("T")
+STAGES = ("float", "joint")
+AGAIN = "stopped; the stages that are done are saved, run the same again to continue"
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Run:
         return result
 
 
+@StopsAtOnce(AGAIN)
 def train_from_scratch(options: Train, out: Path) -> None:
     """`bitstrata train`."""
     run = begin(options, out)
@@ -98,6 +104,7 @@ def train_from_scratch(options: Train, out: Path) -> None:
     finish(run, model, float_stage(run, model, options))
 
 
+@StopsAtOnce(AGAIN)
 def quantize_checkpoint(options: Quantize, out: Path) -> None:
     """`bitstrata quantize`."""
     run = begin(options, out, mean=_numbers(options.mean, "--mean"), std=_numbers(options.std, "--std"))
@@ -117,8 +124,10 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
     if options.fresh and out.exists() and first_process():
-        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", FROZEN):
+        for name in ("config.json", "results.json", "metrics.jsonl", FROZEN):
             (out / name).unlink(missing_ok=True)
+        for stage in STAGES:
+            Keeper(out, stage, options.keep).clear()
     saved = out / "config.json"
     if saved.exists() and not options.fresh:
         check_same_options(saved, read_json(saved), resolved(options))
@@ -167,7 +176,7 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
         name: getattr(options, name)
         for name in (
             "epochs", "lr", "weight_decay", "warmup", "optimizer", "batch_size", "label_smoothing", "clip_grad", "amp",
-            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every",
+            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every", "keep", "on_nonfinite",
         )
     }  # fmt: skip
     return TrainConfig(**{**shared, "distill": None, **changes})
@@ -192,7 +201,7 @@ def float_config(options: Train) -> TrainConfig:
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
     """Train a float network; returns its accuracy in float32."""
     trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
-    run.timed("float", trainer.fit)
+    run.timed("float", lambda: trainer.fit(allow_inexact=options.allow_inexact))
     return float32_accuracies(run, model)["float"]
 
 
@@ -204,7 +213,7 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
     trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
-    run.timed("joint", trainer.fit)
+    run.timed("joint", lambda: trainer.fit(allow_inexact=run.options.allow_inexact))
     if not integers(run):
         return float32_accuracies(run, model)
     bs.freeze_(model, calibration(run))
@@ -284,6 +293,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
 
 def packed(run: Run, model: nn.Module, artifact: Path) -> Any:
     """Lower the network and write the artifact anew; returns the program."""
+    for left in artifact.parent.glob(f".{artifact.name}.*"):  # of a process that was killed while it packed
+        shutil.rmtree(left, ignore_errors=True)
     program = run.timed("lower", lambda: bs.lower(model, run.example))
     bs.pack(program, artifact, provenance(run.options), overwrite=artifact.exists())
     return program

@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bitstrata.data import Loader
-from bitstrata.prepare import load_noise_state_, noise_state, synchronized
+from bitstrata.prepare import load_noise_state_, noise_state, synchronize_, synchronized
 from bitstrata.train.config import Level
+from bitstrata.train.objective import LevelLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -100,6 +102,18 @@ class Distributed:
         """Statistics of the joined batch inside the `with` block, if there are several ranks."""
         return synchronized(model) if self.size > 1 else nullcontext()
 
+    @contextmanager
+    def alone(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the network (not its wrapper) runs without waiting for other ranks."""
+        if self.size == 1:
+            yield
+            return
+        synchronize_(model, False)
+        try:
+            yield
+        finally:
+            synchronize_(model)
+
     def seed(self, seed: int) -> int:
         """A rank's own seed for what differs between samples, such as dropout; the given one on the first."""
         return (seed + self.rank * ODD) % 2**63
@@ -119,15 +133,29 @@ class Distributed:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
-    def joined(self, losses: Mapping[Level, float], hits: Mapping[Level, int], samples: int) -> _Joined:
-        """Mean losses, correct answers and samples of the joined batch, on every rank."""
+    def joined(self, results: Mapping[Any, LevelLoss], labels: Tensor) -> _Joined:
+        """Mean losses, correct answers and samples of the joined batch of a step, on every rank."""
+        losses = {level: float(result.loss) for level, result in results.items()}
+        hits = {level: int((result.logits.detach().argmax(1) == labels).sum()) for level, result in results.items()}
         if self.size == 1:
-            return dict(losses), dict(hits), samples
-        keys = list(losses)
+            return losses, hits, len(labels)
+        keys, samples = list(losses), len(labels)
         found = self.sums([*(losses[k] * samples for k in keys), *(hits[k] for k in keys), samples])
         count = int(found[-1])
         means = {k: total / count for k, total in zip(keys, found, strict=False)}
         return means, {k: int(total) for k, total in zip(keys, found[len(keys) :], strict=False)}, count
+
+    def agreed(self, requested: str) -> str:
+        """A signal's name where any rank was sent one, else "", on every rank."""
+        if self.size == 1:
+            return requested
+        number = torch.tensor(signal.Signals[requested].value if requested else 0, device=self._device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return signal.Signals(int(number)).name if int(number) else ""
+
+    def breaking_off(self, watch: Watch) -> Watch:
+        """`watch` of a single process; with others, who would wait, what is begun is finished."""
+        return watch if self.size == 1 else lambda batches: batches
 
     def from_first(self, work: Callable[[], T]) -> T:
         """What `work` returns, or raises, on the first rank, on every rank; the others do not run it."""
@@ -162,6 +190,7 @@ class Distributed:
         return self.accelerator.device
 
 
+Watch = Callable[[Iterable[Any]], Iterable[Any]]
 _Joined = tuple[dict[Level, float], dict[Level, int], int]
 
 

@@ -62,7 +62,10 @@ class MetricsLog:
         kept = content[:position] + b"".join(line for line in lines if json.loads(line)["run"] != self.run)
         if kept != content:
             temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(kept)
+            with temporary.open("wb") as stream:
+                stream.write(kept)
+                stream.flush()
+                os.fsync(stream.fileno())  # a rename that reaches the disk before the content would lose the record
             os.replace(temporary, path)
 
 
