@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from bitstrata.cli import main
 from bitstrata.functional.ranks import gather_rows
 from bitstrata.train import TrainConfig, Trainer
 from bitstrata.train.distributed import Distributed
-from bitstrata.train.trainer import as_source
+from bitstrata.train.signals import TrainingStopped
+from bitstrata.train.source import as_source
 
 SPLIT = (6, 4)  # samples on each rank: shares may differ
 
@@ -155,34 +157,52 @@ def trainer(out: Path | None, batch_size: int) -> Trainer:
     return Trainer(bs.calibrate_(quantized("strata"), [batch()[0]]), config, train, test, out)
 
 
-class StoppedError(Exception):
-    """What ends a run in the middle."""
-
-
 def trained(folder: Path, rank: int, world: int) -> dict[str, Any]:
-    """A run in one go, and one that stops after three steps and goes on."""
+    """A run in one go, and one of which the last rank is asked to stop in the third step, and that goes on."""
     whole = trainer(folder / f"whole{world}", 8 // world)
     accuracy = whole.fit()
     broken = trainer(folder / f"broken{world}", 8 // world)
     step, done = broken._step, []
 
     def stopping(*args: Any) -> Any:
-        if len(done) == 3:
-            raise StoppedError
         done.append(None)
+        if len(done) == 3 and rank == world - 1:
+            signal.raise_signal(signal.SIGTERM)
         return step(*args)
 
     broken._step = stopping  # type: ignore[method-assign]
-    with contextlib.suppress(StoppedError):
+    with contextlib.suppress(TrainingStopped):
         broken.fit()
     again = trainer(folder / f"broken{world}", 8 // world)
     again.fit()
     return {
         "state": copied(whole.model.state_dict()),
         "resumed": copied(again.model.state_dict()),
+        "stopped": broken.position.step,
         "accuracy": accuracy,
         "types": sorted({type(m).__name__ for m in whole.model.modules()}),
     }
+
+
+class Bad(Double):
+    """Something not finite in the second batch of the last rank."""
+
+    def _make(self, order: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        images, labels = super()._make(order, epoch, step)
+        if step == 1 and self.rank == self.ranks - 1:
+            images[0, 0, 0, 0] = torch.nan
+        return images, labels
+
+
+def not_finite(world: int) -> str:
+    """What a run says of such a batch."""
+    loader = Bad(images(32), 8 // world, train=True, prefetch=False)
+    model = bs.calibrate_(quantized("strata"), [batch()[0]])
+    try:
+        Trainer(model, TrainConfig(epochs=1, lr=0.05, batch_size=8 // world, threads=1), loader).fit()
+    except FloatingPointError as error:
+        return str(error)
+    return ""
 
 
 def normalized(rank: int, world: int) -> dict[str, Tensor]:
@@ -258,6 +278,7 @@ def everything(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "trained": trained(folder, rank, world),
         "normalized": normalized(rank, world),
         "refused": refused(world),
+        "not finite": not_finite(world),
         "dealt": dealt(rank, world),
         "commanded": commanded(folder, world),
     }

@@ -84,8 +84,11 @@ def test_the_trainer_trains_as_one(ranks: list[dict[str, Any]], alone: dict[str,
             assert two.get(name, {}) == pytest.approx(one.get(name, {}), rel=TOLERANCE)
 
 
-def test_a_resumed_run_repeats_every_bit(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_repeats_every_bit(
+    ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
     for found in (*ranks, alone):
+        assert found["trained"]["stopped"] == 3
         whole, resumed = found["trained"]["state"], found["trained"]["resumed"]
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
@@ -97,6 +100,15 @@ def test_batch_normalization_of_the_joined_batch(ranks: list[dict[str, Any]], al
         for name, value in expected.items():
             tolerance = 1e-2 if name.startswith("bfloat16") else 1e-12 if name.startswith("double") else 1e-5
             torch.testing.assert_close(found["normalized"][name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_a_number_that_is_not_finite_on_one_rank_ends_the_run_on_all(
+    ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for found in (*ranks, alone):
+        assert "step 1: the loss at precision 4 is nan" in found["not finite"]
+    for found in (ranks[1], alone):
+        assert "the batch itself holds values that are not finite" in found["not finite"]
 
 
 def test_calibration_needs_as_many_batches_on_every_rank(ranks: list[dict[str, Any]]) -> None:
