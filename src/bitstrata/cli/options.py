@@ -51,6 +51,9 @@ class RunOptions:
     """Images a step."""
     distill: bool = True
     """Distil as the recipe does; --no-distill leaves it out."""
+    sampling: Literal["all", "sandwich", "pair"] | None = None
+    """Bit-widths of a step: all; the narrowest, the widest and a random one between (sandwich); or the widest and a
+    random one (pair); by default the recipe's own."""
     label_smoothing: float = 0.0
     """Probability mass spread evenly over all classes."""
     clip_grad: float | None = None

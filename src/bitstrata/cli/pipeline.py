@@ -190,7 +190,9 @@ def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
         raise CommandError(
             f"--paper-schedule: {fields['warmup']:g} epochs of warm-up do not fit --epochs {options.epochs}"
         )
-    return stage_config(options, **{**fields, "distill": recipe.objective.distill if options.distill else None})
+    fields["distill"] = recipe.objective.distill if options.distill else None
+    fields["sampling"] = options.sampling or recipe.objective.sampling
+    return stage_config(options, **fields)
 
 
 def float_config(options: Train) -> TrainConfig:

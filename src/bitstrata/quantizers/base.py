@@ -286,3 +286,10 @@ class ActivationQuantizer(Quantizer):
 
 class WeightQuantizer(Quantizer):
     """Base of weight quantizers. Their steps are set from the weight when the layer is made or a float state loaded."""
+
+    width_decides = False  # precisions of the same width quantize alike
+
+    @property
+    def same_at_all_precisions(self) -> bool:
+        """Whether a weight has one quantized value, whatever the precision."""
+        return len(self.bits) == 1 or (self.width_decides and len(set(self.bits.values())) == 1)

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "teacher": ("next", "widest"),
     "combine": ("scalarization", "mgd"),
     "reduction": ("mean", "sum"),
+    "sampling": ("all", "sandwich", "pair"),
     "amp": ("none", "bf16"),
     "on_nonfinite": ("error", "skip"),
 }
@@ -84,6 +85,8 @@ class TrainConfig:
     """How precisions make one gradient: by fixed factors, or by multiple gradient descent."""
     reduction: Literal["mean", "sum"] = "mean"
     """Scalarization takes the mean of the precisions' gradients or their sum."""
+    sampling: Literal["all", "sandwich", "pair"] = "all"
+    """Precisions of a step: all; the narrowest, the widest and a random one between; or the widest and a random one."""
     precisions: tuple[int, ...] | None = None
     """Precisions to train and evaluate; None for all (quantized networks only)."""
     amp: Literal["none", "bf16"] = "none"
@@ -153,6 +156,8 @@ class TrainConfig:
         _require(tempered, "distill_temperature", self.distill_temperature, f"is void with distill={self.distill!r}")
         free = self.combine == "scalarization" or self.reduction == "mean"
         _require(free, "reduction", self.reduction, f"is void with combine={self.combine!r}")
+        whole = self.combine == "scalarization" or self.sampling == "all"
+        _require(whole, "sampling", self.sampling, "cannot be with combine='mgd', which weighs all precisions")
 
     @classmethod
     def from_recipe(cls, recipe: SupportsTraining, **overrides: Any) -> TrainConfig:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import bitstrata_runtime
 from bitstrata_runtime.machine import cpu_name
 
-#: Attributes of modules that change while a network trains.
-_PASSING = frozenset({"training", "precision", "observing"})
+#: Attributes of modules that change while a network trains, or say how it is run.
+_PASSING = frozenset({"training", "precision", "observing", "step_weights", "sync"})
 
 
 def execution(device: torch.device) -> dict[str, str]:

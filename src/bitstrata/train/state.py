@@ -23,14 +23,15 @@ class Position:
     """Where a run stands; the learning rate and the order of the data follow from it.
 
     step: steps that are done, of the whole run. epochs: epochs that are done, with their evaluation. Sums are over the
-    epoch in progress. best: highest accuracy so far of the kind that the configuration names. skipped, in_a_row: steps
-    that were left out.
+    epoch in progress. seen: images that a level was trained on, where not every step trains every level. best: highest
+    accuracy so far of the kind that the configuration names. skipped, in_a_row: steps that were left out.
     """
 
     step: int = 0
     epochs: int = 0
     loss_sum: dict[Level, float] = field(default_factory=dict)
     correct: dict[Level, int] = field(default_factory=dict)
+    seen: dict[Level, int] = field(default_factory=dict)
     images: int = 0
     best: float | None = None
     skipped: int = 0
@@ -41,6 +42,7 @@ class Position:
         for level, loss in losses.items():
             self.correct[level] = self.correct.get(level, 0) + hits[level]
             self.loss_sum[level] = self.loss_sum.get(level, 0.0) + loss * images
+            self.seen[level] = self.seen.get(level, 0) + images
         self.images += images
         self.step += 1
         self.in_a_row = 0
@@ -52,12 +54,12 @@ class Position:
         self.in_a_row += 1
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Means over the epoch as JSON values; the sums start again."""
+        """Means over the epoch as JSON values, of the levels trained in it; the sums start again."""
         means = {
-            "loss": {str(level): total / self.images for level, total in self.loss_sum.items()},
-            "accuracy": {str(level): count / self.images for level, count in self.correct.items()},
+            "loss": {str(level): total / self.seen[level] for level, total in self.loss_sum.items()},
+            "accuracy": {str(level): count / self.seen[level] for level, count in self.correct.items()},
         }
-        self.loss_sum, self.correct, self.images = {}, {}, 0
+        self.loss_sum, self.correct, self.seen, self.images = {}, {}, {}, 0
         return means
 
     def improves(self, accuracy: Mapping[Level, float], kind: str | int) -> bool:

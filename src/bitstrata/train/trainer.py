@@ -17,7 +17,7 @@ from bitstrata.train.evaluate import accuracies, count_correct, place
 from bitstrata.train.guard import Guard
 from bitstrata.train.keeper import Keeper
 from bitstrata.train.metrics import MetricsLog
-from bitstrata.train.objective import Objective, default_objective, make_optimizer
+from bitstrata.train.objective import FollowsSteps, Objective, default_objective, make_optimizer
 from bitstrata.train.progress import Reporter, per_level, reporter
 from bitstrata.train.schedule import lr_factor_of
 from bitstrata.train.signals import StopEvaluationError, StopRequest, TrainingStopped
@@ -81,6 +81,8 @@ class Trainer:
         if objective is not None and teacher is not None:
             raise ValueError("Trainer: give either an objective or a teacher; an objective brings its own teacher")
         self.objective = objective or default_objective(model, config, teacher)
+        # Kept apart, so that it is told the step although something is wrapped around `objective` later.
+        self._follower = self.objective if isinstance(self.objective, FollowsSteps) else None
         self.reporter = reporter if self.ranks.is_first else Silent
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -235,6 +237,8 @@ class Trainer:
         inputs = place(images, self.device, self.config.channels_last)
         targets = labels.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
+        if self._follower is not None:
+            self._follower.at_step(self.position.step)
         self.guard.before()
         losses: dict[Level, float] = {}
         try:
