@@ -24,8 +24,6 @@ from bitstrata.data import Loader, RandomCrop
 from bitstrata.quantizers.base import Quantizer
 from bitstrata.train import TrainConfig, Trainer
 
-FACTORS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
-
 
 def loaders(seed: int) -> tuple[Loader, Loader]:
     train, test = (bs.data.load("digits", None, split) for split in ("train", "test"))
@@ -60,13 +58,16 @@ def accuracy(model: nn.Module, bits: int, factor: float, seed: int, epochs: int)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch, two factors")
+    parser.add_argument("--bits", default="2,4")
+    parser.add_argument("--factors", default="0.01,0.1,0.3,1,3,10")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, epochs, factors = (range(1), 1, (1.0, 3.0)) if options.quick else (range(4), 10, FACTORS)
+    given = [float(factor) for factor in options.factors.split(",")]
+    seeds, epochs, factors = (range(1), 1, [1.0, 3.0]) if options.quick else (range(4), 10, given)
     models = {seed: floating(seed, 1 if options.quick else 12) for seed in seeds}
     rows = []
-    for bits in (2, 4):
+    for bits in map(int, options.bits.split(",")):
         for factor in factors:
             found = [accuracy(models[seed], bits, factor, seed, epochs) for seed in seeds]
             spread = statistics.stdev(found) if len(found) > 1 else 0.0

@@ -172,3 +172,21 @@ def test_the_command_ends_with_0_wherever_it_is(tmp_path: Path, monkeypatch, cap
     for file in (tmp_path / "whole" / "model.strata").iterdir():
         assert (tmp_path / "cut" / "model.strata" / file.name).read_bytes() == file.read_bytes()
     assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_the_command_goes_on_under_other_conditions_only_if_told_to(tmp_path: Path, monkeypatch, capsys) -> None:
+    original = Trainer._step
+
+    def interrupting(self: Trainer, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupting)
+        assert main([*TRAIN, str(tmp_path)]) == 0
+    monkeypatch.setenv("BITSTRATA_ISA", "generic")
+    assert main([*TRAIN, str(tmp_path)]) == 1
+    assert "bitstrata's instruction set: " in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="will not be the same to the bit"):
+        assert main([*TRAIN, str(tmp_path), "--allow-inexact"]) == 0
+    assert (tmp_path / "results.json").exists()
