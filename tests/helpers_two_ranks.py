@@ -31,6 +31,7 @@ SPLIT = (6, 4)  # samples on each rank: shares may differ
 RECIPES: dict[str, Callable[[], recipes.Recipe]] = {
     "strata": lambda: recipes.strata((1, 2, 4)),
     "mgd": lambda: recipes.strata((1, 2, 4)),
+    "sampled": lambda: recipes.strata((1, 2, 4)),
     "lsq": lambda: recipes.lsq(3, numel="batch"),
     "lsq_plus": lambda: recipes.lsq_plus(3),
     "maqd": recipes.maqd,
@@ -85,9 +86,11 @@ def steps(kind: str, rank: int, world: int) -> dict[str, Any]:
     states = [copied(model.state_dict())]
     runner = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for _ in range(2):
+    sampler = bs.PrecisionSampler(bs.precisions(model), "pair" if kind == "sampled" else "all")
+    for step in range(2):
         optimizer.zero_grad()
-        result = bs.joint_backward(runner, x, y, combine="mgd" if kind == "mgd" else "scalarization")
+        combine = "mgd" if kind == "mgd" else "scalarization"
+        result = bs.joint_backward(runner, x, y, combine=combine, precisions=sampler.at(step))
         optimizer.step()
         states.append(copied(model.state_dict()))
     return {"states": states, "alphas": {p: r.alpha for p, r in result.items()}}

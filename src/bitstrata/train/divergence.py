@@ -45,7 +45,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     if not dense:
         return 0.0
     norms = torch._foreach_norm(dense)
-    return float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float32) for n in norms])))
+    if len({(n.device, n.dtype) for n in norms}) > 1:
+        norms = tuple(n.to(norms[0].device, torch.float32) for n in norms)
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def first_bad_gradient(model: nn.Module) -> str:
