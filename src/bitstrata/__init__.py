@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
-    from .objectives import PrecisionSampler, joint_backward
+    from .objectives import PrecisionSampler, joint_backward, warm_start_chain
     from .prepare import (
         Pixels,
         calibrate_,
@@ -56,6 +56,7 @@ _HOMES = {
     "QuantLinear": "nn",
     "PrecisionSampler": "objectives",
     "joint_backward": "objectives",
+    "warm_start_chain": "objectives",
     "Pixels": "prepare",
     "calibrate_": "prepare",
     "float_form_": "prepare",
@@ -125,6 +126,7 @@ __all__ = [
     "synchronize_",
     "train",
     "verify",
+    "warm_start_chain",
     "zoo",
 ]
 

@@ -240,6 +240,21 @@ def test_demo_upgrades_one_artifact(tmp_path, monkeypatch, capsys):
     assert "one artifact, upgraded in place" in capsys.readouterr().out
 
 
+def test_a_chain_with_a_float_teacher_and_sampled_precisions(tmp_path: Path) -> None:
+    out = tmp_path / "chain"
+    options = ["--chain", "4", "--teacher", "float", "--sampling", "pair", "--train-limit", "96", "--epochs", "2"]
+    assert main([*TRAIN, *options, "--out", str(out)]) == 0
+    events = read(out / "metrics.jsonl")
+    assert list(dict.fromkeys(event["run"] for event in events)) == ["float", "chain-0-4", "joint"]
+    evaluations = {event["run"]: set(event["accuracy"]) for event in events if event["event"] == "eval"}
+    assert evaluations == {"float": {"float"}, "chain-0-4": {"4"}, "joint": {"1", "2", "4"}}
+    assert json.loads((out / "results.json").read_text())["verify"]["ok"] is True
+    (out / "results.json").unlink()
+    weights = (out / "model.strata" / "manifest.json").read_bytes()
+    assert main([*TRAIN, *options, "--out", str(out)]) == 0  # from the checkpoints of all three stages
+    assert (out / "model.strata" / "manifest.json").read_bytes() == weights
+
+
 def test_a_papers_recipe_on_its_network(tmp_path: Path) -> None:
     """MaQD on its VGG: float form, quantized training with the paper's objective, artifact, evaluation."""
     out = tmp_path / "maqd"

@@ -273,6 +273,18 @@ def test_networks_take_options():
         loading.make_model("maqd_vgg", digits(), ("width",))
 
 
+def test_stages_of_a_chain():
+    stages = pipeline.chain_stages(Train(chain="4,2", bits="1", epochs=3, lr=0.5))
+    assert [recipe.precisions for recipe, _ in stages] == [(4,), (2,)]
+    assert [(config.epochs, config.lr) for _, config in stages] == [(3, 0.5)] * 2
+    assert pipeline.chain_stages(Train()) == []
+    for chain in ("", "4,x", "9"):
+        with pytest.raises(common.CommandError, match=r"^--chain '.*': expected"):
+            pipeline.chain_stages(Train(chain=chain))
+    with pytest.raises(common.CommandError, match=r"^--chain: recipe 'shiftquant' trains in integers"):
+        pipeline.chain_stages(Train(chain="4", recipe="shiftquant"))
+
+
 def test_objective_and_paper_schedule_come_from_the_recipe():
     options = Train(recipe="maqd", epochs=3, lr=0.5)
     config = pipeline.joint_config(options, loading.make_recipe(options))
@@ -288,6 +300,8 @@ def test_objective_and_paper_schedule_come_from_the_recipe():
     with pytest.raises(common.CommandError, match=r"5 epochs of warm-up do not fit --epochs 3"):
         pipeline.joint_config(dataclasses.replace(options, epochs=3), loading.make_recipe(options))
     assert pipeline.joint_config(Train(distill=False), bs.recipes.strata()).distill is None
+    with pytest.raises(common.CommandError, match=r"^--teacher float: recipe 'strata' as given here does not distil$"):
+        pipeline.joint_config(Train(distill=False, teacher="float"), bs.recipes.strata())
     sampled = dataclasses.replace(bs.recipes.strata(), objective=bs.recipes.Objective(sampling="sandwich"))
     assert pipeline.joint_config(Train(), sampled).sampling == "sandwich"
     assert pipeline.joint_config(Train(sampling="all"), sampled).sampling == "all"

@@ -54,6 +54,11 @@ class RunOptions:
     sampling: Literal["all", "sandwich", "pair"] | None = None
     """Bit-widths of a step: all; the narrowest, the widest and a random one between (sandwich); or the widest and a
     random one (pair); by default the recipe's own."""
+    teacher: Literal["float"] | None = None
+    """float: the float network teaches every bit-width of quantized training, in the place of a wider one."""
+    chain: str | None = None
+    """Bit-widths trained by themselves before --bits, --epochs each, every one from the weights of the one before: with
+    --bits 1, 4,2 makes the chain float, 4, 2, 1."""
     label_smoothing: float = 0.0
     """Probability mass spread evenly over all classes."""
     clip_grad: float | None = None

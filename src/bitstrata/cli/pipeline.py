@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from bitstrata.cli.common import (
     bytes_of,
     environment,
     output,
+    parse_bits,
     parse_floats,
     read_json,
     write_json,
@@ -38,8 +39,9 @@ from bitstrata.cli.saved import FROZEN
 from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError
+from bitstrata.objectives import warm_start_
 from bitstrata.recipes import Recipe
-from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate
+from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain
 from bitstrata.train.checkpoint import seed_all
 from bitstrata.train.distributed import first_process
 from bitstrata.train.keeper import Keeper
@@ -128,6 +130,8 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
             (out / name).unlink(missing_ok=True)
         for stage in STAGES:
             Keeper(out, stage, options.keep).clear()
+        for path in out.glob("chain-*.ckpt"):
+            path.unlink()
     saved = out / "config.json"
     if saved.exists() and not options.fresh:
         check_same_options(saved, read_json(saved), resolved(options))
@@ -147,6 +151,7 @@ def check(options: RunOptions) -> tuple[int, ...]:
     """Check every option that can be checked without data; returns the bit-widths."""
     recipe = loading.make_recipe(options)
     joint_config(options, recipe)
+    chain_stages(options)
     if isinstance(options, Train):
         float_config(options)
     return recipe.precisions
@@ -191,6 +196,8 @@ def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
             f"--paper-schedule: {fields['warmup']:g} epochs of warm-up do not fit --epochs {options.epochs}"
         )
     fields["distill"] = recipe.objective.distill if options.distill else None
+    if options.teacher and (fields["distill"] is None or recipe.integers):
+        raise CommandError(f"--teacher {options.teacher}: recipe {recipe.name!r} as given here does not distil")
     fields["sampling"] = options.sampling or recipe.objective.sampling
     return stage_config(options, **fields)
 
@@ -204,18 +211,21 @@ def float_stage(run: Run, model: nn.Module, options: Train) -> float:
     """Train a float network; returns its accuracy in float32."""
     trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
     run.timed("float", lambda: trainer.fit(allow_inexact=options.allow_inexact))
+    model.cpu()  # accelerate may have moved it; what comes next is done here
     return float32_accuracies(run, model)["float"]
 
 
 def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     """Quantize a float network in place and train all precisions; returns their accuracies in float32."""
-    quantized(run, model)
+    teacher = copy.deepcopy(model) if run.options.teacher else None
+    quantized(run, model, start=chained(run, model, teacher))
     run.refusal = refusal(run, model)
     if run.refusal is not None and first_process():
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
-    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
+    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, teacher=teacher, name="joint")
     run.timed("joint", lambda: trainer.fit(allow_inexact=run.options.allow_inexact))
+    model.cpu()
     if not integers(run):
         return float32_accuracies(run, model)
     bs.freeze_(model, calibration(run))
@@ -243,10 +253,39 @@ def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
     return evaluate(model, run.loader(False).epoch(0))
 
 
-def quantized(run: Run, model: nn.Module) -> nn.Module:
-    """Quantize in place and set the first step sizes, if it has any."""
+def chain_stages(options: RunOptions) -> list[tuple[Recipe, TrainConfig]]:
+    """Recipe and training of the stages of --chain, in turn."""
+    stages = []
+    for text in (options.chain or "").split(",") if options.chain is not None else []:
+        single = replace(options, bits=str(parse_bits(text, "--chain")[0]))
+        recipe = loading.make_recipe(single)
+        if recipe.integers:
+            raise CommandError(f"--chain: recipe {recipe.name!r} trains in integers, which has no warm start")
+        stages.append((recipe, joint_config(single, recipe)))
+    return stages
+
+
+def chained(run: Run, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any] | None:
+    """Train the stages of --chain from the float network; returns the state of the last one, None without a chain."""
+    stages = chain_stages(run.options)
+    if not stages:
+        return None
+    last = run.timed(
+        "chain",
+        lambda: fit_chain(
+            model, stages, run.loader(True), run.loader(False), run.out, example=run.example, batches=calibration(run),
+            input=loading.input_grid(stages[0][0], run.train), teacher=teacher,
+        ),
+    )  # fmt: skip
+    return last.state_dict()
+
+
+def quantized(run: Run, model: nn.Module, start: Mapping[str, Any] | None = None) -> nn.Module:
+    """Quantize in place, take over the state of another width if there is one, and set the first step sizes."""
     recipe = loading.make_recipe(run.options)
     bs.quantize_(model, recipe, run.example, input=loading.input_grid(recipe, run.train))
+    if start is not None:
+        warm_start_(model, start)
     if not recipe.integers:
         bs.calibrate_(model, calibration(run))
     return model

@@ -1,5 +1,6 @@
 """Training objectives: losses, distillation, the joint objective over all precisions, and schemes of training."""
 
+from .chain import ChainStage, warm_start_chain
 from .distill import DISTILLATIONS, cosine_distillation, kl_distillation
 from .joint import JointLoss, joint_backward
 from .losses import LOSSES, cross_entropy, make_loss, maqd
@@ -11,6 +12,7 @@ __all__ = [
     "DISTILLATIONS",
     "LOSSES",
     "SAMPLINGS",
+    "ChainStage",
     "JointLoss",
     "PrecisionSampler",
     "Stage",
@@ -26,4 +28,5 @@ __all__ = [
     "min_norm_point",
     "top_then_finetune",
     "warm_start_",
+    "warm_start_chain",
 ]

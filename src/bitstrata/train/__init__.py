@@ -1,9 +1,10 @@
 """Training: `Trainer` for one stage, `evaluate` for its accuracy; a user's own loop needs neither."""
 
+from bitstrata.train.chain import fit_chain
 from bitstrata.train.checkpoint import CheckpointError
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.evaluate import evaluate
 from bitstrata.train.signals import TrainingStopped
 from bitstrata.train.trainer import Trainer
 
-__all__ = ["CheckpointError", "Level", "TrainConfig", "Trainer", "TrainingStopped", "evaluate"]
+__all__ = ["CheckpointError", "Level", "TrainConfig", "Trainer", "TrainingStopped", "evaluate", "fit_chain"]

@@ -88,6 +88,8 @@ class Trainer:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.wrapped = self.ranks.wrap(model)
         self.device = next(model.parameters()).device
+        if teacher is not None and self.ranks.accelerator is not None:
+            teacher.to(self.device)
         self.optimizer = make_optimizer(model, config)
         self.position = Position()
         source = {**identity(self.train_loader), "ranks": str(self.ranks.size)}
