@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         set_precision,
         step_weights,
         summary,
+        synchronize_,
     )
     from .recipes import Recipe
     from .train import TrainConfig, Trainer
@@ -75,6 +76,7 @@ _HOMES = {
     "set_precision": "prepare",
     "step_weights": "prepare",
     "summary": "prepare",
+    "synchronize_": "prepare",
     "Recipe": "recipes",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -121,6 +123,7 @@ __all__ = [
     "set_precision",
     "step_weights",
     "summary",
+    "synchronize_",
     "train",
     "verify",
     "warm_start_chain",

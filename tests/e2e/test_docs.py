@@ -60,3 +60,30 @@ def test_integer_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "gradients    shiftquant(g=4, groups=4" in printed
     assert "engine values unequal to the reference's: 0" in printed
     assert (tmp_path / "integers.strata" / "manifest.json").is_file()
+
+
+def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for source in blocks("distributed.md"):
+        run(source, "distributed.md", names)
+    assert (tmp_path / "runs" / "digits" / "train.ckpt").is_file()
+
+
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks("training.md")
+    threads = torch.get_num_threads()
+    try:
+        first = run(source, "training.md", {})
+        again = run(source, "training.md", {})  # complete: it is opened, not repeated
+    finally:
+        torch.set_num_threads(threads)
+    states = [names["model"].state_dict() for names in (first, again)]  # type: ignore[attr-defined]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == printed[1]
+    assert {file.name for file in (tmp_path / "runs" / "digits").iterdir()} == {
+        "train.ckpt", "train.1.ckpt", "train.best.ckpt", "metrics.jsonl"
+    }  # fmt: skip

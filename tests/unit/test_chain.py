@@ -73,7 +73,7 @@ def test_a_chain_that_ends_in_several_precisions():
 @pytest.mark.parametrize("taught", [False, True])
 def test_a_chain_continues_to_the_same_bits(tmp_path: Path, taught, monkeypatch):
     model = floating()
-    config = TrainConfig(epochs=1, lr=0.05, batch_size=8, checkpoint_every=1)
+    config = TrainConfig(epochs=1, lr=0.0005, batch_size=8, checkpoint_every=1)
     stages = [(recipe, config) for recipe in RECIPES]
     teacher = floating(5) if taught else None
     options = {"example": data()[0], "batches": [data()[0]], "teacher": teacher}

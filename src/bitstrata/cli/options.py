@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 #: Options that a resumed run may change without becoming another run.
-FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa"})
+FREE = frozenset(
+    {
+        "out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "keep", "on_nonfinite",
+        "allow_inexact",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +85,17 @@ class RunOptions:
     """Steps between checkpoints inside an epoch; 0: one an epoch."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    keep: int = 2
+    """Checkpoints that are kept of each stage, the last ones, beside the best one."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What becomes of a training step with a loss or gradient that is not finite."""
     eval_every: int = 1
     """Epochs between evaluations; 0: at the end only."""
     fresh: bool = False
     """Start over although the output directory holds an unfinished or finished run."""
+    allow_inexact: bool = False
+    """Continue although threads, instruction set or versions are not those of the checkpoint, so that the result will
+    not be the same to the bit."""
 
 
 def provenance(options: Any) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The way from data to a verified artifact, shared by `train` and `quantize` (torch side).
 
 Stages: float -> quantize, calibrate -> joint -> lower, pack -> measure. Each stage that has finished is skipped when
-the command is given again; the training stages resume from their checkpoints.
+the command is given again; the training stages resume from their checkpoints. Launched as several processes, all train,
+and the first alone writes files and does what comes after.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -41,8 +43,13 @@ from bitstrata.objectives import warm_start_
 from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain
 from bitstrata.train.checkpoint import seed_all
+from bitstrata.train.distributed import first_process
+from bitstrata.train.keeper import Keeper
+from bitstrata.train.signals import StopsAtOnce
 
 T = TypeVar("T")
+STAGES = ("float", "joint")
+AGAIN = "stopped; the stages that are done are saved, run the same again to continue"
 
 
 @dataclass
@@ -86,6 +93,7 @@ class Run:
         return result
 
 
+@StopsAtOnce(AGAIN)
 def train_from_scratch(options: Train, out: Path) -> None:
     """`bitstrata train`."""
     run = begin(options, out)
@@ -98,6 +106,7 @@ def train_from_scratch(options: Train, out: Path) -> None:
     finish(run, model, float_stage(run, model, options))
 
 
+@StopsAtOnce(AGAIN)
 def quantize_checkpoint(options: Quantize, out: Path) -> None:
     """`bitstrata quantize`."""
     run = begin(options, out, mean=_numbers(options.mean, "--mean"), std=_numbers(options.std, "--std"))
@@ -108,24 +117,28 @@ def quantize_checkpoint(options: Quantize, out: Path) -> None:
     loading.load_weights(model, options.checkpoint)
     claim(run)
     accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
-    print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
+    if first_process():
+        print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
     finish(run, model, accuracy)
 
 
 def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None) -> Run | None:
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
-    if options.fresh and out.exists():
-        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", FROZEN):
+    if options.fresh and out.exists() and first_process():
+        for name in ("config.json", "results.json", "metrics.jsonl", FROZEN):
             (out / name).unlink(missing_ok=True)
+        for stage in STAGES:
+            Keeper(out, stage, options.keep).clear()
         for path in out.glob("chain-*.ckpt"):
             path.unlink()
     saved = out / "config.json"
-    if saved.exists():
+    if saved.exists() and not options.fresh:
         check_same_options(saved, read_json(saved), resolved(options))
         if (out / "results.json").exists():
-            print(f"{out} is complete; --fresh starts over")
-            print_results(output(), read_json(out / "results.json"))
+            if first_process():
+                print(f"{out} is complete; --fresh starts over")
+                print_results(output(), read_json(out / "results.json"))
             return None
     train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
     test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)
@@ -147,7 +160,8 @@ def check(options: RunOptions) -> tuple[int, ...]:
 def claim(run: Run) -> None:
     """Make the output directory this run's, once its inputs have proved good."""
     assert run.out is not None
-    write_json(run.out / "config.json", resolved(run.options))
+    if first_process():
+        write_json(run.out / "config.json", resolved(run.options))
 
 
 def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -167,7 +181,7 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
         name: getattr(options, name)
         for name in (
             "epochs", "lr", "weight_decay", "warmup", "optimizer", "batch_size", "label_smoothing", "clip_grad", "amp",
-            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every",
+            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every", "keep", "on_nonfinite",
         )
     }  # fmt: skip
     return TrainConfig(**{**shared, "distill": None, **changes})
@@ -196,7 +210,8 @@ def float_config(options: Train) -> TrainConfig:
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
     """Train a float network; returns its accuracy in float32."""
     trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
-    run.timed("float", trainer.fit)
+    run.timed("float", lambda: trainer.fit(allow_inexact=options.allow_inexact))
+    model.cpu()  # accelerate may have moved it; what comes next is done here
     return float32_accuracies(run, model)["float"]
 
 
@@ -205,15 +220,16 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     teacher = copy.deepcopy(model) if run.options.teacher else None
     quantized(run, model, start=chained(run, model, teacher))
     run.refusal = refusal(run, model)
-    if run.refusal is not None:
+    if run.refusal is not None and first_process():
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
     trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, teacher=teacher, name="joint")
-    run.timed("joint", trainer.fit)
+    run.timed("joint", lambda: trainer.fit(allow_inexact=run.options.allow_inexact))
+    model.cpu()
     if not integers(run):
         return float32_accuracies(run, model)
     bs.freeze_(model, calibration(run))
-    if run.out is not None:
+    if run.out is not None and first_process():
         checkpoint.save(run.out / FROZEN, {"model": model.state_dict()})
     return {run.bits[0]: float32_accuracies(run, model)["float"]}
 
@@ -288,6 +304,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
     """From a float network to results.json."""
     assert run.out is not None
     fake = joint_stage(run, model)
+    if not first_process():
+        return
     if run.refusal is not None:
         rows = [{"bits": p, "float_accuracy": float_accuracy, "fake_accuracy": fake[p]} for p in run.bits]
         results = {"rows": rows, "no_artifact": run.refusal, "seconds": run.seconds, "seed": run.options.seed}
@@ -316,6 +334,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
 
 def packed(run: Run, model: nn.Module, artifact: Path) -> Any:
     """Lower the network and write the artifact anew; returns the program."""
+    for left in artifact.parent.glob(f".{artifact.name}.*"):  # of a process that was killed while it packed
+        shutil.rmtree(left, ignore_errors=True)
     program = run.timed("lower", lambda: bs.lower(model, run.example))
     bs.pack(program, artifact, provenance(run.options), overwrite=artifact.exists())
     return program

@@ -17,6 +17,7 @@ from ..prepare.step import weights_of_a_step
 from .distill import DISTILLATIONS, Distillation
 from .losses import Loss
 from .mgd import min_norm_point
+from .ranks import Ranks
 
 COMBINE = ("scalarization", "mgd")
 REDUCTIONS = ("mean", "sum")
@@ -61,10 +62,15 @@ def joint_backward(
     computed once for all precisions; weights of a module in several places once a precision (see `step_weights`, which
     serves layers that are applied repeatedly). Not with "mgd" or in wrapped models.
     combine="mgd" holds one shared gradient a precision in memory, and takes gradients without running hooks on their
-    accumulation (`DistributedDataParallel`). Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
+    accumulation. Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
+
+    In `DistributedDataParallel` the gradients of the wrapped network are averaged over ranks once, after the last
+    precision (not inside `no_sync`); for "mgd" each precision's are, so that every rank finds the same alphas. `loss`
+    has to be a mean over samples; ranks may have different numbers of them.
 
     Args:
-        model: a quantized model, in training mode.
+        model: a quantized model, in training mode, or `DistributedDataParallel` of one, or one that `fully_shard` has
+            sharded ("mgd" needs whole gradients, which the latter has not).
         inputs, targets: as the model and `loss` take them.
         loss: called with (logits, targets), returns a scalar.
         distill: "cosine", "kl", a function of (student logits, teacher logits), or None for no distillation.
@@ -95,22 +101,28 @@ def joint_backward(
     if combine == "mgd" and len(set(chosen.values())) > 1:
         raise ValueError(f"joint_backward: combine='mgd' chooses the factors itself, so weights {chosen} are void")
     guide = _Guide(_distillation(distill), distill_weight, _checked_teacher(model, teacher, distill))
-    step = _Step(model, inputs, targets, loss, guide, amp)
+    ranks = Ranks.of(model, inputs)
+    if ranks.sharded and combine == "mgd":
+        raise ValueError("joint_backward: combine='mgd' needs whole gradients, and FSDP shards this model's over ranks")
+    model = ranks.network
+    step = _Step(model, inputs, targets, loss, guide, amp, ranks)
     owner = _owners(model)
     if combine == "mgd":
         return _descend(step, tuple(chosen), owner)
     whole = sum(chosen.values()) if reduction == "mean" else 1.0
     result: dict[int, JointLoss] = {}
     inverse = {p: whole / weight for p, weight in chosen.items()}
-    with _unscaled_precision_gradients(model, owner, inverse), weights_of_a_step(model) as weights:
+    unscaled = _unscaled_sharded_gradients if ranks.sharded else _unscaled_precision_gradients
+    with unscaled(model, owner, inverse), weights_of_a_step(model) as weights:
         for p, weight in chosen.items():
             factor = weight / whole
             with precision(model, p):
                 total, logits = step.forward(p)
-                (total * factor if factor != 1.0 else total).backward()
+                ranks.share(total * factor if factor != 1.0 else total).backward()
             weights.settle(everything=False)
             result[p] = JointLoss(total.detach(), logits, factor)
         weights.settle()
+    ranks.average_()
     return result
 
 
@@ -150,10 +162,12 @@ class _Step:
     loss: Loss
     guide: _Guide
     amp: torch.dtype | None
+    ranks: Ranks
 
     def forward(self, p: int) -> tuple[Tensor, Tensor]:
         """Loss with its graph, and detached logits, at the model's current precision p."""
-        with torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+        autocast = torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+        with autocast, self.ranks.counting():
             taught = self.guide.ask(self.inputs)
             logits = self.model(self.inputs)
             total = self.loss(logits, self.targets)
@@ -184,10 +198,12 @@ def _descend(step: _Step, chosen: tuple[int, ...], owner: dict[int, int]) -> dic
         own = [q for _, q in trained if owner.get(id(q)) == p]
         with precision(step.model, p):
             total, logits = step.forward(p)
-            found = torch.autograd.grad(total, [q for _, q in shared] + own, allow_unused=True)
+            wanted = [q for _, q in shared] + own
+            mine = torch.autograd.grad(step.ranks.share(total), wanted, allow_unused=True)
+            found = step.ranks.mean(mine, wanted)
         losses[p] = (total.detach(), logits)
-        mine = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
-        gradients.append(_Gradients(list(found[: len(shared)]), mine))
+        kept = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
+        gradients.append(_Gradients(list(found[: len(shared)]), kept))
     alphas = _alphas([g.shared for g in gradients], [name for name, _ in shared], chosen)
     for index, (_, q) in enumerate(shared):
         parts = [(a, g.shared[index]) for a, g in zip(alphas, gradients, strict=True)]
@@ -305,3 +321,20 @@ def _unscaled_precision_gradients(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _unscaled_sharded_gradients(
+    model: nn.Module, owner: dict[int, int], inverse: Mapping[int, float]
+) -> Iterator[None]:
+    """The same where the parameters are sharded, whose gradients come from elsewhere than a hook could see."""
+    scaled = [(q, inverse.get(owner[id(q)], 1.0)) for q in model.parameters() if q.requires_grad and id(q) in owner]
+    before = [q.grad for q, _ in scaled]
+    for q, _ in scaled:
+        q.grad = None
+    yield
+    for (q, factor), earlier in zip(scaled, before, strict=True):
+        if q.grad is not None:
+            q.grad.mul_(factor)
+        if earlier is not None:
+            q.grad = earlier if q.grad is None else q.grad.add_(earlier)

@@ -18,6 +18,7 @@ from .precision import precision, precisions, set_precision
 from .quantize import Pixels, quantize_
 from .step import step_weights, weights_of_a_step
 from .summary import Summary, SummaryRow, summary
+from .synchronize import synchronize_, synchronized
 
 __all__ = [
     "LayerMemory",
@@ -44,5 +45,7 @@ __all__ = [
     "set_precision",
     "step_weights",
     "summary",
+    "synchronize_",
+    "synchronized",
     "weights_of_a_step",
 ]

@@ -9,12 +9,12 @@ from numbers import Integral
 from torch import nn
 
 from ..nn.layers import QuantizedLayer
-from .compiled import uncompiled
+from .wrapped import unwrapped
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Qualified name -> quantized layer, in the model's order."""
-    return {name: module for name, module in uncompiled(model).named_modules() if isinstance(module, QuantizedLayer)}
+    """Qualified name -> quantized layer, in the model's order; names are those inside DDP and compiled models."""
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def precisions(model: nn.Module) -> tuple[int, ...]:

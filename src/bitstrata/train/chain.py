@@ -11,7 +11,8 @@ from bitstrata.objectives import warm_start_chain
 from bitstrata.prepare import Pixels
 from bitstrata.recipes import Recipe
 from bitstrata.train.config import TrainConfig
-from bitstrata.train.trainer import Batch, BatchSource, Trainer
+from bitstrata.train.source import Batch, BatchSource
+from bitstrata.train.trainer import Trainer
 
 
 def fit_chain(
@@ -47,6 +48,7 @@ def fit_chain(
     result = model
     chain = warm_start_chain(model, [recipe for recipe, _ in stages], example, batches, input=input)
     for stage, (_, config) in zip(chain, stages, strict=True):
+        device = next(stage.model.parameters()).device
         Trainer(
             stage.model,
             config,
@@ -56,5 +58,5 @@ def fit_chain(
             teacher=teacher,
             name=f"{name}-{stage.name}",
         ).fit()
-        result = stage.model
+        result = stage.model.to(device)  # accelerate may have moved it, and the next stage starts from the example
     return result

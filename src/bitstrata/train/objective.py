@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstrata.objectives import DISTILLATIONS, PrecisionSampler, joint_backward, kl_distillation, make_loss
+from bitstrata.objectives.ranks import Ranks
 from bitstrata.prepare import parameter_groups, precisions
 from bitstrata.train.config import TrainConfig
 from bitstrata.train.evaluate import autocast
@@ -96,10 +97,12 @@ def float_objective(config: TrainConfig) -> Objective:
     loss = loss_of(config)
 
     def float_backward(model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[Any, LevelLoss]:
-        with autocast(config.amp, inputs.device):
-            logits = model(inputs)
+        ranks = Ranks.of(model, inputs)
+        with autocast(config.amp, inputs.device), ranks.counting():
+            logits = ranks.network(inputs)
             value = loss(logits, targets)
-        value.backward()
+        ranks.share(value).backward()
+        ranks.average_()
         return {"float": FloatLoss(value.detach(), logits.detach())}
 
     return float_backward
