@@ -151,11 +151,22 @@ TRAIN = shlex.split(
 )
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """The directory of a run that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main([*TRAIN, str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    "place",
     [(Trainer, "_step"), (pipeline, "quantized"), (pipeline.bs, "pack"), (pipeline, "measured_rows")],
 )
-def test_the_command_ends_with_0_wherever_it_is(tmp_path: Path, monkeypatch, capsys, owner: Any, name: str) -> None:
+def test_the_command_ends_with_0_wherever_it_is(
+    whole_run: Path, tmp_path: Path, monkeypatch, capsys, place: tuple[Any, str]
+) -> None:
+    owner, name = place
     original = getattr(owner, name)
 
     def interrupting(*given: Any, **options: Any) -> Any:
@@ -168,8 +179,7 @@ def test_the_command_ends_with_0_wherever_it_is(tmp_path: Path, monkeypatch, cap
     assert "SIGTERM: " in capsys.readouterr().err
     assert not (tmp_path / "cut" / "results.json").exists()
     assert main([*TRAIN, str(tmp_path / "cut")]) == 0
-    assert main([*TRAIN, str(tmp_path / "whole")]) == 0
-    for file in (tmp_path / "whole" / "model.strata").iterdir():
+    for file in (whole_run / "model.strata").iterdir():
         assert (tmp_path / "cut" / "model.strata" / file.name).read_bytes() == file.read_bytes()
     assert not list((tmp_path / "cut").glob(".*"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import warnings
@@ -103,7 +104,7 @@ class Keeper:
         """Existing NAME.1.ckpt, NAME.2.ckpt ..., newest first."""
         ages = [
             int(age)
-            for path in self.directory.glob(f"{self.name}.*.ckpt")
+            for path in self.directory.glob(f"{glob.escape(self.name)}.*.ckpt")
             if (age := path.name.removeprefix(f"{self.name}.").removesuffix(".ckpt")).isdigit()
         ]
         return [self.older(age) for age in sorted(ages)]
