@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 #: Options that a resumed run may change without becoming another run.
-FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa"})
+FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "quiet", "tensorboard"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,10 @@ class RunOptions:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 1
     """Epochs between evaluations; 0: at the end only."""
+    quiet: bool = False
+    """Show no progress; metrics.jsonl is written all the same."""
+    tensorboard: Path | None = None
+    """Also write TensorBoard's events under this directory; needs pip install "bitstrata[tensorboard]"."""
     fresh: bool = False
     """Start over although the output directory holds an unfinished or finished run."""
 

@@ -37,7 +37,7 @@ from bitstrata.cli.train import Train
 from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError
 from bitstrata.recipes import Recipe
-from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate
+from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, quiet, reporter
 from bitstrata.train.checkpoint import seed_all
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
     if options.fresh and out.exists():
-        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", FROZEN):
+        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", "joint.layers.json", FROZEN):
             (out / name).unlink(missing_ok=True)
     saved = out / "config.json"
     if saved.exists():
@@ -184,10 +184,19 @@ def float_config(options: Train) -> TrainConfig:
     return stage_config(options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup)
 
 
+def stage_trainer(run: Run, model: nn.Module, config: TrainConfig, name: str) -> Trainer:
+    """The trainer of a stage, on the run's data, directory and display."""
+    options = run.options
+    display = quiet if options.quiet else reporter
+    return Trainer(
+        model, config, run.loader(True), run.loader(False), run.out,
+        name=name, reporter=display, tensorboard=options.tensorboard,
+    )  # fmt: skip
+
+
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
     """Train a float network; returns its accuracy in float32."""
-    trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
-    run.timed("float", trainer.fit)
+    run.timed("float", stage_trainer(run, model, float_config(options), "float").fit)
     return float32_accuracies(run, model)["float"]
 
 
@@ -198,8 +207,7 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     if run.refusal is not None:
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
-    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, name="joint")
-    run.timed("joint", trainer.fit)
+    run.timed("joint", stage_trainer(run, model, config, "joint").fit)
     if not integers(run):
         return float32_accuracies(run, model)
     bs.freeze_(model, calibration(run))

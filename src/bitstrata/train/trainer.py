@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from bitstrata.prepare import load_noise_state_, noise_state, precisions
-from bitstrata.train import checkpoint
+from bitstrata.train import checkpoint, snapshot
 from bitstrata.train.config import Level, TrainConfig, differences
 from bitstrata.train.evaluate import evaluate, place
 from bitstrata.train.metrics import MetricsLog
 from bitstrata.train.objective import LevelLoss, Objective, default_objective, make_optimizer
-from bitstrata.train.progress import Reporter, per_level, reporter
+from bitstrata.train.progress import Reporter, reporter
 from bitstrata.train.schedule import lr_factor_of
+from bitstrata.train.tensorboard import TensorBoardLog
+from bitstrata.train.tensorboard import require as require_tensorboard
+from bitstrata.train.timing import Clock
 
 Batch = tuple[Tensor, Tensor]
 
@@ -51,6 +55,10 @@ class Position:
         self.step += 1
         return losses
 
+    def accuracy(self) -> dict[Level, float]:
+        """Training accuracies of the epoch so far, as fractions; empty before its first step."""
+        return {level: count / self.images for level, count in self.correct.items()}
+
     def end_epoch(self) -> dict[str, dict[str, float]]:
         """Means over the epoch as JSON values; the sums start again."""
         means = {
@@ -72,7 +80,10 @@ class Trainer:
     labels (N,)), such as torch's DataLoader without worker processes. objective: replaces `joint_backward` (or
     the plain loss, for a float network) with everything the configuration says of it. teacher: a network of its own
     that all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
-    has to be given the same one. out_dir: holds NAME.ckpt and metrics.jsonl; None writes nothing.
+    has to be given the same one. out_dir: holds NAME.ckpt, metrics.jsonl and, for a quantized network, NAME.layers.json
+    (grids and weight histograms as of the last epoch); None writes nothing. reporter: `bitstrata.train.reporter`, which
+    shows progress on stderr, `quiet`, or a function of (name, total steps, steps done) that returns a `Reporter`.
+    tensorboard: directory for TensorBoard's events, in a subdirectory NAME; ModuleNotFoundError without tensorboard.
     """
 
     def __init__(
@@ -87,6 +98,7 @@ class Trainer:
         teacher: nn.Module | None = None,
         name: str = "train",
         reporter: Callable[[str, int, int], Reporter] = reporter,
+        tensorboard: str | Path | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -107,6 +119,10 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.position = Position()
         self.log = MetricsLog(None if self.out_dir is None else self.out_dir / "metrics.jsonl", name)
+        self.clock = Clock()
+        self.tensorboard = None if tensorboard is None else Path(tensorboard)
+        if self.tensorboard is not None:
+            require_tensorboard()
 
     @property
     def total_steps(self) -> int:
@@ -134,7 +150,7 @@ class Trainer:
             self.log.drop_run()
             checkpoint.seed_all(self.config.seed)
         accuracy: dict[Level, float] = {}
-        with self.reporter(self.name, self.total_steps, self.position.step) as report:
+        with self._shown() as report:
             while self.position.step < self.total_steps:
                 accuracy = self._epoch(report, rng)
                 rng = None
@@ -152,20 +168,32 @@ class Trainer:
         wanted = self.config.precisions if levels is None else levels
         return evaluate(self.model, batches, wanted, amp=self.config.amp, channels_last=self.config.channels_last)
 
+    @contextmanager
+    def _shown(self) -> Iterator[Reporter]:
+        """The run's progress reporter, with TensorBoard's events and the clock in forward passes beside it."""
+        self.clock.lap()
+        with ExitStack() as stack:
+            stack.enter_context(self.clock.forward_of(self.model))
+            if self.tensorboard is not None:
+                stack.enter_context(self.log.also(TensorBoardLog(self.tensorboard, self.name, self.position.step)))
+            yield stack.enter_context(self.reporter(self.name, self.total_steps, self.position.step))
+
     def _epoch(self, report: Reporter, rng: dict[str, Any] | None) -> dict[Level, float]:
         """The rest of the current epoch, its evaluation and its checkpoint."""
         epoch, start = divmod(self.position.step, self.steps_per_epoch)
         self.model.train()
-        batches = iter(self.train_loader.epoch(epoch, start))
+        with self.clock("data"):
+            batches = iter(self.train_loader.epoch(epoch, start))
         if rng is not None:
             checkpoint.set_rng_state(rng)
         begun, images_before = time.monotonic(), self.position.images
-        for images, labels in batches:
+        for images, labels in self.clock.each("data", batches):
             losses = self._step(images, labels)
             step = self.position.step
-            report.step(step, epoch, len(labels), losses)
-            if step % self.config.log_every == 0:
-                self._log_step(epoch, losses)
+            with self.clock("logging"):
+                report.step(step, epoch, len(labels), losses, lr=self._lr(), accuracy=self.position.accuracy())
+                if step % self.config.log_every == 0:
+                    self._log_step(epoch, losses)
             if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
                 self._save()
         if self.position.step != (epoch + 1) * self.steps_per_epoch:
@@ -175,8 +203,22 @@ class Trainer:
         means = self.position.end_epoch()
         self.log.write("epoch", step=self.position.step, epoch=epoch, images_per_s=round(rate, 1), **means)
         accuracy = self._epoch_evaluation(report, epoch)
+        self._log_epoch(epoch, self.position.step - epoch * self.steps_per_epoch - start)
         self._save()
         return accuracy
+
+    def _log_epoch(self, epoch: int, steps: int) -> None:
+        """Step sizes and layers as they are now, and where the time went since the last such line."""
+        step = self.position.step
+        with self.clock("logging"):
+            grids = snapshot.steps(self.model)
+            if grids:
+                self.log.write("grids", step=step, epoch=epoch, layers=grids)
+            if self.out_dir is not None:
+                snapshot.write(self.out_dir / f"{self.name}.layers.json", self.model, step=step, epoch=epoch)
+        wall, seconds = self.clock.lap()
+        parts = {part: round(value, 4) for part, value in seconds.items()}
+        self.log.write("time", step=step, epoch=epoch, steps=steps, wall=round(wall, 4), seconds=parts)
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[Level, float]:
         """One optimizer step. Raises FloatingPointError before a non-finite loss can reach the weights."""
@@ -186,33 +228,40 @@ class Trainer:
         inputs = place(images, self.device, self.config.channels_last)
         targets = labels.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        results = self.objective(self.model, inputs, targets)
-        losses = self.position.add(results, targets)
+        with self.clock("backward"):
+            results = self.objective(self.model, inputs, targets)
+        with self.clock("logging"):
+            losses = self.position.add(results, targets)
         for level, loss in losses.items():
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"Trainer: loss {loss} at step {self.position.step - 1}, precision {level}; "
                     f"lower lr={self.config.lr} or set clip_grad"
                 )
-        if self.config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        with self.clock("optimizer"):
+            if self.config.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            self.optimizer.step()
         return losses
 
+    def _lr(self) -> float:
+        """The learning rate of the step that was made last."""
+        return self.config.lr * lr_factor_of(self.config, self.position.step - 1, self.steps_per_epoch)
+
     def _log_step(self, epoch: int, losses: Mapping[Level, float]) -> None:
-        lr = self.config.lr * lr_factor_of(self.config, self.position.step - 1, self.steps_per_epoch)
         loss = {str(level): value for level, value in losses.items()}
-        self.log.write("step", step=self.position.step, epoch=epoch, lr=lr, loss=loss)
+        self.log.write("step", step=self.position.step, epoch=epoch, lr=self._lr(), loss=loss)
 
     def _epoch_evaluation(self, report: Reporter, epoch: int) -> dict[Level, float]:
         every, last = self.config.eval_every, epoch + 1 == self.config.epochs
         if self.eval_loader is None or not (last or (every and (epoch + 1) % every == 0)):
             return {}
-        accuracy = self.evaluate()
+        with self.clock("evaluation"):
+            accuracy = self.evaluate()
         self.log.write(
             "eval", step=self.position.step, epoch=epoch, accuracy={str(k): value for k, value in accuracy.items()}
         )
-        report.note(f"epoch {epoch + 1}/{self.config.epochs}  accuracy {per_level(accuracy, '.2%')}")
+        report.evaluation(epoch, self.config.epochs, accuracy)
         return accuracy
 
     def _final_accuracy(self) -> dict[Level, float]:
@@ -222,20 +271,22 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoint_path is None:
             return
-        checkpoint.save(
-            self.checkpoint_path,
-            {
-                "config": self.config.to_dict(),
-                "steps_per_epoch": self.steps_per_epoch,
-                "precisions": list(precisions(self.model)),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "position": vars(self.position),
-                "rng": checkpoint.rng_state(),
-                "noise": noise_state(self.model),
-                "metrics": self.log.position(),
-            },
-        )
+        with self.clock("checkpoint"):
+            checkpoint.save(self.checkpoint_path, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {
+            "config": self.config.to_dict(),
+            "steps_per_epoch": self.steps_per_epoch,
+            "precisions": list(precisions(self.model)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": vars(self.position),
+            "rng": checkpoint.rng_state(),
+            "noise": noise_state(self.model),
+            "metrics": self.log.position(),
+        }
 
     def _restore(self) -> dict[str, Any] | None:
         """Load the checkpoint if there is one; returns the state of the random generators."""
