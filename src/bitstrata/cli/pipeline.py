@@ -114,7 +114,15 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
     if options.fresh and out.exists():
-        for name in ("config.json", "results.json", "metrics.jsonl", "float.ckpt", "joint.ckpt", "joint.layers.json", FROZEN):
+        for name in (
+            "config.json",
+            "results.json",
+            "metrics.jsonl",
+            "float.ckpt",
+            "joint.ckpt",
+            "joint.layers.json",
+            FROZEN,
+        ):
             (out / name).unlink(missing_ok=True)
     saved = out / "config.json"
     if saved.exists():
