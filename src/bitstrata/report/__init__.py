@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .chart import require
-from .page import page
+from .page import document
 from .registry import Panel, all_panels
 from .runs import Run, read, read_all
 
-__all__ = ["Panel", "Run", "all_panels", "page", "read", "write"]
+__all__ = ["Panel", "Run", "all_panels", "read", "write"]
 
 
 def write(
@@ -36,7 +36,7 @@ def write(
     found = read_all([runs] if isinstance(runs, str | os.PathLike) else runs)
     heading = title or (found[0].name if len(found) == 1 else f"Report on {len(found)} runs")
     target = Path(path)
-    text = page(found, heading)
+    text = document(found, heading)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")

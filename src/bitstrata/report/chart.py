@@ -16,7 +16,7 @@ FORMS = {"full": (1040, 330), "wide": (500, 270), "narrow": (300, 240)}
 NAMES = ("ink", "muted", "line", "float", *(f"c{i}" for i in range(1, 9)))
 TOKENS = {name: f"#0a0b{i:02x}" for i, name in enumerate(NAMES, 16)}
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 12.5,
     "font.family": "sans-serif",
@@ -91,7 +91,8 @@ def _inline(svg: str, description: str, form: str) -> Markup:
     """The drawing as a part of a page: without a document's head, with CSS variables for colours."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    used = set(re.findall(r"#([\w-]+)", body))
+    body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     for name, token in TOKENS.items():
         body = body.replace(token, f"var(--{name})")
     body = re.sub(r"\s*\n\s*", "\n", body)

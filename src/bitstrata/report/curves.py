@@ -45,17 +45,21 @@ def curves(group: Group, sources: Sequence[Source]) -> list[Curve]:
                     for x, value in series:
                         points.setdefault((stage.name, level, source), {}).setdefault(round(x, 4), []).append(value)
     found = []
-    for (name, level, source), values in points.items():
-        x = sorted(values)
-        means = [sum(values[at]) / len(values[at]) for at in x]
-        found.append(Curve(name, level, source, x, means, [min(values[at]) for at in x], [max(values[at]) for at in x]))
+    for (name, level, source), at in points.items():
+        values = [at[x] for x in sorted(at)]
+        means = [sum(v) / len(v) for v in values]
+        found.append(Curve(name, level, source, sorted(at), means, [*map(min, values)], [*map(max, values)]))
     return found
 
 
 def render(
-    runs: Sequence[Run], sources: Sequence[Source], what: str, form: str, dress: Callable[[Any, float, float], None]
+    runs: Sequence[Run],
+    sources: Sequence[Source],
+    what: str,
+    form: Callable[[float], str],
+    dress: Callable[[Any, float, float], None],
 ) -> Markup:
-    """A figure for each group. what: the y axis; form: of numbers in the table; dress: sets up the y axis, given the
+    """A figure for each group. what: the y axis; form: a value as text; dress: sets up the y axis, given the
     axes and the least and largest of all values, so that figures can be compared.
     """
     found = [(group, curves(group, sources)) for group in groups(runs)]
@@ -108,14 +112,14 @@ def _mark_stages(axes: Any, stages: Sequence[Stage]) -> None:
         )  # fmt: skip
 
 
-def _described(what: str, group: Group, lines: Sequence[Curve], form: str) -> str:
+def _described(what: str, group: Group, lines: Sequence[Curve], form: Callable[[float], str]) -> str:
     """The text alternative: where each solid line ends."""
     last = {(line.stage, line.level): line.mean[-1] for line in lines if not line.source.dashed}
-    ends = [f"{look.named(level)} {value:{form}} (stage {stage})" for (stage, level), value in last.items()]
+    ends = [f"{look.named(level)} {form(value)} (stage {stage})" for (stage, level), value in last.items()]
     return f"{what} over epochs, {group.label}. Last values: {'; '.join(ends) or 'none'}."
 
 
-def _numbers(group: Group, lines: Sequence[Curve], levels: Sequence[str], form: str) -> Markup:
+def _numbers(group: Group, lines: Sequence[Curve], levels: Sequence[str], form: Callable[[float], str]) -> Markup:
     """All points as tables, for those who read rather than look."""
     tables = []
     for source in dict.fromkeys(line.source for line in lines):
@@ -126,7 +130,7 @@ def _numbers(group: Group, lines: Sequence[Curve], levels: Sequence[str], form: 
                 for x, value in zip(line.x, line.mean, strict=True):
                     rows.setdefault(x, {})[line.level] = value
         shown = [level for level in levels if level in mine]
-        body = [[f"{x:g}", *(f"{rows[x][v]:{form}}" if v in rows[x] else "–" for v in shown)] for x in sorted(rows)]
+        body = [[f"{x:g}", *(form(rows[x][v]) if v in rows[x] else "–" for v in shown)] for x in sorted(rows)]
         mean = ", mean over seeds" if len(group.runs) > 1 else ""
         tables.append(table(f"{source.name}{mean}", ["epoch", *map(look.named, shown)], body))
     return details("Numbers", join(tables))

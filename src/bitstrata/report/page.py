@@ -16,7 +16,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 FACTS = ("model", "data", "recipe", "bits", "float_epochs", "epochs", "lr", "batch_size", "checkpoint")
 
 
-def page(runs: Sequence[Run], title: str) -> str:
+def document(runs: Sequence[Run], title: str) -> str:
     """The whole document for at least one run."""
     sections = [(f"panel-{i}", panel, _section(f"panel-{i}", panel, runs)) for i, panel in enumerate(all_panels())]
     links = [el("li", el("a", panel.title, href=f"#{key}")) for key, panel, _ in sections]

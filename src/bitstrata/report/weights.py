@@ -44,17 +44,24 @@ def views(run: Run) -> list[View]:
 
 
 def _of_snapshot(run: Run, stage: str) -> list[View]:
-    found = []
     entries = run.layers[stage].get("layers")
-    for entry in entries if isinstance(entries, list) else []:
+    if not isinstance(entries, list):
+        _remark(run, f"{stage}.layers.json has no list of layers")
+        return []
+    found = []
+    for entry in entries:
         try:
             for precision, view in sorted(entry["precisions"].items(), key=lambda item: int(item[0])):
                 found.append(_view(entry, precision, view, _history(run, stage, entry["name"], precision)))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            run_problem = f"{stage}.layers.json: an entry is damaged and left out"
-            if run_problem not in run.problems:
-                run.problems.append(run_problem)
+            _remark(run, f"{stage}.layers.json: an entry is damaged and left out")
     return found
+
+
+def _remark(run: Run, problem: str) -> None:
+    """Say it once, however often the run is looked at."""
+    if problem not in run.problems:
+        run.problems.append(problem)
 
 
 def _view(entry: Mapping[str, Any], precision: str, view: Mapping[str, Any], steps: tuple[float, ...]) -> View:
@@ -112,7 +119,7 @@ def _of_artifact(run: Run) -> list[View]:
         artifact = Artifact.open(run.artifact)
         program = artifact.load([str(p) for p in artifact.precisions], 8)
     except (ArtifactError, OSError, ValueError) as error:
-        run.problems.append(f"model.strata cannot be read: {error}")
+        _remark(run, f"model.strata cannot be read: {error}")
         return []
     found = []
     for name, layer in program.layers.items():

@@ -22,7 +22,7 @@ class TensorBoardLog:
         require()
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(str(directory / run), purge_step=start + 1)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(directory / run), purge_step=start + 1)
 
     def write(self, event: str, **fields: Any) -> None:
         """The scalars of one event; what is none is left to the metrics file."""

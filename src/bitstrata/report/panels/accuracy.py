@@ -23,7 +23,7 @@ def needs(run: Run) -> str | None:
 
 def render(runs: Sequence[Run]) -> Markup:
     """A chart a group."""
-    return render_curves(runs, SOURCES, "accuracy", ".2%", _dress)
+    return render_curves(runs, SOURCES, "accuracy", lambda value: f"{100 * value:.2f} %", _dress)
 
 
 def _dress(axes: Any, low: float, high: float) -> None:

@@ -39,7 +39,9 @@ def render(runs: Sequence[Run]) -> Markup:
 
 def _within_budget(found: list[tuple[Run, list[View]]]) -> tuple[list[tuple[Run, list[View]]], list[Run]]:
     """The first run, and further ones as long as they fit."""
-    shown, left_out, count = [], [], 0
+    shown: list[tuple[Run, list[View]]] = []
+    left_out: list[Run] = []
+    count = 0
     for run, run_views in found:
         if shown and count + len(run_views) > BUDGET:
             left_out.append(run)

@@ -25,7 +25,7 @@ def needs(run: Run) -> str | None:
 def render(runs: Sequence[Run]) -> Markup:
     """A chart a group; single steps where no stage has two epochs to make a line of."""
     lines = max(len(stage.of("epoch")) for run in runs for stage in run.stages) > 1
-    return render_curves(runs, (EPOCHS,) if lines else (EPOCHS, STEPS), "loss", ".4f", _dress)
+    return render_curves(runs, (EPOCHS,) if lines else (EPOCHS, STEPS), "loss", lambda value: f"{value:.4f}", _dress)
 
 
 def _dress(axes: Any, low: float, high: float) -> None:

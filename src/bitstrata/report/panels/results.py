@@ -40,7 +40,7 @@ def render(runs: Sequence[Run]) -> Markup:
 
 
 def _rows(group: Group) -> list[list[object]]:
-    found = []
+    found: list[list[object]] = []
     for bits in sorted({row["bits"] for run in group.runs for row in run.rows}, reverse=True):
         mine = [row for run in group.runs for row in run.rows if row["bits"] == bits]
         shares = [spread(mine, name) for name in COLUMNS]
