@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
+from bitstrata import report  # noqa: E402
 from bitstrata.quantizers import registry  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -60,3 +61,14 @@ def test_integer_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "gradients    shiftquant(g=4, groups=4" in printed
     assert "engine values unequal to the reference's: 0" in printed
     assert (tmp_path / "integers.strata" / "manifest.json").is_file()
+
+
+def test_add_a_panel(tmp_path: Path) -> None:
+    (source,) = blocks("report.md")
+    panel = run(source, "report.md", {})["PANEL"]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "results.json").write_text('{"rows": [{"bits": 4}], "seconds": {"float": 2.0, "joint": 3.0}}')
+    first, second = (report.read(tmp_path / name) for name in ("first", "second"))
+    assert (panel.needs(first), panel.needs(second)) == (None, "no times in results.json")  # type: ignore[attr-defined]
+    assert '<th scope="row">first</th><td>5</td>' in panel.render([first])  # type: ignore[attr-defined]

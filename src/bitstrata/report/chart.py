@@ -12,6 +12,9 @@ from .markup import Markup, el
 #: Width and height in CSS pixels of the forms, of which the page's CSS shows one.
 FORMS = {"full": (1040, 330), "wide": (500, 270), "narrow": (300, 240)}
 
+#: Room around the axes for labels, in the same pixels.
+LEFT, RIGHT, ABOVE, BELOW = 48, 10, 24, 42
+
 #: Colours of the drawing that stand for CSS variables.
 NAMES = ("ink", "muted", "line", "float", *(f"c{i}" for i in range(1, 9)))
 TOKENS = {name: f"#0a0b{i:02x}" for i, name in enumerate(NAMES, 16)}
@@ -79,9 +82,11 @@ def _svg(description: str, draw: Callable[[Any, bool], None], form: str) -> Mark
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     # A salt of its own keeps the names inside one drawing apart from those of all others, and the same every time.
     with mpl.rc_context({**STYLE, "svg.hashsalt": f"{description} {form}"}):
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72))
         FigureCanvasSVG(figure)
-        draw(figure.subplots(), form == "narrow")
+        # Margins that are the same everywhere let charts that stand beside each other be compared.
+        place = (LEFT / width, BELOW / height, (width - LEFT - RIGHT) / width, (height - BELOW - ABOVE) / height)
+        draw(figure.add_axes(place), form == "narrow")
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
     return _inline(stream.getvalue(), description, form)

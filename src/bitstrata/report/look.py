@@ -18,6 +18,7 @@ SHAPES = {
     "v": "M17 12.5l4.5-8h-9z",
     "P": "M15.5 3.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
     "X": "M13 6l2-2l2 2l2-2l2 2l-2 2l2 2l-2 2l-2-2l-2 2l-2-2l2-2z",
+    "p": "M17 3l4.8 3.5l-1.8 5.6h-6l-1.8-5.6z",
     "*": "M17 3l1.3 3.6l3.9.1l-3.1 2.3l1.1 3.7l-3.2-2.2l-3.2 2.2l1.1-3.7l-3.1-2.3l3.9-.1z",
 }
 
@@ -34,7 +35,7 @@ def of_level(level: str) -> Look:
     """A precision ("1" to "8"), or a float network."""
     if level.isdigit() and 1 <= int(level) <= 8:
         return Look(f"c{level}", MARKERS[int(level) - 1])
-    return Look("float", "o")
+    return Look("float", "p")
 
 
 def of_number(index: int) -> Look:

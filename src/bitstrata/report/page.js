@@ -17,7 +17,7 @@
     }
     none.hidden = found;
   };
-  for (const control of [run, layer, precision]) if (control) control.addEventListener("input", show);
+  for (const control of [run, layer, precision]) if (control) control.addEventListener("change", show);
   layer.form.addEventListener("submit", (event) => event.preventDefault());
   show();
 })();

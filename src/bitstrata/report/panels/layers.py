@@ -73,7 +73,7 @@ def _pane(index: int, view: View, chosen: bool) -> Markup:
         first, last = view.steps[0], view.steps[-1]
         change = f"{first:.4g} after the first epoch, {last:.4g} after the last "
         facts += [el("dt", "step over epochs"), el("dd", change, _sparkline(view.steps))]
-    title = el("h3", view.layer, el("small", look.named(view.precision)))
+    title = el("h3", view.layer, " ", el("small", look.named(view.precision)))
     return el(
         "div", title, _drawing(view), _axis(view), _legend(view), el("dl", *facts),
         class_="pane on" if chosen else "pane", data_run=index, data_layer=view.layer, data_precision=view.precision,
