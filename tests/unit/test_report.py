@@ -17,7 +17,7 @@ from bitstrata.cli import main
 from bitstrata.report import chart, look, registry
 from bitstrata.report.curves import Source, curves
 from bitstrata.report.markup import Markup, el, table
-from bitstrata.report.panels.layers import BUDGET
+from bitstrata.report.panels import layers as panel_layers
 from bitstrata.report.panels.time import duration
 from bitstrata.report.runs import groups, read, read_all
 from bitstrata.report.weights import views
@@ -54,7 +54,7 @@ class Page(HTMLParser):
             self.section = facts["aria-labelledby"]
         if tag == "svg" and "aria-hidden" not in facts and not facts.get("aria-label"):
             self.unnamed.append(str(facts))
-        if tag == "th" and facts.get("scope") not in ("col", "row"):
+        if tag == "th" and facts.get("scope") not in ("col", "row", "rowgroup"):
             self.no_scope += 1
 
     def handle_startendtag(self, tag: str, attrs: list) -> None:
@@ -145,7 +145,7 @@ def test_runs_that_differ_in_the_seed_are_one_line_with_a_spread(tmp_path):
     assert line.mean[-1] == pytest.approx(0.9 - 0.1 / 3 - 0.02 + 0.001)
     assert (line.least[-1], line.largest[-1]) == pytest.approx((line.mean[-1] - 0.001, line.mean[-1] + 0.001))
     text, page = made(tmp_path, *runs, other)
-    assert page.panel("Results").count("net, 3 seeds") == 3
+    assert page.panel("Results").count("net, 3 seeds") == 1
     assert "89.00 %88.00 to 90.00" in page.panel("Results")
     assert "Report on 4 runs" in text
     assert "All complete." in text
@@ -277,10 +277,24 @@ def test_without_an_artifact_accuracies_of_the_training_network_are_shown(tmp_pa
 
 
 def test_large_pages_leave_further_runs_out_of_the_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitstrata.report.panels.layers.BUDGET", 8)
-    assert BUDGET * 2500 < 3_100_000
+    assert panel_layers.BUDGET * 2500 < 3_100_000
+    monkeypatch.setattr(panel_layers, "BUDGET", 8)
     _, page = made(tmp_path, write_run(tmp_path / "one"), write_run(tmp_path / "two", 1))
     assert "Left out for the size of the page: two." in page.panel("Grids and weights")
+
+
+def test_levels_far_from_all_weights_do_not_squeeze_the_drawing(tmp_path):
+    run = write_run(tmp_path / "run")
+    content = layers()
+    wide = content["layers"][1]["precisions"]["4"]
+    wide["levels"] = [float(level) for level in range(-8, 8)]  # weights are from -1 to 1
+    (run / "joint.layers.json").write_text(json.dumps(content))
+    view = next(view for view in views(read(run)) if (view.layer, view.precision) == ("block.conv", "4"))
+    assert [level for level, _ in panel_layers._inside(view)] == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    low, high = panel_layers._extent(view)
+    assert (low, high) == pytest.approx((-2.16, 2.16))
+    _, page = made(tmp_path, run)
+    assert "11 of 16 levels lie outside" in page.panel("Grids and weights")
 
 
 def test_errors_name_the_path(tmp_path, capsys):

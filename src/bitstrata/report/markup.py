@@ -40,13 +40,20 @@ def table(
 ) -> Markup:
     """A table that scrolls inside itself where it is too wide; the first cell of a row is the row's header.
 
-    words: cells hold words, not numbers, and are set from the left.
+    A row of one cell is a heading over the rows after it. words: cells hold words, not numbers, and are set from the
+    left.
     """
     columns = el("tr", *(el("th", cell, scope="col") for cell in head))
-    body = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
+    body = [el("tr", *_cells(row, len(head))) for row in rows]
     title = el("caption", caption, class_="unseen" if hidden_caption else None)
     inside = el("table", title, el("thead", columns), el("tbody", *body), class_="words" if words else None)
     return el("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def _cells(row: Sequence[object], columns: int) -> list[Markup]:
+    if len(row) == 1 < columns:
+        return [el("th", row[0], colspan=columns, scope="rowgroup")]
+    return [el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])]
 
 
 def details(summary: str, *children: object) -> Markup:

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..markup import Markup, details, el, table
 from ..registry import Panel
-from ..runs import Run
+from ..runs import INCIDENTAL, Run
 
 FIELDS = ("cpu", "cores", "platform", "isa", "executor", "commit")
-PLACES = ("out", "root")  # options that every run has of its own
 
 
 def needs(run: Run) -> str | None:
@@ -24,7 +23,11 @@ def render(runs: Sequence[Run]) -> Markup:
     facts = [dict(_facts(run.results)) for run in runs]
     options = [{key: run.config[key] for key in sorted(run.config)} for run in runs]
     keys = dict.fromkeys(key for option in options for key in option)
-    unequal = [key for key in keys if len({_shown(option.get(key)) for option in options}) > 1 and key not in PLACES]
+    unequal = [
+        key
+        for key in keys
+        if len({_shown(option.get(key)) for option in options}) > 1 and (key == "seed" or key not in INCIDENTAL)
+    ]
     differing = [{key: option[key] for key in unequal if key in option} for option in options]
     return el(
         "div",

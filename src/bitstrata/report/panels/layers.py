@@ -80,9 +80,17 @@ def _pane(index: int, view: View, chosen: bool) -> Markup:
     )  # fmt: skip
 
 
+def _inside(view: View) -> list[tuple[float, float]]:
+    """Levels with their shares, without those that lie so far from all weights that they would squeeze the drawing."""
+    room = 0.6 * (view.high - view.low) if view.counts else 0.0
+    low, high = min(view.low, 0.0) - room, max(view.high, 0.0) + room
+    return [pair for pair in zip(view.levels, view.used, strict=True) if not view.counts or low <= pair[0] <= high]
+
+
 def _extent(view: View) -> tuple[float, float]:
-    """What the drawing spans: all weights and all levels, with a margin."""
-    low, high = min(view.low, *view.levels, 0.0), max(view.high, *view.levels, 0.0)
+    """What the drawing spans: all weights and the levels inside, with a margin."""
+    levels = [level for level, _ in _inside(view)]
+    low, high = min(view.low, *levels, 0.0), max(view.high, *levels, 0.0)
     margin = 0.04 * (high - low) or 1.0
     return low - margin, high + margin
 
@@ -101,11 +109,12 @@ def _drawing(view: View) -> Markup:
         tops = [HEIGHT - round(count / tallest * HEIGHT * 0.94) for count in view.counts]
         path = f"M{edges[0]} {HEIGHT}" + "".join(f"V{top}H{edge}" for top, edge in zip(tops, edges[1:], strict=True))
         parts.append(el("path", class_="area", d=f"{path}V{HEIGHT}Z"))
-    places = [at(level) for level in view.levels]
+    inside = _inside(view)
+    places = [at(level) for level, _ in inside]
     if len(places) <= MANY:
         parts.append(el("path", class_="level", d="".join(f"M{x} 0V{HEIGHT}" for x in places)))
-    most = max(*view.used, 1e-12) if len(view.used) > 1 else max(view.used[0], 1e-12)
-    tops = [HEIGHT - round(share / most * HEIGHT * 0.94) for share in view.used]
+    most = max([1e-12, *view.used])
+    tops = [HEIGHT - round(share / most * HEIGHT * 0.94) for _, share in inside]
     stems = "".join(f"M{x} {HEIGHT}V{top}" for x, top in zip(places, tops, strict=True) if top < HEIGHT)
     parts.append(el("path", class_="stem" if len(places) <= MANY else "stem many", d=stems))
     return el(
@@ -127,7 +136,8 @@ def _described(view: View) -> str:
 def _axis(view: View) -> Markup:
     """Labels under the drawing: zero, the outermost levels, or the outermost weights where those lie further out."""
     low, high = _extent(view)
-    ends = [min(view.low, view.levels[0]), max(view.high, view.levels[-1])]
+    levels = [view.low, view.high, *(level for level, _ in _inside(view))]
+    ends = [min(levels), max(levels)]
     values = ends if min(abs(end) for end in ends) < 0.12 * (high - low) else [ends[0], 0.0, ends[1]]
     marks = [el("span", f"{value:.3g}", style=f"left:{100 * (value - low) / (high - low):.1f}%") for value in values]
     return el(
@@ -141,8 +151,11 @@ def _axis(view: View) -> Markup:
 def _legend(view: View) -> Markup:
     items = [el("li", el("span", class_="box area"), "weights before quantization")] if view.counts else []
     items.append(el("li", el("span", class_="box stem"), "share of weights on a level"))
-    if len(view.levels) <= MANY:
+    shown = len(_inside(view))
+    if shown <= MANY:
         items.append(el("li", el("span", class_="box level"), "levels of the grid"))
+    if shown < len(view.levels):
+        items.append(el("li", f"{len(view.levels) - shown} of {len(view.levels)} levels lie outside"))
     return el("ul", *items, class_="key")
 
 

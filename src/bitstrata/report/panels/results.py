@@ -24,18 +24,18 @@ def needs(run: Run) -> str | None:
 
 
 def render(runs: Sequence[Run]) -> Markup:
-    """One table, a row for each group and precision."""
-    rows = [row for group in groups(runs) for row in _rows(group)]
-    several = any(len(group.runs) > 1 for group in groups(runs))
+    """One table, a row for each precision, under a heading for each group."""
+    found = groups(runs)
+    rows: list[list[object]] = []
+    for group in found:
+        rows += [[group.label]] if len(found) > 1 else []
+        rows += _rows(group)
+    several = any(len(group.runs) > 1 for group in found)
     refused = [
         note(f"{run.name}: no artifact: {run.results['no_artifact']}") for run in runs if "no_artifact" in run.results
     ]
-    remark = note("Mean over the runs of a line, with the least and the largest below.") if several else Markup()
+    remark = note("Mean over a group's runs, with the least and the largest below.") if several else Markup()
     head = ["bits", *COLUMNS.values(), "bytes read"]
-    if len(groups(runs)) > 1:
-        head.insert(0, "run")
-    else:
-        rows = [row[1:] for row in rows]
     return el("div", table("Accuracy on the test set", head, rows, hidden_caption=True), remark, *refused)
 
 
@@ -44,7 +44,7 @@ def _rows(group: Group) -> list[list[object]]:
     for bits in sorted({row["bits"] for run in group.runs for row in run.rows}, reverse=True):
         mine = [row for run in group.runs for row in run.rows if row["bits"] == bits]
         shares = [spread(mine, name) for name in COLUMNS]
-        found.append([group.label, swatch(str(bits)), *shares, sizes(mine)])
+        found.append([swatch(str(bits)), *shares, sizes(mine)])
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import look
 from ..chart import chart, color
-from ..markup import Markup, el, join
+from ..markup import Markup, details, el, join
 from ..registry import Panel
 from ..runs import Run, Stage, is_number
 
@@ -36,7 +36,8 @@ def _run(run: Run, alone: bool) -> Markup:
     stages = [stage for stage in run.stages if _epochs(stage)]
     parts += [bar(f"Training, stage {stage.name}", _sum(stage), LOOKS) for stage in stages]
     if sum(len(_epochs(stage)) for stage in stages) > 1:
-        parts.append(_by_epoch(run, stages, alone))
+        picture = _by_epoch(run, stages, alone)
+        parts.append(picture if alone else details("Epoch by epoch", picture))
     return join(parts)
 
 
