@@ -14,12 +14,13 @@ from helpers_report import events, layers, options, results, write_run, write_un
 
 from bitstrata import report
 from bitstrata.cli import main
+from bitstrata.cli.options import FREE
 from bitstrata.report import chart, look, registry
 from bitstrata.report.curves import Source, curves
 from bitstrata.report.markup import Markup, el, table
 from bitstrata.report.panels import layers as panel_layers
 from bitstrata.report.panels.time import duration
-from bitstrata.report.runs import groups, read, read_all
+from bitstrata.report.runs import INCIDENTAL, groups, read, read_all
 from bitstrata.report.weights import views
 
 VOID = {"meta", "link", "input", "br"}
@@ -391,6 +392,7 @@ def test_durations_are_readable():
 
 
 def test_seeds_and_places_do_not_tell_runs_apart(tmp_path):
+    assert FREE < INCIDENTAL
     assert read(write_run(tmp_path / "a", 0)).same == read(write_run(tmp_path / "b", 1, threads=2, out="x")).same
     assert read(write_run(tmp_path / "c", 0, lr=0.1)).same != read(tmp_path / "a").same
     assert set(options()) >= {"seed", "lr"}

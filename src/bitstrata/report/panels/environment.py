@@ -23,11 +23,8 @@ def render(runs: Sequence[Run]) -> Markup:
     facts = [dict(_facts(run.results)) for run in runs]
     options = [{key: run.config[key] for key in sorted(run.config)} for run in runs]
     keys = dict.fromkeys(key for option in options for key in option)
-    unequal = [
-        key
-        for key in keys
-        if len({_shown(option.get(key)) for option in options}) > 1 and (key == "seed" or key not in INCIDENTAL)
-    ]
+    told = [key for key in keys if key == "seed" or key not in INCIDENTAL]
+    unequal = [key for key in told if len({_shown(option.get(key)) for option in options}) > 1]
     differing = [{key: option[key] for key in unequal if key in option} for option in options]
     return el(
         "div",
