@@ -12,6 +12,9 @@ from ..registry import Panel
 from ..runs import Group, Run, groups, is_number
 from .results import bytes_of
 
+#: Where a point's label stands, by number of its series, so that those of neighbouring points seldom meet.
+PLACES = ((0, 9), (0, -19), (12, -4), (-12, -4))
+
 Row = tuple[int, float, float, float, float]  # bits, KiB, mean, least and largest accuracy in percent
 
 
@@ -35,7 +38,7 @@ def render(runs: Sequence[Run]) -> Markup:
             if any(row[4] > row[3] for row in rows):
                 axes.vlines(x, [row[3] for row in rows], [row[4] for row in rows], color=tone, linewidth=1.4)
             for row in rows:
-                shift = {"xytext": (0, 9 if i % 2 == 0 else -19), "textcoords": "offset points", "ha": "center"}
+                shift = {"xytext": PLACES[i % len(PLACES)], "textcoords": "offset points", "ha": "center"}
                 axes.annotate(f"{row[0]}", (row[1], row[2]), fontsize=11, color=color("ink"), **shift)
         axes.margins(x=0.09, y=0.16)
         axes.set_xlabel("KiB read")

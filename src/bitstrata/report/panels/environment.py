@@ -43,6 +43,7 @@ def _side_by_side(caption: str, names: Sequence[str], columns: Sequence[dict[str
 def _facts(results: dict[str, Any]) -> list[tuple[str, Any]]:
     versions = results.get("versions")
     found = [(name, results[name]) for name in FIELDS if name in results]
+    found = [(name, str(value)[:12] if name == "commit" and value else value) for name, value in found]
     return found + (sorted(versions.items()) if isinstance(versions, dict) else [])
 
 
