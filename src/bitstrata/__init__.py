@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
-    from .objectives import joint_backward
+    from .objectives import PrecisionSampler, joint_backward
     from .prepare import (
         Pixels,
         calibrate_,
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
         reestimate_batchnorm_,
         saved_memory,
         set_precision,
+        step_weights,
         summary,
+        synchronize_,
     )
     from .recipes import Recipe
     from .train import TrainConfig, Trainer
@@ -52,6 +54,7 @@ _HOMES = {
     "QuantConv1d": "nn",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
+    "PrecisionSampler": "objectives",
     "joint_backward": "objectives",
     "Pixels": "prepare",
     "calibrate_": "prepare",
@@ -70,7 +73,9 @@ _HOMES = {
     "reestimate_batchnorm_": "prepare",
     "saved_memory": "prepare",
     "set_precision": "prepare",
+    "step_weights": "prepare",
     "summary": "prepare",
+    "synchronize_": "prepare",
     "Recipe": "recipes",
     "TrainConfig": "train",
     "Trainer": "train",
@@ -82,6 +87,7 @@ __all__ = [
     "FusedNetwork",
     "Pixels",
     "PrecisionBatchNorm",
+    "PrecisionSampler",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
@@ -115,7 +121,9 @@ __all__ = [
     "report",
     "saved_memory",
     "set_precision",
+    "step_weights",
     "summary",
+    "synchronize_",
     "train",
     "verify",
     "zoo",

@@ -24,6 +24,7 @@ from .lowering.rounding import rounding_bounds, unrounded
 from .lowering.trace import double_copy
 from .nn.layers import QuantizedLayer
 from .prepare.precision import precision, quantized_layers
+from .prepare.wrapped import unwrapped
 from .quantizers.base import Quantizer
 from .quantizers.pixels import PixelInput
 
@@ -169,7 +170,7 @@ def verify(
     """
     x = data.detach().cpu().numpy() if isinstance(data, Tensor) else np.asarray(data)
     _check_data(program, x)
-    twin = double_copy(model, program.precisions)
+    twin = double_copy(unwrapped(model), program.precisions)
     missing = sorted(set(program.layers) - set(quantized_layers(twin)))
     if missing:
         raise ValueError(

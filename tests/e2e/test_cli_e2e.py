@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import save_file
 
 import bitstrata as bs
@@ -18,7 +17,7 @@ from bitstrata.cli import loading, main
 from bitstrata.cli.loading import first_images
 from bitstrata.report import read as read_run
 from bitstrata.report.weights import views
-from bitstrata.train import Trainer
+from bitstrata.train import Trainer, checkpoint
 from bitstrata.train.metrics import read
 
 TRAIN = shlex.split(
@@ -192,7 +191,7 @@ def test_lower_and_eval(run_dir, tmp_path, capsys):
 
 
 def test_quantize_a_users_checkpoint(run_dir, tmp_path, capsys):
-    state = torch.load(run_dir / "float.ckpt", weights_only=True)["model"]
+    state = checkpoint.load(run_dir / "float.ckpt")["model"]
     save_file(state, tmp_path / "mine.safetensors")
     options = "--data digits --model bitstrata.zoo:digits_cnn --bits 2,3 --epochs 1 --lr 0.02 --batch-size 32"
     limits = "--train-limit 128 --test-limit 60 --calibration-batches 1 --verify-images 2 --mean 0.3 --std 0.4"

@@ -72,3 +72,30 @@ def test_add_a_panel(tmp_path: Path) -> None:
     first, second = (report.read(tmp_path / name) for name in ("first", "second"))
     assert (panel.needs(first), panel.needs(second)) == (None, "no times in results.json")  # type: ignore[attr-defined]
     assert '<th scope="row">first</th><td>5</td>' in panel.render([first])  # type: ignore[attr-defined]
+
+
+def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for source in blocks("distributed.md"):
+        run(source, "distributed.md", names)
+    assert (tmp_path / "runs" / "digits" / "train.ckpt").is_file()
+
+
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks("training.md")
+    threads = torch.get_num_threads()
+    try:
+        first = run(source, "training.md", {})
+        again = run(source, "training.md", {})  # complete: it is opened, not repeated
+    finally:
+        torch.set_num_threads(threads)
+    states = [names["model"].state_dict() for names in (first, again)]  # type: ignore[attr-defined]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == printed[1]
+    assert {file.name for file in (tmp_path / "runs" / "digits").iterdir()} == {
+        "train.ckpt", "train.1.ckpt", "train.best.ckpt", "metrics.jsonl"
+    }  # fmt: skip

@@ -289,6 +289,10 @@ def test_objective_and_paper_schedule_come_from_the_recipe():
     with pytest.raises(common.CommandError, match=r"5 epochs of warm-up do not fit --epochs 3"):
         pipeline.joint_config(dataclasses.replace(options, epochs=3), loading.make_recipe(options))
     assert pipeline.joint_config(Train(distill=False), bs.recipes.strata()).distill is None
+    sampled = dataclasses.replace(bs.recipes.strata(), objective=bs.recipes.Objective(sampling="sandwich"))
+    assert pipeline.joint_config(Train(), sampled).sampling == "sandwich"
+    assert pipeline.joint_config(Train(sampling="all"), sampled).sampling == "all"
+    assert pipeline.joint_config(Train(sampling="sandwich"), bs.recipes.strata()).sampling == "sandwich"
 
 
 @pytest.mark.parametrize("kind", [Train, Quantize])

@@ -111,6 +111,7 @@ def test_evaluation_covers_the_precisions_trained():
             r"^Trainer: teacher is for a quantized network, and this one is float$",
         ),
         (floating, {"precisions": (1,)}, {}, r"^Trainer: precisions=\(1,\) is for a quantized network"),
+        (floating, {"sampling": "sandwich"}, {}, r"^Trainer: sampling='sandwich' is for a quantized network"),
         (
             network,
             {"precisions": (1, 4)},

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         command.run()
+    except SystemExit as stop:  # a run that was asked to stop, and has said so
+        return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         print("bitstrata: interrupted; run the same command again to continue", file=sys.stderr)
         return 130

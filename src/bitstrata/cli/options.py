@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 #: Options that a resumed run may change without becoming another run.
-FREE = frozenset({"out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "quiet", "tensorboard"})
+FREE = frozenset(
+    {
+        "out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "keep", "on_nonfinite",
+        "allow_inexact", "quiet", "tensorboard",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,9 @@ class RunOptions:
     """Images a step."""
     distill: bool = True
     """Distil as the recipe does; --no-distill leaves it out."""
+    sampling: Literal["all", "sandwich", "pair"] | None = None
+    """Bit-widths of a step: all; the narrowest, the widest and a random one between (sandwich); or the widest and a
+    random one (pair); by default the recipe's own."""
     label_smoothing: float = 0.0
     """Probability mass spread evenly over all classes."""
     clip_grad: float | None = None
@@ -72,6 +80,10 @@ class RunOptions:
     """Steps between checkpoints inside an epoch; 0: one an epoch."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    keep: int = 2
+    """Checkpoints that are kept of each stage, the last ones, beside the best one."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """What becomes of a training step with a loss or gradient that is not finite."""
     eval_every: int = 1
     """Epochs between evaluations; 0: at the end only."""
     quiet: bool = False
@@ -80,6 +92,9 @@ class RunOptions:
     """Also write TensorBoard's events under this directory; needs pip install "bitstrata[tensorboard]"."""
     fresh: bool = False
     """Start over although the output directory holds an unfinished or finished run."""
+    allow_inexact: bool = False
+    """Continue although threads, instruction set or versions are not those of the checkpoint, so that the result will
+    not be the same to the bit."""
 
 
 def provenance(options: Any) -> dict[str, Any]:

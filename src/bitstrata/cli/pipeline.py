@@ -1,12 +1,14 @@
 """The way from data to a verified artifact, shared by `train` and `quantize` (torch side).
 
 Stages: float -> quantize, calibrate -> joint -> lower, pack -> measure. Each stage that has finished is skipped when
-the command is given again; the training stages resume from their checkpoints.
+the command is given again; the training stages resume from their checkpoints. Launched as several processes, all train,
+and the first alone writes files and does what comes after.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -39,8 +41,13 @@ from bitstrata.lowering import LowerError
 from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, quiet, reporter
 from bitstrata.train.checkpoint import seed_all
+from bitstrata.train.distributed import first_process
+from bitstrata.train.keeper import Keeper
+from bitstrata.train.signals import StopsAtOnce
 
 T = TypeVar("T")
+STAGES = ("float", "joint")
+AGAIN = "stopped; the stages that are done are saved, run the same again to continue"
 
 
 @dataclass
@@ -84,6 +91,7 @@ class Run:
         return result
 
 
+@StopsAtOnce(AGAIN)
 def train_from_scratch(options: Train, out: Path) -> None:
     """`bitstrata train`."""
     run = begin(options, out)
@@ -96,6 +104,7 @@ def train_from_scratch(options: Train, out: Path) -> None:
     finish(run, model, float_stage(run, model, options))
 
 
+@StopsAtOnce(AGAIN)
 def quantize_checkpoint(options: Quantize, out: Path) -> None:
     """`bitstrata quantize`."""
     run = begin(options, out, mean=_numbers(options.mean, "--mean"), std=_numbers(options.std, "--std"))
@@ -106,30 +115,26 @@ def quantize_checkpoint(options: Quantize, out: Path) -> None:
     loading.load_weights(model, options.checkpoint)
     claim(run)
     accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
-    print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
+    if first_process():
+        print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
     finish(run, model, accuracy)
 
 
 def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None) -> Run | None:
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
-    if options.fresh and out.exists():
-        for name in (
-            "config.json",
-            "results.json",
-            "metrics.jsonl",
-            "float.ckpt",
-            "joint.ckpt",
-            "joint.layers.json",
-            FROZEN,
-        ):
+    if options.fresh and out.exists() and first_process():
+        for name in ("config.json", "results.json", "metrics.jsonl", "joint.layers.json", FROZEN):
             (out / name).unlink(missing_ok=True)
+        for stage in STAGES:
+            Keeper(out, stage, options.keep).clear()
     saved = out / "config.json"
-    if saved.exists():
+    if saved.exists() and not options.fresh:
         check_same_options(saved, read_json(saved), resolved(options))
         if (out / "results.json").exists():
-            print(f"{out} is complete; --fresh starts over")
-            print_results(output(), read_json(out / "results.json"))
+            if first_process():
+                print(f"{out} is complete; --fresh starts over")
+                print_results(output(), read_json(out / "results.json"))
             return None
     train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
     test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)
@@ -150,7 +155,8 @@ def check(options: RunOptions) -> tuple[int, ...]:
 def claim(run: Run) -> None:
     """Make the output directory this run's, once its inputs have proved good."""
     assert run.out is not None
-    write_json(run.out / "config.json", resolved(run.options))
+    if first_process():
+        write_json(run.out / "config.json", resolved(run.options))
 
 
 def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -170,7 +176,7 @@ def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
         name: getattr(options, name)
         for name in (
             "epochs", "lr", "weight_decay", "warmup", "optimizer", "batch_size", "label_smoothing", "clip_grad", "amp",
-            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every",
+            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every", "keep", "on_nonfinite",
         )
     }  # fmt: skip
     return TrainConfig(**{**shared, "distill": None, **changes})
@@ -184,7 +190,9 @@ def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
         raise CommandError(
             f"--paper-schedule: {fields['warmup']:g} epochs of warm-up do not fit --epochs {options.epochs}"
         )
-    return stage_config(options, **{**fields, "distill": recipe.objective.distill if options.distill else None})
+    fields["distill"] = recipe.objective.distill if options.distill else None
+    fields["sampling"] = options.sampling or recipe.objective.sampling
+    return stage_config(options, **fields)
 
 
 def float_config(options: Train) -> TrainConfig:
@@ -204,7 +212,8 @@ def stage_trainer(run: Run, model: nn.Module, config: TrainConfig, name: str) ->
 
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
     """Train a float network; returns its accuracy in float32."""
-    run.timed("float", stage_trainer(run, model, float_config(options), "float").fit)
+    trainer = stage_trainer(run, model, float_config(options), "float")
+    run.timed("float", lambda: trainer.fit(allow_inexact=options.allow_inexact))
     return float32_accuracies(run, model)["float"]
 
 
@@ -212,14 +221,15 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     """Quantize a float network in place and train all precisions; returns their accuracies in float32."""
     quantized(run, model)
     run.refusal = refusal(run, model)
-    if run.refusal is not None:
+    if run.refusal is not None and first_process():
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
-    run.timed("joint", stage_trainer(run, model, config, "joint").fit)
+    trainer = stage_trainer(run, model, config, "joint")
+    run.timed("joint", lambda: trainer.fit(allow_inexact=run.options.allow_inexact))
     if not integers(run):
         return float32_accuracies(run, model)
     bs.freeze_(model, calibration(run))
-    if run.out is not None:
+    if run.out is not None and first_process():
         checkpoint.save(run.out / FROZEN, {"model": model.state_dict()})
     return {run.bits[0]: float32_accuracies(run, model)["float"]}
 
@@ -265,6 +275,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
     """From a float network to results.json."""
     assert run.out is not None
     fake = joint_stage(run, model)
+    if not first_process():
+        return
     if run.refusal is not None:
         rows = [{"bits": p, "float_accuracy": float_accuracy, "fake_accuracy": fake[p]} for p in run.bits]
         results = {"rows": rows, "no_artifact": run.refusal, "seconds": run.seconds, "seed": run.options.seed}
@@ -293,6 +305,8 @@ def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
 
 def packed(run: Run, model: nn.Module, artifact: Path) -> Any:
     """Lower the network and write the artifact anew; returns the program."""
+    for left in artifact.parent.glob(f".{artifact.name}.*"):  # of a process that was killed while it packed
+        shutil.rmtree(left, ignore_errors=True)
     program = run.timed("lower", lambda: bs.lower(model, run.example))
     bs.pack(program, artifact, provenance(run.options), overwrite=artifact.exists())
     return program

@@ -22,6 +22,7 @@ from .timeseries import TimeSeries, normalized_deviation, normalized_rmse, read_
 from .transforms import (
     CenterCrop,
     Compose,
+    Part,
     RandomCrop,
     RandomHorizontalFlip,
     RandomResizedCrop,
@@ -41,6 +42,7 @@ __all__ = [
     "Interactions",
     "Loader",
     "ParallelCorpus",
+    "Part",
     "RandomCrop",
     "RandomHorizontalFlip",
     "RandomResizedCrop",

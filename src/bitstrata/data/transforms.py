@@ -3,6 +3,8 @@
 A transform maps a batch (B, C, H, W), uint8 or floating point in pixel units 0..255, to a batch of the same dtype;
 uint8 in, uint8 out keeps every pixel one of the 256 input codes of the integer program. Random transforms draw from
 the given generator only, in an order that depends on the batch size alone, so equal generators give equal batches.
+One whose `takes_part` is true takes a third argument: the batch is then a `Part` of a larger one, and gets what it
+would get there.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +21,36 @@ from torch import Generator, Tensor
 Transform = Callable[[Tensor, Generator], Tensor]
 
 
+class Part(NamedTuple):
+    """Images `start` and following, as many as a batch has, of `total` that are augmented together."""
+
+    start: int
+    total: int
+
+    @classmethod
+    def of(cls, batch: Tensor, part: Part | None) -> Part:
+        """The given part, or the whole batch."""
+        return part or cls(0, len(batch))
+
+    def rows(self, batch: Tensor) -> slice:
+        """Where the batch's own draws are among those for all."""
+        return slice(self.start, self.start + len(batch))
+
+
 @dataclass(frozen=True)
 class Compose:
     """Applies `transforms` from first to last."""
 
     transforms: Sequence[Transform]
 
-    def __call__(self, batch: Tensor, generator: Generator) -> Tensor:
+    @property
+    def takes_part(self) -> bool:
+        """Whether all of them do."""
+        return all(getattr(transform, "takes_part", False) for transform in self.transforms)
+
+    def __call__(self, batch: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
         for transform in self.transforms:
-            batch = transform(batch, generator)
+            batch = transform(batch, generator) if part is None else transform(batch, generator, part)  # type: ignore[call-arg]
         return batch
 
 
@@ -40,8 +64,9 @@ class RandomCrop:
     size: int | tuple[int, int]
     padding: int = 0
     fill: float | tuple[float, ...] = 0
+    takes_part: ClassVar[bool] = True
 
-    def __call__(self, batch: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, batch: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
         n, _, *shape = _checked("RandomCrop", batch).shape
         size = _pair("RandomCrop", self.size)
         places = [s + 2 * self.padding - k + 1 for s, k in zip(shape, size, strict=True)]
@@ -50,7 +75,9 @@ class RandomCrop:
                 f"RandomCrop: window {size[0]}x{size[1]} exceeds the {shape[0]}x{shape[1]} image "
                 f"padded by {self.padding}"
             )
-        top, left = (torch.randint(0, count, (n,), generator=generator) for count in places)
+        part = Part.of(batch, part)
+        draws = [torch.randint(0, count, (part.total,), generator=generator) for count in places]
+        top, left = (draw[part.rows(batch)] for draw in draws)
         # All windows as a strided view, of which indexing copies one an image.
         windows = self._pad(batch).unfold(2, size[0], 1).unfold(3, size[1], 1)
         return windows[torch.arange(n), :, top, left]
@@ -72,9 +99,11 @@ class RandomHorizontalFlip:
     """Mirrors each image left to right with probability `p`."""
 
     p: float = 0.5
+    takes_part: ClassVar[bool] = True
 
-    def __call__(self, batch: Tensor, generator: Generator) -> Tensor:
-        chosen = torch.rand(len(_checked("RandomHorizontalFlip", batch)), generator=generator) < self.p
+    def __call__(self, batch: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
+        part = Part.of(_checked("RandomHorizontalFlip", batch), part)
+        chosen = torch.rand(part.total, generator=generator)[part.rows(batch)] < self.p
         out = batch.clone()
         out[chosen] = batch[chosen].flip(3)
         return out
@@ -93,17 +122,20 @@ class RandomResizedCrop:
     size: int | tuple[int, int]
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    takes_part: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
                 raise ValueError(f"RandomResizedCrop: {name} must be 0 < low <= high, got {(low, high)}")
 
-    def __call__(self, batch: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, batch: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
         n, c, h, w = _checked("RandomResizedCrop", batch).shape
+        part = Part.of(batch, part)
         size = _pair("RandomResizedCrop", self.size)
         out = batch.new_empty((n, c, *size))
-        for i, (top, left, height, width) in enumerate(self.boxes(n, h, w, generator)):
+        boxes = self.boxes(part.total, h, w, generator)
+        for i, (top, left, height, width) in enumerate(boxes[part.rows(batch)]):
             out[i] = _resample(batch[i : i + 1, :, top : top + height, left : left + width], size)[0]
         return out
 
@@ -132,8 +164,9 @@ class Resize:
     """Bilinear, antialiased. `size` is (H, W), or the length of the shorter side, which keeps the aspect ratio."""
 
     size: int | tuple[int, int]
+    takes_part: ClassVar[bool] = True
 
-    def __call__(self, batch: Tensor, generator: Generator | None = None) -> Tensor:
+    def __call__(self, batch: Tensor, generator: Generator | None = None, part: Part | None = None) -> Tensor:
         h, w = _checked("Resize", batch).shape[2:]
         if isinstance(self.size, int):
             short = min(h, w)
@@ -146,8 +179,9 @@ class CenterCrop:
     """The central window of `size` (side, or (H, W)); ValueError if the image is smaller."""
 
     size: int | tuple[int, int]
+    takes_part: ClassVar[bool] = True
 
-    def __call__(self, batch: Tensor, generator: Generator | None = None) -> Tensor:
+    def __call__(self, batch: Tensor, generator: Generator | None = None, part: Part | None = None) -> Tensor:
         h, w = _checked("CenterCrop", batch).shape[2:]
         height, width = _pair("CenterCrop", self.size)
         if height > h or width > w:

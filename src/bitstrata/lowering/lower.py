@@ -16,6 +16,7 @@ from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import OwnLayer
 from ..prepare.observe import BATCH_NORMS
 from ..prepare.precision import precisions as all_precisions
+from ..prepare.wrapped import is_sharded, unwrapped
 from ..quantizers.pixels import PixelInput
 from .assemble import assemble, prove
 from .builder import Builder, Real
@@ -50,7 +51,11 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
     """
     if not isinstance(example, Tensor):
         raise LowerError(f"lower: example must be one input tensor, got {type(example).__name__}")
-    model = deployed(model, example)
+    if is_sharded(model):
+        raise LowerError(
+            "lower: the parameters are sharded over ranks (FSDP); load the gathered state_dict into a copy"
+        )
+    model = deployed(unwrapped(model), example)
     served = _served(model, precisions)
     if not 2 <= example.dim() <= 4:
         raise LowerError(

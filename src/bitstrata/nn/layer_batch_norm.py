@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..functional.l1norm import QuantizedNorm
+from ..functional.ranks import sum_over_ranks
 from .l1_norm import L1BatchNorm, QuantizedL1BatchNorm
 from .running_norm import RunningNorm
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; every rank's result depends on every rank's tensor, so gradients sum too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
 
 
 class LayerBatchNorm(RunningNorm):
@@ -104,9 +84,7 @@ class LayerBatchNorm(RunningNorm):
 
     def _over_ranks(self, x: Tensor) -> Tensor:
         """The sum over all ranks, differentiated, if the module is to be in step with them."""
-        if not (self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return x
-        return _SumOverRanks.apply(x)
+        return sum_over_ranks(x) if self.sync else x
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", sync=True" if self.sync else "")

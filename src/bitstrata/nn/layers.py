@@ -17,6 +17,7 @@ from ..quantizers.base import ActivationQuantizer, Grid, Quantizer, WeightQuanti
 from ..quantizers.gradient import GradientQuantizer
 from ..quantizers.pixels import PixelInput
 from .gradient_product import Coded, Window, coded_product
+from .reuse import StepWeights
 
 
 class QuantizedLayer(nn.Module):
@@ -33,6 +34,7 @@ class QuantizedLayer(nn.Module):
     input_pool: nn.Module | None  # average pooling between the quantized input and the convolution
     grad_quant: GradientQuantizer | None  # quantizes the output gradient, whose codes make the others; None: in float
     edge: bool  # first or last layer, on the recipe's edge grid
+    step_weights: StepWeights | None = None  # where a step keeps what it has computed of the weight
 
     @property
     def precision(self) -> int:
@@ -52,6 +54,13 @@ class QuantizedLayer(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """The real-valued weight that is quantized: transformed, after division by std where the layer reads pixels."""
+        if self.weight_transform is None and not isinstance(self.act_quant, PixelInput):
+            return self.weight
+        if torch.compiler.is_compiling() or self.step_weights is None:
+            return self._effective_weight()
+        return self.step_weights.effective(self, self._effective_weight)
+
+    def _effective_weight(self) -> Tensor:
         weight = self.weight
         if isinstance(self.act_quant, PixelInput):
             weight = weight * self.per_input_channel(tuple(1.0 / s for s in self.act_quant.std))
@@ -76,7 +85,18 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Fake-quantized weight at the current precision, with gradient."""
+        if torch.compiler.is_compiling() or self.step_weights is None:
+            return self._quantized_weight()
+        return self.step_weights.quantized(self, self._quantized_weight)
+
+    def _quantized_weight(self) -> Tensor:
         return self.weight_quant(self.effective_weight())
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether precisions have the quantized weight, or what is done to the weight before, in common."""
+        transformed = self.weight_transform is not None or isinstance(self.act_quant, PixelInput)
+        return len(self.precisions) > 1 and (transformed or self.weight_quant.same_at_all_precisions)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Fake-quantized (and then pooled) input at the current precision, with gradient."""
@@ -114,7 +134,7 @@ class QuantizedLayer(nn.Module):
     def coded_weight(self) -> tuple[Tensor, Coded]:
         """The fake-quantized weight, with gradient, and its codes."""
         effective = self.effective_weight()
-        weight = self.weight_quant(effective)
+        weight = self.weight_quant(effective) if self.step_weights is None else self.quantized_weight()
         grid, codes = self.weight_quant.grid(effective.detach()), self.weight_quant.codes(effective.detach())
         return weight, Coded(codes, grid.scale.detach(), torch.as_tensor(grid.offset, device=codes.device).detach())
 

@@ -4,12 +4,15 @@ from .distill import DISTILLATIONS, cosine_distillation, kl_distillation
 from .joint import JointLoss, joint_backward
 from .losses import LOSSES, cross_entropy, make_loss, maqd
 from .mgd import min_norm_point
+from .sampling import SAMPLINGS, PrecisionSampler
 from .schemes import Stage, ascending_stages, copy_norms_, cotrain, top_then_finetune, warm_start_
 
 __all__ = [
     "DISTILLATIONS",
     "LOSSES",
+    "SAMPLINGS",
     "JointLoss",
+    "PrecisionSampler",
     "Stage",
     "ascending_stages",
     "copy_norms_",

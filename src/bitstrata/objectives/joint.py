@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..prepare.parameters import precision_parameters
 from ..prepare.precision import precision, precisions
+from ..prepare.step import weights_of_a_step
 from .distill import DISTILLATIONS, Distillation
 from .losses import Loss
 from .mgd import min_norm_point
+from .ranks import Ranks
 
 COMBINE = ("scalarization", "mgd")
 REDUCTIONS = ("mean", "sum")
@@ -46,7 +48,7 @@ def joint_backward(
     teacher: str | nn.Module = "next",
     combine: str = "scalarization",
     reduction: str = "mean",
-    precisions: Iterable[int] | None = None,
+    precisions: Iterable[int] | Mapping[int, float] | None = None,
     amp: torch.dtype | None = None,
 ) -> dict[int, JointLoss]:
     """Run one batch at every precision, widest first, and add the gradients of the joint objective to `.grad`.
@@ -56,11 +58,19 @@ def joint_backward(
     (normalization, activation steps, scale ratios) the unscaled dL_b. The caller zeroes gradients and steps
     the optimizer, so gradient accumulation and clipping work as usual.
 
+    Weights that all precisions quantize alike (edge layers), and what is done to a weight before it is quantized, are
+    computed once for all precisions; weights of a module in several places once a precision (see `step_weights`, which
+    serves layers that are applied repeatedly). Not with "mgd" or in wrapped models.
     combine="mgd" holds one shared gradient a precision in memory, and takes gradients without running hooks on their
-    accumulation (`DistributedDataParallel`). Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
+    accumulation. Source: vertical layering (Wu et al.), eqs. 9-11, sections 4.2.2-4.2.3.
+
+    In `DistributedDataParallel` the gradients of the wrapped network are averaged over ranks once, after the last
+    precision (not inside `no_sync`); for "mgd" each precision's are, so that every rank finds the same alphas. `loss`
+    has to be a mean over samples; ranks may have different numbers of them.
 
     Args:
-        model: a quantized model, in training mode.
+        model: a quantized model, in training mode, or `DistributedDataParallel` of one, or one that `fully_shard` has
+            sharded ("mgd" needs whole gradients, which the latter has not).
         inputs, targets: as the model and `loss` take them.
         loss: called with (logits, targets), returns a scalar.
         distill: "cosine", "kl", a function of (student logits, teacher logits), or None for no distillation.
@@ -70,7 +80,8 @@ def joint_backward(
         combine: "scalarization" (alpha_b by `reduction`) or "mgd" (multiple gradient descent: the alpha on the simplex
             that makes the shared gradient shortest, see `min_norm_point`).
         reduction: "mean" (alpha_b = 1/number of precisions) or "sum" (alpha_b = 1); for scalarization.
-        precisions: which to train; all by default.
+        precisions: which to train; all by default. A mapping gives each a positive weight c_b, as `PrecisionSampler.at`
+            does: alpha_b = c_b / sum of c ("mean") or c_b ("sum").
         amp: dtype for torch.autocast on the forward pass, e.g. torch.bfloat16; None for none.
 
     Returns:
@@ -87,19 +98,31 @@ def joint_backward(
         raise ValueError(
             f"joint_backward: combine='mgd' chooses the factors itself, so reduction={reduction!r} is void"
         )
+    if combine == "mgd" and len(set(chosen.values())) > 1:
+        raise ValueError(f"joint_backward: combine='mgd' chooses the factors itself, so weights {chosen} are void")
     guide = _Guide(_distillation(distill), distill_weight, _checked_teacher(model, teacher, distill))
-    step = _Step(model, inputs, targets, loss, guide, amp)
+    ranks = Ranks.of(model, inputs)
+    if ranks.sharded and combine == "mgd":
+        raise ValueError("joint_backward: combine='mgd' needs whole gradients, and FSDP shards this model's over ranks")
+    model = ranks.network
+    step = _Step(model, inputs, targets, loss, guide, amp, ranks)
     owner = _owners(model)
     if combine == "mgd":
-        return _descend(step, chosen, owner)
-    factor = 1.0 / len(chosen) if reduction == "mean" else 1.0
+        return _descend(step, tuple(chosen), owner)
+    whole = sum(chosen.values()) if reduction == "mean" else 1.0
     result: dict[int, JointLoss] = {}
-    with _unscaled_precision_gradients(model, owner, len(chosen) if reduction == "mean" else 1):
-        for p in chosen:
+    inverse = {p: whole / weight for p, weight in chosen.items()}
+    unscaled = _unscaled_sharded_gradients if ranks.sharded else _unscaled_precision_gradients
+    with unscaled(model, owner, inverse), weights_of_a_step(model) as weights:
+        for p, weight in chosen.items():
+            factor = weight / whole
             with precision(model, p):
                 total, logits = step.forward(p)
-                (total * factor if factor != 1.0 else total).backward()
+                ranks.share(total * factor if factor != 1.0 else total).backward()
+            weights.settle(everything=False)
             result[p] = JointLoss(total.detach(), logits, factor)
+        weights.settle()
+    ranks.average_()
     return result
 
 
@@ -139,10 +162,12 @@ class _Step:
     loss: Loss
     guide: _Guide
     amp: torch.dtype | None
+    ranks: Ranks
 
     def forward(self, p: int) -> tuple[Tensor, Tensor]:
         """Loss with its graph, and detached logits, at the model's current precision p."""
-        with torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+        autocast = torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+        with autocast, self.ranks.counting():
             taught = self.guide.ask(self.inputs)
             logits = self.model(self.inputs)
             total = self.loss(logits, self.targets)
@@ -173,10 +198,12 @@ def _descend(step: _Step, chosen: tuple[int, ...], owner: dict[int, int]) -> dic
         own = [q for _, q in trained if owner.get(id(q)) == p]
         with precision(step.model, p):
             total, logits = step.forward(p)
-            found = torch.autograd.grad(total, [q for _, q in shared] + own, allow_unused=True)
+            wanted = [q for _, q in shared] + own
+            mine = torch.autograd.grad(step.ranks.share(total), wanted, allow_unused=True)
+            found = step.ranks.mean(mine, wanted)
         losses[p] = (total.detach(), logits)
-        mine = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
-        gradients.append(_Gradients(list(found[: len(shared)]), mine))
+        kept = {q: g for q, g in zip(own, found[len(shared) :], strict=True) if g is not None}
+        gradients.append(_Gradients(list(found[: len(shared)]), kept))
     alphas = _alphas([g.shared for g in gradients], [name for name, _ in shared], chosen)
     for index, (_, q) in enumerate(shared):
         parts = [(a, g.shared[index]) for a, g in zip(alphas, gradients, strict=True)]
@@ -232,15 +259,20 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _chosen(model: nn.Module, wanted: Iterable[int] | None) -> tuple[int, ...]:
+def _chosen(model: nn.Module, wanted: Iterable[int] | Mapping[int, float] | None) -> dict[int, float]:
+    """Precision -> weight, widest first."""
     known = precisions(model)
     if not known:
         raise ValueError("joint_backward: the model has no quantized layers; call quantize_ first")
-    chosen = known if wanted is None else tuple(sorted(set(wanted)))
-    unknown = [p for p in chosen if p not in known]
-    if unknown or not chosen:
-        raise ValueError(f"joint_backward: precisions must be among {known}, got {chosen}")
-    return tuple(reversed(chosen))
+    if not isinstance(wanted, Mapping):
+        wanted = dict.fromkeys(known if wanted is None else wanted, 1.0)
+    unknown = [p for p in wanted if p not in known]
+    if unknown or not wanted:
+        raise ValueError(f"joint_backward: precisions must be among {known}, got {tuple(sorted(wanted))}")
+    for p, weight in wanted.items():
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"joint_backward: the weight of precision {p} must be positive, got {weight!r}")
+    return {p: float(wanted[p]) for p in sorted(wanted, reverse=True)}
 
 
 def _check_option(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -278,12 +310,31 @@ def _owners(model: nn.Module) -> dict[int, int]:
 
 
 @contextmanager
-def _unscaled_precision_gradients(model: nn.Module, owner: dict[int, int], count: int) -> Iterator[None]:
-    """Multiply what flows into per-precision parameters by `count`, undoing the mean's 1/count for them."""
-    own = [p for p in model.parameters() if p.requires_grad and id(p) in owner]
-    handles = [p.register_hook(lambda grad: grad * count) for p in own] if count > 1 else []
+def _unscaled_precision_gradients(
+    model: nn.Module, owner: dict[int, int], inverse: Mapping[int, float]
+) -> Iterator[None]:
+    """Multiply what flows into parameters of precision p alone by inverse[p] = 1/alpha_p, undoing alpha_p for them."""
+    scaled = [(q, inverse.get(owner[id(q)], 1.0)) for q in model.parameters() if q.requires_grad and id(q) in owner]
+    handles = [q.register_hook(lambda grad, f=f: grad * f) for q, f in scaled if f != 1.0]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _unscaled_sharded_gradients(
+    model: nn.Module, owner: dict[int, int], inverse: Mapping[int, float]
+) -> Iterator[None]:
+    """The same where the parameters are sharded, whose gradients come from elsewhere than a hook could see."""
+    scaled = [(q, inverse.get(owner[id(q)], 1.0)) for q in model.parameters() if q.requires_grad and id(q) in owner]
+    before = [q.grad for q, _ in scaled]
+    for q, _ in scaled:
+        q.grad = None
+    yield
+    for (q, factor), earlier in zip(scaled, before, strict=True):
+        if q.grad is not None:
+            q.grad.mul_(factor)
+        if earlier is not None:
+            q.grad = earlier if q.grad is None else q.grad.add_(earlier)

@@ -16,7 +16,9 @@ from .mixed import mixed_precision_map
 from .parameters import parameter_groups, precision_parameters
 from .precision import precision, precisions, set_precision
 from .quantize import Pixels, quantize_
+from .step import step_weights, weights_of_a_step
 from .summary import Summary, SummaryRow, summary
+from .synchronize import synchronize_, synchronized
 
 __all__ = [
     "LayerMemory",
@@ -41,5 +43,9 @@ __all__ = [
     "reestimate_batchnorm_",
     "saved_memory",
     "set_precision",
+    "step_weights",
     "summary",
+    "synchronize_",
+    "synchronized",
+    "weights_of_a_step",
 ]

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.ranks import require_equal
 from ..nn.integer_layers import IntegerLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer, Quantizer
 from .finite import not_finite
 from .precision import precision, precisions, quantized_layers
+from .synchronize import is_synchronized
+from .wrapped import refuse_sharded, unwrapped
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[int] | None = None) -> nn.Module:
@@ -22,7 +25,8 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
 
     Every batch runs at every precision, widest first, in training mode without gradients: batch-normalization
     statistics move, each layer sees inputs that are already quantized upstream, and each step comes from the largest
-    statistic so far.
+    statistic so far. After `synchronize_`, ranks of a distributed run give their shares of the same batches, and find
+    the steps of one rank with the joined ones; without it each goes by its own.
 
     Args:
         batches: inputs as the model takes them, or (input, ...) tuples as loaders yield them; kept in memory once.
@@ -30,13 +34,17 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
 
     Raises:
         TypeError: one tensor in the place of several batches.
-        ValueError: no batches, an empty one, a float model, or inputs or activations that are not finite.
+        ValueError: no batches, an empty one, a float model, or inputs or activations that are not finite; numbers of
+            batches that differ between synchronized ranks.
 
     Warns:
         UserWarning: a layer's inputs were zero in every batch, so that its step is not set.
     """
+    refuse_sharded("calibrate_", model)
+    wrapper, model = model, unwrapped(model)
     data = inputs_of("calibrate_", batches)
     chosen = _checked(model, "calibrate_", data, precisions)
+    _same_on_ranks(model, "calibrate_", data)
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.statistic.zero_()
@@ -52,7 +60,7 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], precisions: Iterable[in
             for quantizer in quantizers:
                 quantizer.observing = False
     _warn_of_unset_steps(model, met)
-    return model
+    return wrapper
 
 
 def reestimate_batchnorm_(
@@ -67,12 +75,14 @@ def reestimate_batchnorm_(
     Raises:
         TypeError, ValueError: as for `calibrate_`.
     """
+    wrapper, model = model, unwrapped(model)
     data = inputs_of("reestimate_batchnorm_", batches)
     chosen = _checked(model, "reestimate_batchnorm_", data, precisions)
+    _same_on_ranks(model, "reestimate_batchnorm_", data)
     for p in chosen:
         with precision(model, p):
             average_statistics_(model, data)
-    return model
+    return wrapper
 
 
 def average_statistics_(model: nn.Module, data: list[Tensor]) -> None:
@@ -110,6 +120,11 @@ def _checked(model: nn.Module, what: str, data: list[Tensor], chosen: Iterable[i
         if p not in known:
             raise ValueError(f"{what}: {p!r} is not among the model's precisions {known}")
     return picked
+
+
+def _same_on_ranks(model: nn.Module, what: str, data: list[Tensor]) -> None:
+    if is_synchronized(model):
+        require_equal(f"{what}: the number of batches", len(data), next(model.parameters()).device)
 
 
 def inputs_of(what: str, batches: Iterable[Any]) -> list[Tensor]:

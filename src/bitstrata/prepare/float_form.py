@@ -18,6 +18,7 @@ from ..quantizers.registry import build_transform
 from ..recipes.base import Recipe
 from .observe import observe
 from .swap import replace_norms
+from .wrapped import refuse_wrapped
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -57,8 +58,9 @@ def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any, *, filter
         The same model.
 
     Raises:
-        ValueError: a layer's weight is reparametrized already.
+        ValueError: a layer's weight is reparametrized already; the model is wrapped for distributed training.
     """
+    refuse_wrapped("float_form_", model)
     layers = {name: module for name, module in model.named_modules() if type(module) in FORMS}
     done = [name for name, module in model.named_modules() if parametrize.is_parametrized(module, "weight")]
     if done:

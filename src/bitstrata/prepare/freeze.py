@@ -17,6 +17,7 @@ from ..nn.l1_norm import QuantizedL1BatchNorm
 from .calibrate import inputs_of
 from .finite import not_finite
 from .observe import evaluating
+from .wrapped import refuse_sharded, unwrapped
 
 REDUCTIONS = ("mean", "max")
 
@@ -62,6 +63,8 @@ def freeze_(model: nn.Module, batches: Iterable[Any], *, reduce: str = "mean") -
             `reduce`; a model without linear layers or convolutions that train in integers, or one of them that does not
             run. The model is unchanged.
     """
+    refuse_sharded("freeze_", model)
+    wrapper, model = model, unwrapped(model)
     layers = freezable_layers(model)
     if not layers:
         raise ValueError(
@@ -95,7 +98,7 @@ def freeze_(model: nn.Module, batches: Iterable[Any], *, reduce: str = "mean") -
         layer.freeze_(
             FrozenRange.of(ranges * rule.clip_ratio, groups, signed=found.negative or not rule.unsigned_nonneg)
         )
-    return model
+    return wrapper
 
 
 def _ranges(model: nn.Module, layers: dict[str, FreezableLayer], data: list[Tensor], reduce: str) -> dict[str, _Seen]:

@@ -21,6 +21,7 @@ from .finite import not_finite, watched
 from .observe import Trace, observe, tensors_in
 from .precision import quantized_layers
 from .swap import SKIPPED
+from .wrapped import refuse_wrapped
 
 Filter = Callable[[str, nn.Module], bool]
 NORMS = ("l1_quantized", "l1", "l2_quantized", "batch")
@@ -106,6 +107,7 @@ def integer_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"integer_: model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse_wrapped("integer_", model)
     preset = _preset(method, {"w": w, "a": a, "g": g})
     rule = IntegerRule(
         w=w or preset.bits,

@@ -9,11 +9,12 @@ from numbers import Integral
 from torch import nn
 
 from ..nn.layers import QuantizedLayer
+from .wrapped import unwrapped
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Qualified name -> quantized layer, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    """Qualified name -> quantized layer, in the model's order; names are those inside `DistributedDataParallel`."""
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def precisions(model: nn.Module) -> tuple[int, ...]:

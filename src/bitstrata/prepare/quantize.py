@@ -22,6 +22,7 @@ from .observe import LayerTrace, Trace, observe
 from .placement import absorb_activations_
 from .precision import quantized_layers
 from .swap import SKIPPED, convert_norms, give_own_edges, replace_norms
+from .wrapped import refuse_wrapped
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -80,13 +81,15 @@ def quantize_(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: the model is quantized already; no layer is left to quantize; parameters or statistics are not
-            finite; a layer's input on the example is empty or not finite. The model is unchanged.
+        ValueError: the model is wrapped for distributed training, or quantized already; no layer is left to quantize;
+            parameters or statistics are not finite; a layer's input on the example is empty or not finite. The model is
+            unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"quantize_: recipe must be a Recipe such as recipes.strata(), got {type(recipe).__name__}")
+    refuse_wrapped("quantize_", model)
     if recipe.integers:
         return _in_integers(model, recipe, example_inputs, filter, input)
     if quantized_layers(model):

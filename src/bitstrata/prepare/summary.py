@@ -11,6 +11,7 @@ from ..nn.layers import FORMS, QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from .observe import BATCH_NORMS
 from .swap import SKIPPED
+from .wrapped import unwrapped
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def summary(model: nn.Module) -> Summary:
     """Describe every layer of a model: grid, bits, what was skipped and why. Works on float models too."""
     rows = []
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if inside and name.startswith(inside):
             continue
         own = sum(p.numel() for p in module.parameters(recurse=False))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.ranks import joined_elements, power_mean_over_ranks
 from ..functional.ste import with_value
 from ..functional.uniform import EPS
-from .initial import ACTIVATION_RULES, Rule, activation_statistic, activation_step, check_rule
+from .initial import ACTIVATION_RULES, POWER, Rule, activation_statistic, activation_step, check_rule
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,12 @@ class ActivationQuantizer(Quantizer):
         shared: one step for all precisions (edge layers) instead of one a precision.
         numel: "sample" or "batch", the features N that the gradient scale of the step counts.
         init: rule for the initial step, see `initial`; a number fixes it without data.
+
+    With `sync`, which `synchronize_` sets, statistics and N are those of the joined batch of all ranks.
     """
 
     min_signed_bits = 2  # signed one-bit codes would be {-1, 0}
+    sync = False
 
     initialized: Tensor  # bool, one flag a step
     statistic: Tensor  # running maximum while observing, one a step
@@ -202,7 +206,9 @@ class ActivationQuantizer(Quantizer):
 
     def count(self, x: Tensor) -> int:
         """N of the gradient scale 1/sqrt(N Q_P): features a sample or elements a batch, at least 1."""
-        return max(x.numel() if self.numel == "batch" else x.numel() // max(x.shape[0], 1), 1)
+        if self.numel == "batch":
+            return max(joined_elements(x) if self.sync else x.numel(), 1)
+        return max(x.numel() // max(x.shape[0], 1), 1)
 
     def statistic_of(self, x: Tensor) -> Tensor:
         """The statistic that the initial step is proportional to, one element."""
@@ -224,6 +230,8 @@ class ActivationQuantizer(Quantizer):
         slot = self._slots[self.precision]
         wide = torch.promote_types(x.dtype, torch.float32)
         current = self.statistic_of(x.detach().to(wide)).to(self.statistic)
+        if self.sync:
+            current = power_mean_over_ranks(current, x.numel(), POWER[str(self.init)])
         if self.observing:
             current = torch.maximum(self.statistic[slot], current)
         if not torch.isfinite(current):
@@ -278,3 +286,10 @@ class ActivationQuantizer(Quantizer):
 
 class WeightQuantizer(Quantizer):
     """Base of weight quantizers. Their steps are set from the weight when the layer is made or a float state loaded."""
+
+    width_decides = False  # precisions of the same width quantize alike
+
+    @property
+    def same_at_all_precisions(self) -> bool:
+        """Whether a weight has one quantized value, whatever the precision."""
+        return len(self.bits) == 1 or (self.width_decides and len(set(self.bits.values())) == 1)

@@ -24,6 +24,8 @@ Rule = str | float
 WEIGHT_RULES = ("mse", "lsq", "minmax", "vertical", "three_sigma")
 ACTIVATION_RULES = ("mse", "lsq", "minmax", "paper_bits")
 SMALLEST = 1e-6
+#: The statistic of activations is the mean of this power of |x|, and its root; 0 where it is the maximum.
+POWER = {"mse": 2, "lsq": 1, "minmax": 0, "paper_bits": 0}
 
 
 def check_rule(owner: str, rule: Rule, allowed: tuple[str, ...]) -> Rule:

@@ -32,6 +32,8 @@ class Int8Weight(WeightQuantizer):
         channels: a maximum each output channel, or None for one of the tensor.
     """
 
+    width_decides = True
+
     def __init__(self, bits: Mapping[int, int], *, channels: int | None = None, signed: bool = True) -> None:
         super().__init__(bits, channels=channels, signed=signed)
         if min(self.bits.values()) < 2:

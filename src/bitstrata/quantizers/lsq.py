@@ -26,6 +26,8 @@ class LSQWeight(WeightQuantizer):
         init: rule for the initial step, see `initial`.
     """
 
+    width_decides = True
+
     def __init__(
         self, bits: Mapping[int, int], *, channels: int | None = None, signed: bool = True, init: Rule = "lsq"
     ) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.affine import affine_codes, affine_fake_quantize, best_affine
+from ..functional.ranks import gather_rows
 from ..functional.uniform import EPS
 from .base import ActivationQuantizer, Grid
 from .initial import Rule, check_rule
@@ -90,6 +91,8 @@ class LSQPlusActivation(ActivationQuantizer):
     def init_(self, x: Tensor) -> None:
         if isinstance(self.init, float):
             return
+        if self.sync:
+            x = gather_rows(x)  # no statistic smaller than the data gives the grid of least error
         if x.numel() == 0 or not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"{type(self).__name__}: cannot set the step from a batch of shape {tuple(x.shape)}: not finite"

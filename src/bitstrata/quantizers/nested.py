@@ -31,6 +31,7 @@ class NestedSymmetric(WeightQuantizer):
         target_db: signal-to-noise ratio in dB beyond which the initial step asks nothing more for a width.
     """
 
+    width_decides = True
     nested = True
     offset = 0.5
 

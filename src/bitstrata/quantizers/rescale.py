@@ -32,6 +32,7 @@ class Rescaled(WeightQuantizer):
         self.inner = inner
         self.bits = inner.bits
         self.nested = inner.nested
+        self.width_decides = inner.width_decides
         self.offset = inner.offset
         self.var_mode = var_mode
         self.convs = convs

@@ -31,6 +31,7 @@ class UniqWeight(WeightQuantizer):
         init: rule for the initial step, see `initial`; UniQ Table 5 compares "mse", "lsq" (not at 1 bit), 0.1 and 0.2.
     """
 
+    width_decides = True
     offset = 0.5
 
     def __init__(

@@ -34,6 +34,7 @@ class VerticalWeight(WeightQuantizer):
         init: rule for the initial source step, see `initial`; it is for the source width.
     """
 
+    width_decides = True
     nested = True
 
     def __init__(

@@ -39,6 +39,8 @@ class Objective:
     loss: "cross_entropy" or "maqd", (1 - gamma) CE + gamma MSE (MaQD eq. 9). distill: "cosine" or "kl" against a
     teacher, or None. teacher: "next" higher precision or "widest". combine: how several precisions make one gradient,
     "scalarization" or "mgd" (multiple-gradient descent). reduction: "mean" of the precisions' gradients or their "sum".
+    sampling: the precisions of a step, "all", a "sandwich" of both ends and a random one between, or a "pair" of the
+    widest and a random one.
     """
 
     loss: str = "cross_entropy"
@@ -47,6 +49,7 @@ class Objective:
     teacher: str = "next"
     combine: str = "scalarization"
     reduction: str = "mean"
+    sampling: str = "all"
 
     def __post_init__(self) -> None:
         _one_of("Objective", "loss", self.loss, ("cross_entropy", "maqd"))
@@ -54,6 +57,7 @@ class Objective:
         _one_of("Objective", "teacher", self.teacher, ("next", "widest"))
         _one_of("Objective", "combine", self.combine, ("scalarization", "mgd"))
         _one_of("Objective", "reduction", self.reduction, ("mean", "sum"))
+        _one_of("Objective", "sampling", self.sampling, ("all", "sandwich", "pair"))
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"Objective: gamma must lie in 0..1, got {self.gamma}")
 
@@ -61,7 +65,8 @@ class Objective:
         text = self.loss if self.loss == "cross_entropy" else f"{self.loss}(gamma={self.gamma})"
         if self.distill is not None:
             text += f" + {self.distill} distillation from the {self.teacher} precision"
-        return text + f", {self.reduction} over precisions by {self.combine}"
+        text += f", {self.reduction} over precisions by {self.combine}"
+        return text if self.sampling == "all" else text + f", {self.sampling} sampling"
 
 
 @dataclass(frozen=True)

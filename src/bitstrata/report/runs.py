@@ -28,6 +28,9 @@ INCIDENTAL = frozenset(
         "quiet",
         "tensorboard",
         "seed",
+        "keep",
+        "on_nonfinite",
+        "allow_inexact",
     }
 )
 

@@ -4,6 +4,7 @@ from bitstrata.train.checkpoint import CheckpointError
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.evaluate import evaluate
 from bitstrata.train.progress import quiet, reporter
+from bitstrata.train.signals import TrainingStopped
 from bitstrata.train.trainer import Trainer
 
-__all__ = ["CheckpointError", "Level", "TrainConfig", "Trainer", "evaluate", "quiet", "reporter"]
+__all__ = ["CheckpointError", "Level", "TrainConfig", "Trainer", "TrainingStopped", "evaluate", "quiet", "reporter"]

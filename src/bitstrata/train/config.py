@@ -10,9 +10,11 @@ from typing import Any, Literal, Protocol
 #: A precision, or "float" for a network that is not quantized: the key of losses and accuracies.
 Level = int | str
 
-#: Fields that a resumed run may change: they decide how often files are written or how fast it runs, not what it
-#: computes (`threads` may change the order of floating-point sums, so bits repeat only with the same number).
-FREE_ON_RESUME = frozenset({"checkpoint_every", "log_every", "threads"})
+#: Fields that a resumed run may change: they decide which files are written and what becomes of a failing step, not
+#: what is computed. (`threads` changes the order of floating-point sums; checkpoints record the number in use.)
+FREE_ON_RESUME = frozenset(
+    {"checkpoint_every", "log_every", "threads", "keep", "best", "on_nonfinite", "nonfinite_limit"}
+)
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "schedule": ("cosine", "cosine_epoch", "constant"),
@@ -23,7 +25,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "teacher": ("next", "widest"),
     "combine": ("scalarization", "mgd"),
     "reduction": ("mean", "sum"),
+    "sampling": ("all", "sandwich", "pair"),
     "amp": ("none", "bf16"),
+    "on_nonfinite": ("error", "skip"),
 }
 
 
@@ -81,6 +85,8 @@ class TrainConfig:
     """How precisions make one gradient: by fixed factors, or by multiple gradient descent."""
     reduction: Literal["mean", "sum"] = "mean"
     """Scalarization takes the mean of the precisions' gradients or their sum."""
+    sampling: Literal["all", "sandwich", "pair"] = "all"
+    """Precisions of a step: all; the narrowest, the widest and a random one between; or the widest and a random one."""
     precisions: tuple[int, ...] | None = None
     """Precisions to train and evaluate; None for all (quantized networks only)."""
     amp: Literal["none", "bf16"] = "none"
@@ -101,9 +107,17 @@ class TrainConfig:
     """Steps between lines of the metrics file."""
     eval_every: int = 1
     """Epochs between evaluations; 0: only after the last one."""
+    keep: int = 2
+    """Checkpoints that are kept, the last ones, beside the best one."""
+    best: Literal["mean"] | int = "mean"
+    """Which accuracy makes a checkpoint the best one: the mean over precisions, or that of one precision."""
+    on_nonfinite: Literal["error", "skip"] = "error"
+    """A loss or gradient that is not finite ends the run with an error, or its step is left out, counted and logged."""
+    nonfinite_limit: int = 10
+    """Steps left out in a row after which it is an error all the same."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every"):
+        for name in ("epochs", "batch_size", "log_every", "keep", "nonfinite_limit"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("weight_decay", "warmup", "warmup_start", "distill_weight", "checkpoint_every", "eval_every"):
             value = getattr(self, name)
@@ -118,6 +132,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         _require(0 <= self.loss_gamma <= 1, "loss_gamma", self.loss_gamma, "must be in [0, 1]")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "must be at least 1")
+        chosen = self.best == "mean" or (isinstance(self.best, int) and not isinstance(self.best, bool))
+        _require(chosen, "best", self.best, "must be 'mean' or a precision")
         _require(self.warmup <= self.epochs, "warmup", self.warmup, f"must not exceed epochs={self.epochs}")
         if self.precisions is not None:
             object.__setattr__(self, "precisions", tuple(self.precisions))  # a list, where it was read from JSON
@@ -140,6 +156,8 @@ class TrainConfig:
         _require(tempered, "distill_temperature", self.distill_temperature, f"is void with distill={self.distill!r}")
         free = self.combine == "scalarization" or self.reduction == "mean"
         _require(free, "reduction", self.reduction, f"is void with combine={self.combine!r}")
+        whole = self.combine == "scalarization" or self.sampling == "all"
+        _require(whole, "sampling", self.sampling, "cannot be with combine='mgd', which weighs all precisions")
 
     @classmethod
     def from_recipe(cls, recipe: SupportsTraining, **overrides: Any) -> TrainConfig:

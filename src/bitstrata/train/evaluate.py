@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from bitstrata.prepare import precision, precisions
+from bitstrata.prepare.wrapped import unwrapped
 from bitstrata.train.config import Level
 
 
@@ -36,6 +37,26 @@ def evaluate(
     precisions. levels: some of the network's precisions, default all. Training mode and precision are put back.
     Raises ValueError when `batches` is empty.
     """
+    return accuracies(*count_correct(model, batches, levels, amp=amp, channels_last=channels_last))
+
+
+def accuracies(correct: Mapping[Level, float], seen: float) -> dict[Level, float]:
+    """Shares of `seen` images. Raises ValueError for none."""
+    if not seen:
+        raise ValueError("evaluate: no batches, so there is no accuracy")
+    return {level: count / seen for level, count in correct.items()}
+
+
+def count_correct(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    levels: Sequence[int] | None = None,
+    *,
+    amp: str = "none",
+    channels_last: bool = False,
+) -> tuple[dict[Level, int], int]:
+    """Numbers of right answers, keyed as those of `evaluate`, and of images."""
+    model = unwrapped(model)
     keys: tuple[Level, ...] = tuple(levels) if levels is not None else (precisions(model) or ("float",))
     device = next(model.parameters()).device
     correct = dict.fromkeys(keys, 0)
@@ -53,9 +74,7 @@ def evaluate(
                 seen += len(targets)
     finally:
         model.train(was_training)
-    if not seen:
-        raise ValueError("evaluate: no batches, so there is no accuracy")
-    return {key: count / seen for key, count in correct.items()}
+    return correct, seen
 
 
 def place(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:

@@ -53,14 +53,22 @@ class MetricsLog:
             sink.close()
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event. Values must be JSON values; NaN is refused rather than written as invalid JSON."""
+        """Append one event. Values must be JSON values; NaN is refused rather than written as invalid JSON.
+
+        Raises ValueError for such values, and OSError naming the file.
+        """
         for sink in self._sinks:
             sink.write(event, **fields)
         if self.path is None:
             return
         line = json.dumps({"run": self.run, "event": event, **fields}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:  # its own message lacks the file where the disk is full
+            raise OSError(
+                error.errno, f"{error.strerror}: metrics file cannot be written, checkpoints are intact", str(self.path)
+            ) from error
 
     def position(self) -> int:
         """Bytes of the file now, on disk; a checkpoint stores this number."""
@@ -96,7 +104,10 @@ class MetricsLog:
         kept = content[:position] + b"".join(line for line in lines if json.loads(line)["run"] != self.run)
         if kept != content:
             temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(kept)
+            with temporary.open("wb") as stream:
+                stream.write(kept)
+                stream.flush()
+                os.fsync(stream.fileno())  # a rename that reaches the disk before the content would lose the record
             os.replace(temporary, path)
 
 

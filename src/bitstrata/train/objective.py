@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from bitstrata.objectives import DISTILLATIONS, joint_backward, kl_distillation, make_loss
+from bitstrata.objectives import DISTILLATIONS, PrecisionSampler, joint_backward, kl_distillation, make_loss
+from bitstrata.objectives.ranks import Ranks
 from bitstrata.prepare import parameter_groups, precisions
 from bitstrata.train.config import TrainConfig
 from bitstrata.train.evaluate import autocast
@@ -28,6 +29,29 @@ class LevelLoss(Protocol):
 Objective = Callable[[nn.Module, Tensor, Tensor], Mapping[Any, LevelLoss]]
 
 
+@runtime_checkable
+class FollowsSteps(Protocol):
+    """An objective that depends on the number of the step; the trainer tells it before each one."""
+
+    def at_step(self, step: int) -> None: ...
+
+
+class JointObjective:
+    """`joint_backward` with fixed options, at the precisions that a sampler gives for the step."""
+
+    def __init__(self, sampler: PrecisionSampler, **options: Any) -> None:
+        self.sampler = sampler
+        self.options = options
+        self.step = 0
+
+    def at_step(self, step: int) -> None:
+        """The step of the whole run, from 0, that the next calls belong to."""
+        self.step = step
+
+    def __call__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[Any, LevelLoss]:
+        return joint_backward(model, inputs, targets, precisions=self.sampler.at(self.step), **self.options)
+
+
 class FloatLoss(NamedTuple):
     """Result of a step of a float network."""
 
@@ -39,12 +63,15 @@ def default_objective(model: nn.Module, config: TrainConfig, teacher: nn.Module 
     """Joint training of all precisions (or those the configuration names), or the plain loss for a float network.
 
     Raises:
-        ValueError: precisions or a teacher for a float network, or precisions that the model does not have.
+        ValueError: precisions, a sampling of them or a teacher for a float network, or precisions that the model does
+            not have.
     """
     known = precisions(model)
     if not known:
-        if teacher is not None or config.precisions is not None:
-            name = "teacher" if teacher is not None else f"precisions={config.precisions}"
+        given = {"teacher": teacher is not None, f"precisions={config.precisions}": config.precisions is not None}
+        given[f"sampling={config.sampling!r}"] = config.sampling != "all"
+        if any(given.values()):
+            name = next(name for name, there in given.items() if there)
             raise ValueError(f"Trainer: {name} is for a quantized network, and this one is float")
         return float_objective(config)
     unknown = sorted(set(config.precisions or known) - set(known))
@@ -53,15 +80,14 @@ def default_objective(model: nn.Module, config: TrainConfig, teacher: nn.Module 
     distill = None if config.distill is None else DISTILLATIONS[config.distill]
     if config.distill == "kl":
         distill = functools.partial(kl_distillation, temperature=config.distill_temperature)
-    return functools.partial(
-        joint_backward,
+    return JointObjective(
+        PrecisionSampler(config.precisions or known, config.sampling, config.seed),
         loss=loss_of(config),
         distill=distill,
         distill_weight=config.distill_weight,
         teacher=config.teacher if teacher is None else teacher,
         combine=config.combine,
         reduction=config.reduction,
-        precisions=config.precisions,
         amp=torch.bfloat16 if config.amp == "bf16" else None,
     )
 
@@ -71,10 +97,12 @@ def float_objective(config: TrainConfig) -> Objective:
     loss = loss_of(config)
 
     def float_backward(model: nn.Module, inputs: Tensor, targets: Tensor) -> Mapping[Any, LevelLoss]:
-        with autocast(config.amp, inputs.device):
-            logits = model(inputs)
+        ranks = Ranks.of(model, inputs)
+        with autocast(config.amp, inputs.device), ranks.counting():
+            logits = ranks.network(inputs)
             value = loss(logits, targets)
-        value.backward()
+        ranks.share(value).backward()
+        ranks.average_()
         return {"float": FloatLoss(value.detach(), logits.detach())}
 
     return float_backward

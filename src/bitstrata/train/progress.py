@@ -221,7 +221,8 @@ class LiveReporter:
         lr: float | None = None,
         accuracy: Mapping[Level, float] = NOTHING,
     ) -> None:
-        self.progress.loss, self.progress.training = dict(loss), dict(accuracy)
+        self.progress.loss = {**self.progress.loss, **loss}  # not every step trains every precision
+        self.progress.training = dict(accuracy)
         shown = "" if lr is None else f"lr {lr:.3g}"
         self.progress.update(self.task, completed=step, epoch=epoch + 1, rate=self.rate.add(images), lr=shown)
 
