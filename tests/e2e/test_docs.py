@@ -97,5 +97,5 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == printed[1]
     assert {file.name for file in (tmp_path / "runs" / "digits").iterdir()} == {
-        "train.ckpt", "train.1.ckpt", "train.best.ckpt", "metrics.jsonl"
+        "train.ckpt", "train.1.ckpt", "train.best.ckpt", "train.layers.json", "metrics.jsonl"
     }  # fmt: skip
