@@ -33,6 +33,7 @@ from bitstrata.cli import main, pipeline
 from bitstrata.cli.common import environment, write_json
 from bitstrata.train import Trainer, checkpoint
 from bitstrata.train.keeper import Keeper
+from bitstrata.train.metrics import reproducible
 
 COMMON = (
     "train --data digits --model digits_cnn --model-set width=8 --float-epochs {epochs} --epochs {epochs} --lr 0.05 "
@@ -151,8 +152,7 @@ def fingerprint(out: Path) -> dict[str, str]:
     for file in sorted((out / "model.strata").iterdir()):
         artifact.update(file.name.encode() + file.read_bytes())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
-    record = hashlib.sha256(json.dumps(untimed).encode())
+    record = hashlib.sha256(json.dumps(reproducible(lines)).encode())
     return {"weights": weights.hexdigest(), "artifact": artifact.hexdigest(), "record": record.hexdigest()}
 
 

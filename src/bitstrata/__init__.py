@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, diagnostics, functional, nn, objectives, quantizers, recipes, train, zoo
+    from . import data, diagnostics, functional, nn, objectives, quantizers, recipes, report, train, zoo
     from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
@@ -44,7 +44,7 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
 
-_MODULES = ("data", "diagnostics", "functional", "nn", "objectives", "quantizers", "recipes", "train", "zoo")
+_MODULES = ("data", "diagnostics", "functional", "nn", "objectives", "quantizers", "recipes", "report", "train", "zoo")
 _HOMES = {
     "add_plan": "lowering",
     "lower": "lowering",
@@ -119,6 +119,7 @@ __all__ = [
     "quantizers",
     "recipes",
     "reestimate_batchnorm_",
+    "report",
     "saved_memory",
     "set_precision",
     "step_weights",

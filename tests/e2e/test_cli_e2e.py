@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.cli import loading, main
 from bitstrata.cli.loading import first_images
+from bitstrata.report import read as read_run
+from bitstrata.report.weights import views
 from bitstrata.train import Trainer, checkpoint
 from bitstrata.train.metrics import read
 
@@ -59,6 +62,35 @@ def test_results_agree_with_the_artifact(run_dir):
         session = runtime.load(run_dir / "model.strata", bits=row["bits"], executor="reference")
         accuracy = float(np.mean(session.run(images.numpy()).argmax(1) == labels.numpy()))
         assert accuracy == row["engine_accuracy"]
+
+
+def test_report_of_a_run_has_everything(run_dir, tmp_path, capsys):
+    assert main(["report", str(run_dir), "--out", str(tmp_path / "page.html")]) == 0
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    text = (tmp_path / "page.html").read_text()
+    assert "Nothing to show" not in text
+    assert "cannot be" not in text
+    rows = json.loads((run_dir / "results.json").read_text())["rows"]
+    assert all(f"{100 * row['engine_accuracy']:.2f} %" in text for row in rows)
+    found = views(read_run(run_dir))
+    assert all(view.counts for view in found)
+    shutil.copytree(run_dir, tmp_path / "older")
+    (tmp_path / "older" / "joint.layers.json").unlink()
+    coded = views(read_run(tmp_path / "older"))  # from the artifact's codes
+    assert [(v.layer, v.precision) for v in coded] == [(v.layer, v.precision) for v in found]
+    for one, other in zip(coded, found, strict=True):
+        assert one.used == pytest.approx(other.used, abs=1e-4)  # the snapshot is of the weights that were packed
+    (tmp_path / "older" / "model.strata" / "base.safetensors").write_bytes(b"")
+    damaged = read_run(tmp_path / "older")
+    assert views(damaged) == []
+    assert damaged.problems[0].startswith("model.strata cannot be read: base.safetensors")
+
+
+def test_quiet_and_tensorboard(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    assert main([*TRAIN, "--out", str(tmp_path / "run"), "--quiet", "--tensorboard", str(tmp_path / "events")]) == 0
+    assert capsys.readouterr().err == ""
+    assert sorted(path.name for path in (tmp_path / "events").iterdir()) == ["float", "joint"]
 
 
 def test_finished_run_is_shown_not_repeated(run_dir, capsys):

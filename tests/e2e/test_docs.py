@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
+from bitstrata import report  # noqa: E402
 from bitstrata.quantizers import registry  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -62,6 +63,17 @@ def test_integer_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (tmp_path / "integers.strata" / "manifest.json").is_file()
 
 
+def test_add_a_panel(tmp_path: Path) -> None:
+    (source,) = blocks("report.md")
+    panel = run(source, "report.md", {})["PANEL"]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / "results.json").write_text('{"rows": [{"bits": 4}], "seconds": {"float": 2.0, "joint": 3.0}}')
+    first, second = (report.read(tmp_path / name) for name in ("first", "second"))
+    assert (panel.needs(first), panel.needs(second)) == (None, "no times in results.json")  # type: ignore[attr-defined]
+    assert '<th scope="row">first</th><td>5</td>' in panel.render([first])  # type: ignore[attr-defined]
+
+
 def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
@@ -85,5 +97,5 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == printed[1]
     assert {file.name for file in (tmp_path / "runs" / "digits").iterdir()} == {
-        "train.ckpt", "train.1.ckpt", "train.best.ckpt", "metrics.jsonl"
+        "train.ckpt", "train.1.ckpt", "train.best.ckpt", "train.layers.json", "metrics.jsonl"
     }  # fmt: skip

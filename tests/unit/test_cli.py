@@ -21,7 +21,7 @@ from bitstrata.cli.train import Train
 
 WORDS = {
     "demo": ["upgrade", "accuracy_vs_bytes.png"],
-    "train": ["--float-epochs", "bit for bit", "--checkpoint-every"],
+    "train": ["--float-epochs", "bit for bit", "--checkpoint-every", "--quiet", "--tensorboard"],
     "quantize": ["safetensors", "PACKAGE.MODULE:FACTORY", "--mean"],
     "eval": ["Top-1 accuracy", "--stage"],
     "lower": ["headroom", "RUN"],
@@ -32,6 +32,7 @@ WORDS = {
     "bench": ["latency", "ratio = peer_ms", "--json"],
     "tune": ["kernels and tile sizes", "--file"],
     "recipes": ["recipes"],
+    "report": ["self-contained HTML page", "--out", "--title"],
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bitstrata as bs
 from bitstrata.data import ArrayDataset, Loader, RandomCrop
 from bitstrata.train import CheckpointError, TrainConfig, Trainer, evaluate
-from bitstrata.train.metrics import read
+from bitstrata.train.metrics import read, reproducible
 
 CONFIG = TrainConfig(
     epochs=3, lr=0.05, batch_size=8, warmup=0.5, checkpoint_every=2, log_every=2, clip_grad=5.0, label_smoothing=0.1
@@ -89,7 +89,7 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 
 
 def untimed(path: Path) -> list[dict]:
-    return [{k: v for k, v in event.items() if k != "images_per_s"} for event in read(path)]
+    return reproducible(read(path))
 
 
 @pytest.mark.parametrize("make", [network, quantized])

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from bitstrata.train import CheckpointError, TrainConfig, checkpoint
 from bitstrata.train.metrics import MetricsLog, read
-from bitstrata.train.progress import LiveReporter, PlainReporter, per_level, reporter
+from bitstrata.train.progress import LiveReporter, PlainReporter, per_level, quiet, reporter
 from bitstrata.train.schedule import lr_factor, lr_factor_of
 
 
@@ -180,27 +181,44 @@ def test_plain_reporter_prints_first_last_and_notes():
     with reporter("joint", 3, 0, stream=stream, every_s=3600) as report:
         assert isinstance(report, PlainReporter)
         for step in (1, 2, 3):
-            report.step(step, 0, 8, {1: 2.5, 4: 1.25})
-        report.note("accuracy 4b 50%")
+            report.step(step, 0, 8, {1: 2.5, 4: 1.25}, lr=0.05 / step, accuracy={1: 0.125, 4: 0.5})
+        report.evaluation(0, 2, {1: 0.25, 4: 0.75})
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("[joint] step 1/3 epoch 1  loss 4b 1.250  1b 2.500  ")
+    first = "[joint] step 1/3 epoch 1  loss 4b 1.250  1b 2.500  training accuracy 4b 50.0%  1b 12.5%  lr 0.05  "
+    assert lines[0].startswith(first)
+    assert re.search(r"  \d+ images/s  0\.0 min left$", lines[0])
     assert lines[1].startswith("[joint] step 3/3")
-    assert lines[2] == "[joint] accuracy 4b 50%"
+    assert "lr 0.0167" in lines[1]
+    assert lines[2] == "[joint] epoch 1/2  accuracy 4b 75.00%  1b 25.00%"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_live_reporter_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     stream = Terminal()
-    with reporter("float", 2, 0, stream=stream) as report:
+    with reporter("joint", 2, 0, stream=stream) as report:
         assert isinstance(report, LiveReporter)
-        report.step(2, 0, 8, {"float": 0.5})
-        report.note("accuracy float 12%")
-    assert "accuracy float 12%" in stream.getvalue()
-    assert "2/2" in stream.getvalue()
+        report.step(1, 0, 8, {2: 1.5, 4: 0.75}, lr=0.05, accuracy={2: 0.25, 4: 0.5})
+        report.evaluation(0, 1, {4: 0.875})
+        report.step(2, 0, 8, {2: 1.25, 4: 0.5}, lr=0.025, accuracy={2: 0.375, 4: 0.625})
+    text = stream.getvalue()
+    assert "epoch 1/1  accuracy 4b 87.50%" in text
+    assert "2/2" in text
+    assert "lr 0.025" in text
+    last = [line.split() for line in re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", text).splitlines()][-2:]
+    assert last == [["4b", "0.5000", "62.50%", "87.50%"], ["2b", "1.2500", "37.50%", "-"]]
+
+
+def test_quiet_shows_nothing(capsys):
+    with quiet("joint", 2, 0) as report:
+        report.step(1, 0, 8, {4: 0.75}, lr=0.05, accuracy={4: 0.5})
+        report.evaluation(0, 1, {4: 0.5})
+        report.note("text")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_levels_are_shown_widest_first():

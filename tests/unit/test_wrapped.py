@@ -16,7 +16,7 @@ from bitstrata.nn.batch_norm import JoinedBatchNorm2d
 from bitstrata.objectives.ranks import Ranks, _buckets
 from bitstrata.prepare import synchronized
 from bitstrata.prepare.precision import precision_map
-from bitstrata.train.distributed import Distributed, Silent, first_process, launched
+from bitstrata.train.distributed import Distributed, first_process, launched
 
 
 def network() -> nn.Sequential:
@@ -210,9 +210,3 @@ def test_ranks_round_by_streams_of_their_own() -> None:
     Distributed(accelerator()).own_noise_(model)
     after = noise_state(model)
     assert all(after[name]["seed"] != s["seed"] and after[name]["stream"] == s["stream"] for name, s in before.items())
-
-
-def test_silent_reporter() -> None:
-    with Silent("train", 10, 0) as report:
-        report.step(1, 0, 8, {})
-        report.note("text")

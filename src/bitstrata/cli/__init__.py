@@ -25,6 +25,7 @@ from bitstrata.cli.pack import Pack
 from bitstrata.cli.plan import Plan
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.recipes import Recipes
+from bitstrata.cli.report import Report
 from bitstrata.cli.reproduce import Reproduce
 from bitstrata.cli.run import Run
 from bitstrata.cli.train import Train
@@ -33,7 +34,7 @@ from bitstrata.cli.verify import Verify
 
 DESCRIPTION = """Low-bit networks: trained once, one artifact, run at every bit-width in pure integer arithmetic.
 
-Serving (numpy only): info, run, bench, tune, export. Everything else trains and needs pip install "bitstrata[train]".
+Serving (numpy only): info, run, bench, tune, export. Everything else needs pip install "bitstrata[train]".
 Any command takes --debug for a traceback instead of a one-line error."""
 
 Command = (
@@ -47,6 +48,7 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Export, tyro.conf.subcommand("export")]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 FREE = frozenset(
     {
         "out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "keep", "on_nonfinite",
-        "allow_inexact",
+        "allow_inexact", "quiet", "tensorboard",
     }
 )  # fmt: skip
 
@@ -91,6 +91,10 @@ class RunOptions:
     """What becomes of a training step with a loss or gradient that is not finite."""
     eval_every: int = 1
     """Epochs between evaluations; 0: at the end only."""
+    quiet: bool = False
+    """Show no progress; metrics.jsonl is written all the same."""
+    tensorboard: Path | None = None
+    """Also write TensorBoard's events under this directory; needs pip install "bitstrata[tensorboard]"."""
     fresh: bool = False
     """Start over although the output directory holds an unfinished or finished run."""
     allow_inexact: bool = False

@@ -41,7 +41,7 @@ from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError
 from bitstrata.objectives import warm_start_
 from bitstrata.recipes import Recipe
-from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain
+from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain, quiet, reporter
 from bitstrata.train.checkpoint import seed_all
 from bitstrata.train.distributed import first_process
 from bitstrata.train.keeper import Keeper
@@ -126,7 +126,7 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
     if options.fresh and out.exists() and first_process():
-        for name in ("config.json", "results.json", "metrics.jsonl", FROZEN):
+        for name in ("config.json", "results.json", "metrics.jsonl", "joint.layers.json", FROZEN):
             (out / name).unlink(missing_ok=True)
         for stage in STAGES:
             Keeper(out, stage, options.keep).clear()
@@ -207,9 +207,21 @@ def float_config(options: Train) -> TrainConfig:
     return stage_config(options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup)
 
 
+def stage_trainer(
+    run: Run, model: nn.Module, config: TrainConfig, name: str, teacher: nn.Module | None = None
+) -> Trainer:
+    """The trainer of a stage, on the run's data, directory and display."""
+    options = run.options
+    display = quiet if options.quiet else reporter
+    return Trainer(
+        model, config, run.loader(True), run.loader(False), run.out,
+        teacher=teacher, name=name, reporter=display, tensorboard=options.tensorboard,
+    )  # fmt: skip
+
+
 def float_stage(run: Run, model: nn.Module, options: Train) -> float:
     """Train a float network; returns its accuracy in float32."""
-    trainer = Trainer(model, float_config(options), run.loader(True), run.loader(False), run.out, name="float")
+    trainer = stage_trainer(run, model, float_config(options), "float")
     run.timed("float", lambda: trainer.fit(allow_inexact=options.allow_inexact))
     model.cpu()  # accelerate may have moved it; what comes next is done here
     return float32_accuracies(run, model)["float"]
@@ -223,7 +235,7 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     if run.refusal is not None and first_process():
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
     config = joint_config(run.options, loading.make_recipe(run.options))
-    trainer = Trainer(model, config, run.loader(True), run.loader(False), run.out, teacher=teacher, name="joint")
+    trainer = stage_trainer(run, model, config, "joint", teacher=teacher)
     run.timed("joint", lambda: trainer.fit(allow_inexact=run.options.allow_inexact))
     model.cpu()
     if not integers(run):

@@ -4,7 +4,18 @@ from bitstrata.train.chain import fit_chain
 from bitstrata.train.checkpoint import CheckpointError
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.evaluate import evaluate
+from bitstrata.train.progress import quiet, reporter
 from bitstrata.train.signals import TrainingStopped
 from bitstrata.train.trainer import Trainer
 
-__all__ = ["CheckpointError", "Level", "TrainConfig", "Trainer", "TrainingStopped", "evaluate", "fit_chain"]
+__all__ = [
+    "CheckpointError",
+    "Level",
+    "TrainConfig",
+    "Trainer",
+    "TrainingStopped",
+    "evaluate",
+    "fit_chain",
+    "quiet",
+    "reporter",
+]

@@ -8,8 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -192,25 +191,6 @@ class Distributed:
 
 Watch = Callable[[Iterable[Any]], Iterable[Any]]
 _Joined = tuple[dict[Level, float], dict[Level, int], int]
-
-
-class Silent:
-    """A reporter for ranks that show nothing."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def step(self, step: int, epoch: int, images: int, loss: Mapping[Level, float]) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 def launched() -> int:

@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+#: What a repeated run does not repeat: events of this name, and this field of the others.
+TIMES, RATE = "time", "images_per_s"
+
+
+class EventSink(Protocol):
+    """Another reader of events, such as `TensorBoardLog`."""
+
+    def write(self, event: str, **fields: Any) -> None: ...
+    def close(self) -> None: ...
 
 
 class MetricsLog:
     """Appends events to a file shared by the stages of a run; each line carries the stage's name under "run".
 
-    Lines: {"run", "event": "step" | "epoch" | "eval" | "done", "step", "epoch", ...}. Losses and accuracies are
-    objects keyed by precision ("float" for a float network); accuracies are fractions.
+    Lines: {"run", "event", "step", "epoch", ...}. Losses and accuracies are objects keyed by precision ("float" for a
+    float network); accuracies are fractions. Events:
+
+    =====  =============================================================================================================
+    step   "lr", "loss" of one step, every `log_every` steps
+    epoch  "loss", "accuracy" on the training batches, "images_per_s"
+    eval   "accuracy" on the evaluation data
+    grids  "layers": layer -> precision -> step sizes (`snapshot.steps`), at the end of an epoch
+    time   "wall" seconds since the line before, "seconds" of each part (`timing.PARTS`) and the training "steps" they
+           are of. A checkpoint that is written after the line counts in the next one.
+    =====  =============================================================================================================
     """
 
     def __init__(self, path: Path | None, run: str) -> None:
         """`path` None discards everything, for training without files."""
         self.path = path
         self.run = run
+        self._sinks: list[EventSink] = []
+
+    @contextmanager
+    def also(self, sink: EventSink) -> Iterator[None]:
+        """Pass events on to `sink` too while this is open, then close it."""
+        self._sinks.append(sink)
+        try:
+            yield
+        finally:
+            self._sinks.remove(sink)
+            sink.close()
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event. Values must be JSON values; NaN is refused rather than written as invalid JSON.
 
         Raises ValueError for such values, and OSError naming the file.
         """
+        for sink in self._sinks:
+            sink.write(event, **fields)
         if self.path is None:
             return
         line = json.dumps({"run": self.run, "event": event, **fields}, allow_nan=False)
@@ -81,3 +115,8 @@ def read(path: Path, run: str | None = None) -> list[dict[str, Any]]:
     """All events of a metrics file, or those of one stage."""
     events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [event for event in events if run is None or event["run"] == run]
+
+
+def reproducible(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events without measured times: what an interrupted run and an uninterrupted one have in common."""
+    return [{k: v for k, v in event.items() if k != RATE} for event in events if event["event"] != TIMES]

@@ -53,6 +53,10 @@ class Position:
         self.skipped += 1
         self.in_a_row += 1
 
+    def accuracy(self) -> dict[Level, float]:
+        """Training accuracies of the epoch so far, as fractions, of the levels trained in it."""
+        return {level: count / self.seen[level] for level, count in self.correct.items()}
+
     def means(self) -> dict[str, dict[str, float]]:
         """Means over the epoch as JSON values, of the levels trained in it; the sums start again."""
         means = {

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from bitstrata.train import checkpoint
+from bitstrata.train import checkpoint, snapshot
 from bitstrata.train.config import Level, TrainConfig
-from bitstrata.train.distributed import Distributed, Silent
+from bitstrata.train.distributed import Distributed
 from bitstrata.train.evaluate import accuracies, count_correct, place
 from bitstrata.train.guard import Guard
 from bitstrata.train.keeper import Keeper
 from bitstrata.train.metrics import MetricsLog
 from bitstrata.train.objective import FollowsSteps, Objective, default_objective, make_optimizer
-from bitstrata.train.progress import Reporter, per_level, reporter
+from bitstrata.train.progress import Reporter, quiet, reporter
 from bitstrata.train.schedule import lr_factor_of
 from bitstrata.train.signals import StopEvaluationError, StopRequest, TrainingStopped
 from bitstrata.train.source import Batch, BatchSource, as_source, identity
@@ -32,6 +33,9 @@ from bitstrata.train.state import (
     restore,
     set_randomness,
 )
+from bitstrata.train.tensorboard import TensorBoardLog
+from bitstrata.train.tensorboard import require as require_tensorboard
+from bitstrata.train.timing import Clock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,13 +49,17 @@ class Trainer:
         trainer.evaluate()     # {1: 0.64, 2: 0.77, ...} or {"float": 0.81}
 
     train_loader, eval_loader: `bitstrata.data.Loader`, or any sized iterable of (float images (N, C, H, W), int64
-    labels (N,)), such as torch's DataLoader without worker processes. objective: replaces `joint_backward` (or
-    the plain loss, for a float network) with everything the configuration says of it. teacher: a network of its own
-    that all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
-    has to be given the same one. out_dir: holds checkpoints (NAME.ckpt is the last one) and metrics.jsonl; None writes
-    nothing. accelerator: of accelerate; by default one is made where torchrun or accelerate has launched several
-    processes. Each of these then runs the same lines and takes its share of the loader's batches, which are of
-    batch_size on each; statistics are of the joined batch, and the first alone writes files.
+    labels (N,)), such as torch's DataLoader without worker processes. objective: replaces `joint_backward` (or the
+    plain loss, for a float network) with everything the configuration says of it. teacher: a network of its own that
+    all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
+    has to be given the same one. out_dir: holds checkpoints (NAME.ckpt is the last one), metrics.jsonl and, for a
+    quantized network, NAME.layers.json (grids and weight histograms as of the last epoch); None writes nothing.
+    reporter: `bitstrata.train.reporter`, which shows progress on stderr, `quiet`, or a function of (name, total
+    steps, steps done) that returns a `Reporter`. tensorboard: directory for TensorBoard's events, in a subdirectory
+    NAME; ModuleNotFoundError without tensorboard. accelerator: of accelerate; by default one is made where torchrun
+    or accelerate has launched several processes. Each of these then runs the same lines and takes its share of the
+    loader's batches, which are of batch_size on each; statistics are of the joined batch, and the first alone writes
+    files.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Trainer:
         name: str = "train",
         reporter: Callable[[str, int, int], Reporter] = reporter,
         accelerator: Accelerator | None = None,
+        tensorboard: str | Path | None = None,
     ) -> None:
         self.ranks = Distributed(accelerator)
         self.model = model
@@ -83,7 +92,7 @@ class Trainer:
         self.objective = objective or default_objective(model, config, teacher)
         # Kept apart, so that it is told the step although something is wrapped around `objective` later.
         self._follower = self.objective if isinstance(self.objective, FollowsSteps) else None
-        self.reporter = reporter if self.ranks.is_first else Silent
+        self.reporter = reporter if self.ranks.is_first else quiet
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.wrapped = self.ranks.wrap(model)
@@ -99,6 +108,10 @@ class Trainer:
         self.stop = StopRequest()
         writes = self.ranks.is_first and self.out_dir is not None
         self.log = MetricsLog(cast(Path, self.out_dir) / "metrics.jsonl" if writes else None, name)
+        self.clock = Clock()
+        self.tensorboard = None if tensorboard is None else Path(tensorboard)
+        if self.tensorboard is not None:
+            require_tensorboard()
 
     @property
     def total_steps(self) -> int:
@@ -136,7 +149,7 @@ class Trainer:
         random = self._begin(resume, allow_inexact)
         self.guard = Guard(self.model, self.config)
         accuracy: dict[Level, float] = {}
-        with StopRequest() as self.stop, self.reporter(self.name, self.total_steps, self.position.step) as report:
+        with StopRequest() as self.stop, self._shown() as report:
             while self.position.epochs < self.config.epochs:
                 accuracy = self._epoch(report, random)
                 random = None
@@ -145,6 +158,16 @@ class Trainer:
             set_randomness(self.model, random)
         self._stop_if_requested()
         return accuracy
+
+    @contextmanager
+    def _shown(self) -> Iterator[Reporter]:
+        """The run's progress reporter, with TensorBoard's events and the clock in forward passes beside it."""
+        self.clock.lap()
+        with ExitStack() as stack:
+            stack.enter_context(self.clock.forward_of(self.model))
+            if self.tensorboard is not None and self.ranks.is_first:
+                stack.enter_context(self.log.also(TensorBoardLog(self.tensorboard, self.name, self.position.step)))
+            yield stack.enter_context(self.reporter(self.name, self.total_steps, self.position.step))
 
     def evaluate(self, levels: tuple[int, ...] | None = None) -> dict[Level, float]:
         """Top-1 accuracy on eval_loader, a fraction for each of `levels`, by default what the configuration trains.
@@ -197,27 +220,44 @@ class Trainer:
         elif random is not None:
             set_randomness(self.model, random)
         accuracy = self._epoch_evaluation(report, epoch)
+        self._log_epoch(epoch, self.position.step - epoch * self.steps_per_epoch - start)
         self.position.epochs += 1
         self._save(best=self.position.improves(accuracy, self.config.best))
         self._stop_if_requested()
         return accuracy
+
+    def _log_epoch(self, epoch: int, steps: int) -> None:
+        """Step sizes and layers as they are now, and where the time went since the last such line."""
+        step = self.position.step
+        with self.clock("logging"):
+            grids = snapshot.steps(self.model) if self.ranks.is_first else {}
+            if grids:
+                self.log.write("grids", step=step, epoch=epoch, layers=grids)
+            if self.out_dir is not None and self.ranks.is_first:
+                snapshot.write(self.out_dir / f"{self.name}.layers.json", self.model, step=step, epoch=epoch)
+        wall, seconds = self.clock.lap()
+        parts = {part: round(value, 4) for part, value in seconds.items()}
+        self.log.write("time", step=step, epoch=epoch, steps=steps, wall=round(wall, 4), seconds=parts)
 
     def _steps(self, report: Reporter, epoch: int, start: int, random: dict[str, Any] | None) -> None:
         """Training steps from `start` to the end of the epoch."""
         self.model.train()
         if random is not None and start == 0:
             set_randomness(self.model, random)
-        batches = iter(self.train_loader.epoch(epoch, start))
+        with self.clock("data"):
+            batches = iter(self.train_loader.epoch(epoch, start))
         if random is not None and start > 0:  # after the batches before it were drawn once more
             set_randomness(self.model, random)
         begun, images_before = time.monotonic(), self.position.images
-        for images, labels in batches:
+        for images, labels in self.clock.each("data", batches):
             seen = self.position.images
             losses = self._step(images, labels)
             step = self.position.step
-            report.step(step, epoch, self.position.images - seen, losses)
-            if losses and step % self.config.log_every == 0:
-                self._log_step(epoch, losses)
+            with self.clock("logging"):
+                images_seen, accuracy = self.position.images - seen, self.position.accuracy()
+                report.step(step, epoch, images_seen, losses, lr=self._lr(), accuracy=accuracy)
+                if losses and step % self.config.log_every == 0:
+                    self._log_step(epoch, losses)
             if step == (epoch + 1) * self.steps_per_epoch:
                 continue  # the checkpoint follows the evaluation
             every, self.stop.requested = self.config.checkpoint_every, self.ranks.agreed(self.stop.requested)
@@ -244,18 +284,26 @@ class Trainer:
         self.guard.before()
         losses: dict[Level, float] = {}
         try:
-            results = self.objective(self.wrapped, inputs, targets)
-            losses, hits, count = self.ranks.joined(results, targets)
-            problem = self.guard.problem(losses)
+            with self.clock("backward"):
+                results = self.objective(self.wrapped, inputs, targets)
+            with self.clock("logging"):
+                losses, hits, count = self.ranks.joined(results, targets)
+            with self.clock("optimizer"):
+                problem = self.guard.problem(losses)
         except (FloatingPointError, ValueError) as error:
             self._not_finite(inputs, targets, str(error), error)
             return {}
         if problem:
             self._not_finite(inputs, targets, problem)
             return {}
-        self.optimizer.step()
+        with self.clock("optimizer"):
+            self.optimizer.step()
         self.position.add(losses, hits, count)
         return losses
+
+    def _lr(self) -> float:
+        """The learning rate of the step that was made last."""
+        return self.config.lr * lr_factor_of(self.config, self.position.step - 1, self.steps_per_epoch)
 
     def _not_finite(self, inputs: Tensor, targets: Tensor, problem: str, error: Exception | None = None) -> None:
         """Leave the step out, or raise FloatingPointError that says where it went wrong."""
@@ -275,9 +323,8 @@ class Trainer:
 
     def _log_step(self, epoch: int, losses: Mapping[Level, float]) -> None:
         self.guard.check_steps(self.position.step)
-        lr = self.config.lr * lr_factor_of(self.config, self.position.step - 1, self.steps_per_epoch)
         loss = {str(level): value for level, value in losses.items()}
-        self.log.write("step", step=self.position.step, epoch=epoch, lr=lr, loss=loss)
+        self.log.write("step", step=self.position.step, epoch=epoch, lr=self._lr(), loss=loss)
 
     def _epoch_evaluation(self, report: Reporter, epoch: int) -> dict[Level, float]:
         every, last = self.config.eval_every, epoch + 1 == self.config.epochs
@@ -285,7 +332,8 @@ class Trainer:
             return {}
         before = randomness(self.model)  # an evaluation that is broken off is done again from its start
         try:
-            accuracy = self._evaluation(self.eval_loader, None, self.ranks.breaking_off(self.stop.watching))
+            with self.clock("evaluation"):
+                accuracy = self._evaluation(self.eval_loader, None, self.ranks.breaking_off(self.stop.watching))
         except StopEvaluationError:
             set_randomness(self.model, before)
             self._save()
@@ -294,7 +342,7 @@ class Trainer:
         self.log.write(
             "eval", step=self.position.step, epoch=epoch, accuracy={str(k): value for k, value in accuracy.items()}
         )
-        report.note(f"epoch {epoch + 1}/{self.config.epochs}  accuracy {per_level(accuracy, '.2%')}")
+        report.evaluation(epoch, self.config.epochs, accuracy)
         return accuracy
 
     def _save(self, best: bool = False) -> None:
@@ -304,7 +352,8 @@ class Trainer:
             self.guard.check_weights(self.position.step)
             state, keeper = capture(self.parts, self.position, self.log.position()), self.keeper
             state["random"] = self.ranks.of_all(state["random"])
-            self.ranks.from_first(lambda: keeper.save(state, best))
+            with self.clock("checkpoint"):
+                self.ranks.from_first(lambda: keeper.save(state, best))
 
     def _stop_if_requested(self) -> None:
         self.stop.requested = self.ranks.agreed(self.stop.requested)

@@ -1,0 +1,107 @@
+"""Run directories for the report, written without training."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+BITS = (1, 2, 4)
+PARTS = {"data": 0.1, "forward": 0.3, "backward": 0.4, "optimizer": 0.05, "evaluation": 0.1, "checkpoint": 0.01}
+
+
+def options(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """config.json of a run."""
+    fixed = {"model": "digits_cnn", "data": "digits", "recipe": "strata", "bits": "1,2,4", "out": f"runs/{seed}"}
+    return {**fixed, "float_epochs": 2, "epochs": 3, "lr": 0.05, "batch_size": 32, "set": [], "seed": seed, **changes}
+
+
+def events(seed: int = 0, joint_epochs: int = 3) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run: two float epochs, then `joint_epochs` of three."""
+    found = []
+    for stage, epochs, levels in (("float", 2, ["float"]), ("joint", joint_epochs, [str(b) for b in reversed(BITS)])):
+        for epoch in range(epochs):
+            place = {"run": stage, "step": 10 * (epoch + 1), "epoch": epoch}
+            share = {level: 0.9 - 0.1 / (epoch + 1) - 0.01 * i + 0.001 * seed for i, level in enumerate(levels)}
+            loss = {level: 1.5 / (epoch + 1) + 0.1 * i for i, level in enumerate(levels)}
+            found.append({**place, "event": "step", "lr": 0.05, "loss": loss})
+            found.append({**place, "event": "epoch", "images_per_s": 900.0, "loss": loss, "accuracy": share})
+            found.append({**place, "event": "eval", "accuracy": {k: v - 0.02 for k, v in share.items()}})
+            if stage == "joint":
+                steps = {str(b): {"weight": [0.1 / b + 0.01 * epoch], "input": [0.2]} for b in BITS}
+                found.append({**place, "event": "grids", "layers": {"stem": steps, "block.conv": steps}})
+            found.append({**place, "event": "time", "steps": 10, "wall": 1.0, "seconds": PARTS})
+    return found
+
+
+def layers() -> dict[str, Any]:
+    """joint.layers.json of a run."""
+    views = {}
+    for bits in BITS:
+        levels = [0.1 * (c + 0.5) for c in range(-(2 ** (bits - 1)), 2 ** (bits - 1))]
+        views[str(bits)] = {
+            "bits": bits,
+            "unit": "value",
+            "range": [-1.0, 1.0],
+            "counts": [1, 5, 9, 5, 1],
+            "levels": levels,
+            "used": [1 / len(levels)] * len(levels),
+            "step": [0.1],
+            "input": {"quantizer": "UniqActivation", "step": [0.2], "codes": [0, 2**bits - 1]},
+        }
+    shared = {"kind": "Conv2d", "shape": [4, 3, 3, 3], "quantizer": "NestedSymmetric", "precisions": views}
+    return {
+        "step": 30,
+        "epoch": 2,
+        "layers": [
+            {"name": "stem", "edge": True, **copy.deepcopy(shared)},
+            {"name": "block.conv", "edge": False, **copy.deepcopy(shared)},
+        ],
+    }
+
+
+def results(seed: int = 0) -> dict[str, Any]:
+    """results.json of a run."""
+    rows = [
+        {
+            "bits": bits,
+            "float_accuracy": 0.95,
+            "fake_accuracy": 0.8 + 0.02 * bits + 0.01 * seed,
+            "engine_accuracy": 0.8 + 0.02 * bits + 0.01 * seed,
+            "top1_agreement": 1.0,
+            "bytes": 1000 * bits + 500,
+            "images": 60,
+        }
+        for bits in BITS
+    ]
+    return {
+        "rows": rows,
+        "verify": {"ok": True, "images": 16, "report": "verified 16 inputs\nfirst difference: none"},
+        "seconds": {"float": 2.0, "joint": 3.0, "verify": 0.5},
+        "seed": seed,
+        "executor": "engine",
+        "isa": "avx2",
+        "cpu": "Processor",
+        "cores": 2,
+        "versions": {"python": "3.11", "torch": "2"},
+        "commit": "abc",
+    }
+
+
+def write_run(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """A complete run of the given seed; `changes` are options."""
+    directory.mkdir(parents=True)
+    write_unfinished(directory, seed, 3, **changes)
+    (directory / "results.json").write_text(json.dumps(results(seed)))
+    (directory / "joint.layers.json").write_text(json.dumps(layers()))
+    return directory
+
+
+def write_unfinished(directory: Path, seed: int = 0, joint_epochs: int = 1, **changes: Any) -> Path:
+    """A run that has come as far as `joint_epochs` of three, without results."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(options(seed, **changes)))
+    lines = [json.dumps(event) for event in events(seed, joint_epochs)]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
