@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import collapse_own_
 from ..prepare.precision import precisions, set_precision
 from .errors import LowerError
@@ -43,7 +44,16 @@ def double_copy(model: nn.Module, served: tuple[int, ...] | None = None) -> nn.M
     if served is not None and len(served) == 1:
         collapse_own_(twin, served[0])
         set_precision(twin, served[0])
+    _rename_owners_(twin)
     return twin
+
+
+def _rename_owners_(twin: nn.Module) -> None:
+    """Normalizations name their layers as they were; inside a wrapper, such as AveragedModel, names are longer."""
+    names = {id(module): name for name, module in twin.named_modules()}
+    for module in list(twin.modules()):
+        if isinstance(module, PrecisionBatchNorm) and module.owner not in names.values():
+            module.owner = names.get(id(module.followed), module.owner)
 
 
 def module_of(node: fx.Node) -> str:

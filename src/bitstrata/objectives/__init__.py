@@ -2,6 +2,7 @@
 
 from .distill import DISTILLATIONS, cosine_distillation, kl_distillation
 from .joint import JointLoss, joint_backward
+from .joint_loss import joint_loss
 from .losses import LOSSES, cross_entropy, make_loss, maqd
 from .mgd import min_norm_point
 from .schemes import Stage, ascending_stages, copy_norms_, cotrain, top_then_finetune, warm_start_
@@ -17,6 +18,7 @@ __all__ = [
     "cotrain",
     "cross_entropy",
     "joint_backward",
+    "joint_loss",
     "kl_distillation",
     "make_loss",
     "maqd",

@@ -171,6 +171,7 @@ class ActivationQuantizer(Quantizer):
         self.register_buffer("initialized", torch.zeros(len(keys), dtype=torch.bool))
         self.register_buffer("statistic", torch.zeros(len(keys)), persistent=False)
         self.observing = False
+        self.batches = 1  # whose gradients one step of the optimizer sums
         if isinstance(self.init, float):
             self.fix_steps_()
 
@@ -202,7 +203,7 @@ class ActivationQuantizer(Quantizer):
 
     def count(self, x: Tensor) -> int:
         """N of the gradient scale 1/sqrt(N Q_P): features a sample or elements a batch, at least 1."""
-        return max(x.numel() if self.numel == "batch" else x.numel() // max(x.shape[0], 1), 1)
+        return max(x.numel() * self.batches if self.numel == "batch" else x.numel() // max(x.shape[0], 1), 1)
 
     def statistic_of(self, x: Tensor) -> Tensor:
         """The statistic that the initial step is proportional to, one element."""
