@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,52 @@ def test_averaged_weights_lower_as_the_wrapper_and_as_the_network() -> None:
     outer = bs.lower(averaged.eval(), x)
     assert set(outer.layers) == {f"module.{name}" for name in inner.layers}
     assert bs.verify(averaged, outer, images).ok
+
+
+@pytest.mark.soak
+def test_a_compiled_model_trains_and_lowers() -> None:
+    model, x, y = prepared(norm=False)
+    bs.joint_backward(model, x, y)
+    wanted = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    bs.joint_backward(compiled, x, y)
+    assert_close(gradients(model), wanted)
+    assert bs.lower(compiled.eval(), x).layers.keys() == bs.lower(model, x).layers.keys()
+
+
+def test_outputs_that_are_no_logits() -> None:
+    model, x, y = prepared()
+    model.forward = lambda x: {"logits": x}  # type: ignore[assignment,method-assign]
+    with pytest.raises(TypeError, match=r"joint_backward: the model returns a dict, expected one tensor of logits"):
+        bs.joint_backward(model, x, y)
+    with pytest.raises(TypeError, match=r"pack: program must be what lower\(model, example\) returns, got Net"):
+        bs.pack(model, "never.strata")  # type: ignore[arg-type]
+
+
+EXAMPLE = torch.rand(4, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("example", "remedy"),
+    [
+        (EXAMPLE[0], r"shape \(1, 8, 8\); the first dimension is the batch: give x\[None\]"),
+        ((EXAMPLE * 255).to(torch.uint8), r"uint8 of shape .*; give floats as the model reads them"),
+        ((EXAMPLE, torch.zeros(4, dtype=torch.int64)), "the second looks like labels: give the inputs alone"),
+        (EXAMPLE.numpy(), "ndarray; give torch tensors"),
+    ],
+)
+def test_examples_on_which_a_model_does_not_run(example: Any, remedy: str) -> None:
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:  # noqa: PT011  (torch's own)
+        bs.quantize_(Net(norm=True), bs.recipes.strata(), example)
+    assert re.search(remedy, "".join(caught.value.__notes__))
+
+
+def test_pixels_take_one_number_and_warn_of_other_units() -> None:
+    assert bs.Pixels(0.5, 0.25) == bs.Pixels((0.5,), (0.25,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got \(123\.0,\) and \(58\.0,\); they are of pixel / 255"):
+        bs.Pixels((123.0,), (58.0,))
+    with pytest.warns(UserWarning, match=r"the example stands for pixels from \d+ to \d{5}, not 0 to 255"):
+        bs.quantize_(Net(norm=True), bs.recipes.strata(), EXAMPLE * 255, input=bs.Pixels((0.0,), (1.0,)))
 
 
 def test_copies_are_whole_and_apart() -> None:
