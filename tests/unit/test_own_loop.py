@@ -204,7 +204,7 @@ EXAMPLE = torch.rand(4, 1, 8, 8)
     ],
 )
 def test_examples_on_which_a_model_does_not_run(example: Any, remedy: str) -> None:
-    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:  # noqa: PT011  (torch's own)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
         bs.quantize_(Net(norm=True), bs.recipes.strata(), example)
     assert re.search(remedy, "".join(caught.value.__notes__))
 
