@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .fused import FusedNetwork, FuseError, fuse
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
-    from .objectives import PrecisionSampler, joint_backward, warm_start_chain
+    from .objectives import PrecisionSampler, joint_backward, joint_loss, warm_start_chain
     from .prepare import (
         Pixels,
+        accumulate_,
         calibrate_,
         float_form_,
         freeze_,
@@ -56,8 +57,10 @@ _HOMES = {
     "QuantLinear": "nn",
     "PrecisionSampler": "objectives",
     "joint_backward": "objectives",
+    "joint_loss": "objectives",
     "warm_start_chain": "objectives",
     "Pixels": "prepare",
+    "accumulate_": "prepare",
     "calibrate_": "prepare",
     "float_form_": "prepare",
     "freeze_": "prepare",
@@ -95,6 +98,7 @@ __all__ = [
     "Recipe",
     "TrainConfig",
     "Trainer",
+    "accumulate_",
     "add_plan",
     "calibrate_",
     "data",
@@ -105,6 +109,7 @@ __all__ = [
     "fuse",
     "integer_",
     "joint_backward",
+    "joint_loss",
     "lower",
     "mixed_precision_map",
     "nn",
@@ -133,12 +138,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOMES:
+    if name not in _MODULES and name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
+    try:
+        module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        text = f'bitstrata.{name} belongs to training, which needs torch: pip install "bitstrata[train]"'
+        raise ModuleNotFoundError(text, name="torch") from None
+    if name in _MODULES:
+        return module
+    globals()[name] = value = getattr(module, name)
     return value
 
 

@@ -45,10 +45,11 @@ class Snapshot:
     def run(self, x: ArrayLike, *, floats: bool = False) -> NDArray[np.float32]:
         """Logits: float32 (N, classes), or (N, C, H, W) where the output is a map.
 
-        x: (N, C, H, W), of any memory layout. A program on pixels takes uint8; with floats=True, real pixels in [0, 1],
-        which are multiplied by 255 and rounded (any normalization is in the program). A program on codes takes floats
-        only: floats=True and real values, normalized as in training, which are rounded to the input's grid
-        (spec/numerics.md, section 5). Raises ValueError for another dtype, shape or range, and for NaN.
+        x: (N, C, H, W), of any memory layout; series may be (N, C, L) and features (N, C). A program on pixels takes
+        uint8; with floats=True, real pixels in [0, 1], which are multiplied by 255 and rounded (any normalization is in
+        the program). A program on codes takes floats only: floats=True and real values, normalized as in training,
+        which are rounded to the input's grid (spec/numerics.md, section 5). Raises ValueError for another dtype, shape
+        or range, and for NaN.
         """
         scale = self.plan.values[self.plan.output].scale
         return (self.run_raw(x, floats=floats) * np.float64(scale if scale is not None else 1.0)).astype(np.float32)
@@ -71,6 +72,7 @@ class Snapshot:
         except (ValueError, TypeError) as error:
             raise ValueError(f"run: input is no array: {error}") from error
         shape = tuple(self.program.input_shape)
+        array = as_maps(array, shape)
         if array.ndim != 4 or array.shape[1:] != shape:
             expected = f"(N, {', '.join(map(str, shape))})"
             raise ValueError(f"run: input must be {expected}, is {array.shape}{_hint(array.shape, shape)}")
@@ -97,6 +99,14 @@ class Snapshot:
         else:
             codes = np.rint(x / self.plan.input_step - np.asarray(self.plan.input_offset))
         return np.ascontiguousarray(np.clip(codes, value.lo, value.hi), dtype=DTYPES[value.dtype])
+
+
+def as_maps(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Series (N, C, L) and features (N, C) as the maps (N, C, 1, L) and (N, C, 1, 1) that programs hold."""
+    channels, height, width = shape
+    series = array.ndim == 3 and height == 1 and array.shape[1:] == (channels, width)
+    features = array.ndim == 2 and height == width == 1 and array.shape[1] == channels
+    return array.reshape(len(array), *shape) if series or features else array
 
 
 def _hint(given: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
 from bitstrata import report  # noqa: E402
+from bitstrata.cli import main  # noqa: E402
 from bitstrata.quantizers import registry  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -99,3 +102,31 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert {file.name for file in (tmp_path / "runs" / "digits").iterdir()} == {
         "train.ckpt", "train.1.ckpt", "train.best.ckpt", "train.layers.json", "metrics.jsonl"
     }  # fmt: skip
+
+
+def test_first_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    text = (DOCS / "first-model.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for kind, source in re.findall(r"```(python|bash)\n(.*?)```", text, flags=re.DOTALL):
+        if kind == "bash":
+            for line in source.splitlines():
+                program, *arguments = shlex.split(line)
+                assert (program, main(arguments)) == ("bitstrata", 0), capsys.readouterr().err
+        elif source.startswith("# mynet.py\n"):
+            (tmp_path / "mynet.py").write_text(source, encoding="utf-8")
+        else:
+            run(source, "first-model.md", names)
+    monkeypatch.delitem(sys.modules, "mynet")
+    printed = capsys.readouterr().out
+    accuracy = float(re.findall(r"^2 bits: (.*)$", printed, flags=re.MULTILINE)[-1])
+    assert accuracy > 0.7  # ten classes
+    assert "verified layer by layer: ok" in printed
+    assert (tmp_path / "mine.strata" / "manifest.json").is_file()
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (DOCS / target).exists(), f"{page.name}: {target}"

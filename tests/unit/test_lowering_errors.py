@@ -43,7 +43,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, nn.Module],
     "sigmoid": (
         lambda b, x: torch.sigmoid(x),
         {},
-        r"'sigmoid' in module 'block' has no integer form; replace it by one",
+        r"'sigmoid' in module 'block' has no integer form; use nn.ReLU",
     ),
     "method": (lambda b, x: x.tanh(), {}, r"'tanh' in module 'block' has no integer form"),
     "module": (lambda b, x: b.act(x), {"act": nn.SiLU()}, r"module 'block\.act' of type SiLU has no integer form"),
@@ -71,7 +71,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, nn.Module],
     "divisor": (lambda b, x: F.avg_pool2d(x, 2, divisor_override=3), {}, r"divisor_override=3 is not supported"),
     "adaptive": (lambda b, x: F.adaptive_avg_pool2d(x, 4), {}, r"pools 6x6 to 4x4: windows of several sizes; choose"),
     "max pool dilation": (lambda b, x: b.pool(x), {"pool": nn.MaxPool2d(2, dilation=2)}, r"max pooling with dilation"),
-    "adaptive max": (lambda b, x: F.adaptive_max_pool2d(x, 2), {}, r"'adaptive_max_pool2d' .* has no integer form"),
+    "adaptive max": (lambda b, x: F.adaptive_max_pool2d(x, 4), {}, r"pools 6x6 to 4x4: windows of several sizes"),
+    "sorting": (lambda b, x: x.sort(1)[0], {}, r"'sort' .* has no integer form; replace it by one of: convolution"),
     "mean of rows": (
         lambda b, x: x.mean(2, keepdim=True),
         {},
@@ -95,7 +96,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, nn.Module],
     "normalization in float": (
         lambda b, x: b.bn(b.conv(x)),
         {"conv": nn.Conv2d(4, 4, 1, padding_mode="circular"), "bn": nn.BatchNorm2d(4)},
-        r"Conv2d 'block\.conv' is in float; quantize it \(summary",
+        r"Conv2d 'block\.conv' is in float; quantize it \(padding_mode 'circular' has no quantized form",
     ),
     "layer norm": (
         lambda b, x: b.norm(x),
@@ -201,6 +202,9 @@ class TwoInputs(nn.Module):
 def test_two_inputs() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = bs.quantize_(TwoInputs(), STRATA, (x, x))
+    for p in bs.precisions(model):
+        with bs.precision(model, p):
+            model(x, x)
     with pytest.raises(LowerError, match=r"must take one input tensor, TwoInputs.forward uses 2 \('left', 'right'\)"):
         bs.lower(model, x)
 
@@ -246,7 +250,7 @@ def test_float_activations() -> None:
 @pytest.mark.parametrize(
     ("recipe", "keep", "message"),
     [
-        (bs.recipes.strata(w=(1, 2), edges="float"), None, r"Conv2d '0' is in float; quantize it \(summary\(model\)"),
+        (bs.recipes.strata(w=(1, 2), edges="float"), None, r"Conv2d '0' is in float; .*kept in float by the recipe"),
         (STRATA, lambda name, layer: name != "2", r"Conv2d '2' is in float"),
     ],
 )

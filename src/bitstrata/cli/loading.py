@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitstrata import data, zoo
+from bitstrata.cli import factories
 from bitstrata.cli.common import CommandError, choose, parse_bits
 from bitstrata.cli.options import RunOptions
-from bitstrata.data import ArrayDataset, Compose, Dataset, RandomCrop, RandomHorizontalFlip, Transform
+from bitstrata.data import ArrayDataset, Compose, Dataset, FloatDataset, RandomCrop, RandomHorizontalFlip, Transform
 from bitstrata.prepare import Pixels
 from bitstrata.recipes import base as recipes
-from bitstrata.train.checkpoint import load_tensors
 
 
 def load_data(
@@ -26,18 +26,39 @@ def load_data(
     split: str,
     limit: int | None = None,
     *,
+    options: Sequence[str] = (),
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Dataset:
-    """A split of a data set, or its first `limit` images."""
-    choose(name, data.names(), "--data")
-    dataset = data.load(name, root, split, mean=mean, std=std)
+    """A split of a data set with NAME=VALUE options, by name or PACKAGE.MODULE:FUNCTION, or its first `limit` images.
+
+    mean, std: one number a channel, of pixel / 255, in place of the data set's own.
+    """
+    fields = dict(assignment("--data-set", text) for text in options)
+    if ":" in name:
+        dataset = with_statistics(factories.dataset(name, split, root, fields), mean, std)
+    else:
+        choose(name, data.names(), "--data")
+        dataset = data.load(name, root, split, mean=mean, std=std, **fields)
     return dataset if limit is None or limit >= len(dataset) else first_images(dataset, limit)
 
 
-def first_images(dataset: Dataset, count: int) -> ArrayDataset:
-    """The first `count` images, in memory."""
+def with_statistics(dataset: Dataset, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Dataset:
+    """The data set with other means and deviations of pixel / 255, where they are given."""
+    if mean is None and std is None:
+        return dataset
+    if isinstance(dataset, FloatDataset):
+        raise CommandError("--mean and --std are for pixels; these data are floats, which are not normalized")
+    return dataclasses.replace(
+        dataset, mean=dataset.mean if mean is None else mean, std=dataset.std if std is None else std
+    )
+
+
+def first_images(dataset: Dataset, count: int) -> Dataset:
+    """The first `count` images (or other inputs), in memory."""
     images, labels = dataset.batch(range(min(count, len(dataset))))
+    if isinstance(dataset, FloatDataset):
+        return dataclasses.replace(dataset, inputs=images, labels=labels)
     return ArrayDataset(
         images=images,
         labels=labels,
@@ -48,54 +69,44 @@ def first_images(dataset: Dataset, count: int) -> ArrayDataset:
     )
 
 
-def augmentation(name: str, dataset: Dataset) -> Transform | None:
-    """The customary augmentation: crop and flip for CIFAR, a one-pixel shift for digits, two pixels for MNIST."""
-    size = dataset.shape[1:]
-    if name in ("cifar10", "cifar100"):
-        return Compose((RandomCrop(size, 4), RandomHorizontalFlip()))
-    if name in ("digits", "mnist", "fashion_mnist"):
-        return RandomCrop(size, 1 if name == "digits" else 2)
-    return None
+def augmentation(name: str, dataset: Dataset, kind: str = "auto") -> Transform | None:
+    """The augmentation of training images.
+
+    auto: the customary one: crop and flip for CIFAR, a one-pixel shift for digits, two pixels for MNIST, none for other
+    data. crop: a shift by up to an eighth of the image. flip: left and right exchanged at random.
+    """
+    if kind == "auto":
+        kind = {"cifar10": "crop-flip", "cifar100": "crop-flip"}.get(name, "none")
+        if name in ("digits", "mnist", "fashion_mnist"):
+            return RandomCrop(_size(dataset), 1 if name == "digits" else 2)
+    if kind == "none":
+        return None
+    if isinstance(dataset, FloatDataset):
+        raise CommandError(f"--augment {kind}: these data are no images; augment them in a loop of your own")
+    height, width = _size(dataset)
+    parts: list[Transform] = []
+    if "crop" in kind:
+        parts.append(RandomCrop((height, width), max(1, max(height, width) // 8)))
+    if "flip" in kind:
+        parts.append(RandomHorizontalFlip())
+    return Compose(parts)
+
+
+def _size(dataset: Dataset) -> tuple[int, int]:
+    _, height, width = dataset.shape
+    return height, width
 
 
 def make_model(name: str, dataset: Dataset, options: Sequence[str] = ()) -> nn.Module:
     """A network of the zoo with NAME=VALUE options, or PACKAGE.MODULE:FACTORY called with them."""
     fields = dict(assignment("--model-set", text) for text in options)
     if ":" in name:
-        return _from_factory(name, fields)
+        return factories.network(name, fields)
     choose(name, zoo.names(), "--model")
     try:
         return zoo.create(name, classes=len(dataset.classes), in_channels=dataset.shape[0], **fields)
     except (TypeError, ValueError) as error:
         raise CommandError(f"--model {name}: {error}") from error
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a float checkpoint into `model`: safetensors, or a state dict (bare, or under "state_dict" or "model").
-
-    A "module." prefix, left by data-parallel training, is stripped. Raises CommandError naming missing, unexpected
-    and misshapen entries.
-    """
-    state = _strip_prefix(_read_state(path))
-    wanted = model.state_dict()
-    problems = []
-    # A counter of batches seen decides nothing at inference, and old checkpoints lack it.
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    if missing:
-        problems.append(f"missing {_some(missing)}")
-    if unexpected:
-        problems.append(f"unexpected {_some(unexpected)}")
-    if shapes:
-        key = shapes[0]
-        problems.append(
-            f"{len(shapes)} of another shape, such as {key}: {tuple(state[key].shape)} in the file, "
-            f"{tuple(wanted[key].shape)} in the network"
-        )
-    if problems:
-        raise CommandError(f"{path} does not fit the network: {'; '.join(problems)}")
-    model.load_state_dict({**wanted, **state})
 
 
 def make_recipe(options: RunOptions) -> recipes.Recipe:
@@ -137,7 +148,7 @@ def _widths(recipe: str, parameters: Mapping[str, inspect.Parameter], text: str)
 
 def input_grid(recipe: recipes.Recipe, dataset: Dataset) -> Pixels | None:
     """uint8 pixels as input codes, where the recipe quantizes what the first layer reads."""
-    if recipe.activation is None or recipe.edges == "float" or recipe.integers:
+    if recipe.activation is None or recipe.edges == "float" or recipe.integers or isinstance(dataset, FloatDataset):
         return None
     return Pixels(mean=dataset.mean, std=dataset.std)
 
@@ -151,49 +162,3 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, None if value == "None" else value
-
-
-def _from_factory(name: str, fields: Mapping[str, Any]) -> nn.Module:
-    module, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise CommandError(f"--model {name!r}: {error}") from error
-    try:
-        model = factory(**fields)
-    except TypeError as error:
-        raise CommandError(f"--model {name!r}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"--model {name!r}: returned {type(model).__name__}, expected a torch.nn.Module")
-    return model
-
-
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise CommandError(f"checkpoint {path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CommandError(f"checkpoint {path}: {error}") from error
-    loaded = load_tensors(path)
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CommandError(f"checkpoint {path}: holds no state dict of tensors")
-    return loaded
-
-
-def _strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    if state and all(key.startswith(prefix) for key in state):
-        return {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
-
-
-def _some(keys: list[str], limit: int = 3) -> str:
-    rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + rest

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bitstrata_runtime as runtime
-from bitstrata.data import Dataset
+from bitstrata.data import Dataset, FloatDataset
 from bitstrata.lowering import double_copy
 from bitstrata.prepare import precision
 
@@ -36,13 +36,15 @@ def isa_in_use(session: runtime.Session, isa: str | None) -> str:
 
 
 def images_of(dataset: Dataset, batch: int = BATCH) -> Iterator[Tensor]:
-    """uint8 images of a data set, (batch, C, H, W) at a time."""
+    """Inputs of a data set, such as uint8 images (batch, C, H, W), a batch at a time."""
     for start in range(0, len(dataset), batch):
         yield dataset.batch(range(start, min(start + batch, len(dataset))))[0]
 
 
 def normalized64(images: Tensor, dataset: Dataset) -> Tensor:
-    """(pixel / 255 - mean) / std in float64."""
+    """(pixel / 255 - mean) / std in float64; inputs that are no pixels as they are."""
+    if isinstance(dataset, FloatDataset):
+        return images.double()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     return (images.double() / 255 - mean) / std
 

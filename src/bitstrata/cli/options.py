@@ -20,9 +20,15 @@ class RunOptions:
     """Data, precisions and the joint training stage."""
 
     data: str = "cifar10"
-    """Data set by name."""
+    """Data set by name, or PACKAGE.MODULE:FUNCTION of your own, called with "train" or "test" (and root= if given),
+    which returns (image, label) pairs such as a torch Dataset, two arrays, or a bitstrata.data.Dataset."""
     root: Path | None = None
     """Directory that holds the data set's files; digits needs none."""
+    data_set: tuple[str, ...] = ()
+    """Options of the data set, as NAME=VALUE, such as size=64 test_fraction=0.2 for folder."""
+    augment: Literal["auto", "none", "crop", "flip", "crop-flip"] = "auto"
+    """Augmentation of training images: auto is customary for the data sets with names, and none for your own; crop
+    shifts by up to an eighth of the image, flip exchanges left and right."""
     bits: str | None = None
     """Weight bit-widths to train together, ascending, by default the recipe's own; the widest is stored, the others
     are its first bit-planes."""
@@ -49,6 +55,8 @@ class RunOptions:
     them, in place of the options here; epochs and batch size are still those of the options."""
     batch_size: int = 128
     """Images a step."""
+    artifact: bool = True
+    """Refuse, before training, a network that has no integer program; --no-artifact trains and evaluates it."""
     distill: bool = True
     """Distil as the recipe does; --no-distill leaves it out."""
     sampling: Literal["all", "sandwich", "pair"] | None = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import bitstrata as bs
 import bitstrata_runtime as runtime
-from bitstrata.cli import loading, measure
+from bitstrata.cli import factories, loading, measure
 from bitstrata.cli.common import (
     CommandError,
     bytes_of,
@@ -37,8 +37,9 @@ from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.saved import FROZEN
 from bitstrata.cli.train import Train
+from bitstrata.cli.weights import load_weights
 from bitstrata.data import Dataset, Loader
-from bitstrata.lowering import LowerError
+from bitstrata.lowering import LowerError, UnsupportedError
 from bitstrata.objectives import warm_start_
 from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain, quiet, reporter
@@ -67,14 +68,14 @@ class Run:
 
     @property
     def example(self) -> Tensor:
-        """One normalized test image, (1, C, H, W)."""
+        """One test input as the network takes it, such as a normalized image (1, C, H, W)."""
         return Loader(self.test, 1, train=False).batch(0, 0)[0]
 
     def loader(self, train: bool) -> Loader:
         """Batches of the training set (augmented, permuted) or of the test set."""
         if not train:
             return Loader(self.test, measure.BATCH, train=False)
-        transform = loading.augmentation(self.options.data, self.train)
+        transform = loading.augmentation(self.options.data, self.train, self.options.augment)
         return Loader(
             self.train,
             self.options.batch_size,
@@ -101,7 +102,9 @@ def train_from_scratch(options: Train, out: Path) -> None:
         return
     seed_all(options.seed)
     model = loading.make_model(options.model, run.train, options.model_set)
+    factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
     bs.float_form_(model, loading.make_recipe(options), run.example)
+    refuse_unsupported(run, model)
     claim(run)
     finish(run, model, float_stage(run, model, options))
 
@@ -114,7 +117,9 @@ def quantize_checkpoint(options: Quantize, out: Path) -> None:
         return
     seed_all(options.seed)
     model = loading.make_model(options.model, run.train, options.model_set)
-    loading.load_weights(model, options.checkpoint)
+    load_weights(model, options.checkpoint, options.entry)
+    factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
+    refuse_unsupported(run, model)
     claim(run)
     accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
     if first_process():
@@ -140,8 +145,12 @@ def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None
                 print(f"{out} is complete; --fresh starts over")
                 print_results(output(), read_json(out / "results.json"))
             return None
-    train = loading.load_data(options.data, options.root, "train", options.train_limit, **statistics)
-    test = loading.load_data(options.data, options.root, "test", options.test_limit, **statistics)
+    train, test = (
+        loading.load_data(options.data, options.root, split, limit, options=options.data_set, **statistics)
+        for split, limit in (("train", options.train_limit), ("test", options.test_limit))
+    )
+    check_splits(options.data, train, test)
+    loading.augmentation(options.data, train, options.augment)
     if options.threads:
         torch.set_num_threads(options.threads)
     return Run(options, out, bits, train, test)
@@ -155,6 +164,38 @@ def check(options: RunOptions) -> tuple[int, ...]:
     if isinstance(options, Train):
         float_config(options)
     return recipe.precisions
+
+
+def check_splits(name: str, train: Dataset, test: Dataset) -> None:
+    """Raise CommandError if the test set is not of the training set's kind."""
+    if train.shape != test.shape or type(train) is not type(test):
+        kinds = ", ".join(f"{type(data).__name__} of shape {data.shape}" for data in (train, test))
+        raise CommandError(f"--data {name}: training and test set differ: {kinds}")
+    largest = int(test.labels.max())
+    if largest >= len(train.classes):
+        known = f"0..{len(train.classes) - 1}"
+        raise CommandError(f"--data {name}: the test set has label {largest}, the training set {known}")
+
+
+def refuse_unsupported(run: Run, model: nn.Module) -> None:
+    """Raise CommandError naming every operation of a network that has no integer form, unless --no-artifact is given.
+
+    What the recipe itself leaves in float is no reason: such a run evaluates, and says that it has no artifact.
+    """
+    if not run.options.artifact:
+        return
+    recipe = loading.make_recipe(run.options)
+    trial = copy.deepcopy(model)
+    few = Loader(run.train, min(8, len(run.train)), train=True, seed=run.options.seed, prefetch=False).batch(0, 0)[0]
+    bs.quantize_(trial, recipe, run.example, input=loading.input_grid(recipe, run.train))
+    if not recipe.integers:
+        bs.calibrate_(trial, [few])
+    try:
+        bs.lower(bs.freeze_(trial, [few]) if recipe.integers else trial, run.example)
+    except UnsupportedError as error:
+        raise CommandError(f"{error} (--no-artifact trains and evaluates it all the same)") from error
+    except LowerError:
+        return  # a matter of the recipe, or of numbers, which training changes
 
 
 def claim(run: Run) -> None:

@@ -20,9 +20,13 @@ class Quantize(RunOptions):
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Float weights: a .safetensors file, or a .pt/.pth file holding a state dict (read without running code)."""
+    """Float weights: a .safetensors file, or a .pt/.pth file with a state dict in any usual wrapping (read without
+    running code)."""
+    entry: str | None = None
+    """Entry of the .pt file that holds the state dict, such as ema; found by itself where there is only one."""
     model: str = "resnet20"
-    """Network: a name of the zoo, or PACKAGE.MODULE:FACTORY, called without arguments."""
+    """Network: a name of the zoo, or PACKAGE.MODULE:FACTORY of your own (also from the current directory), called with
+    the options of --model-set."""
     mean: str | None = None
     """Pixel mean per channel that the network was trained with, in [0, 1], as 0.49,0.48,0.45; default the data's."""
     std: str | None = None

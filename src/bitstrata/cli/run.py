@@ -22,7 +22,8 @@ class Run:
     artifact: Annotated[Path, tyro.conf.Positional]
     """Artifact directory."""
     input: Path
-    """A .npy array, (C, H, W) or (N, C, H, W), uint8 pixels; or an image file (needs Pillow)."""
+    """A .npy array, (C, H, W) or (N, C, H, W), uint8 pixels or what else the program reads, such as series (N, C, L)
+    and features (N, C); or an image file (needs Pillow)."""
     bits: str
     """Precision to run at: a number, or the name of a plan."""
     top: int = 5
@@ -30,7 +31,7 @@ class Run:
     output: Path | None = None
     """Write the logits, float32 (N, classes), to this .npy file instead of printing."""
     floats: bool = False
-    """The array holds floats, for programs whose input is not pixels."""
+    """The array holds floats in [0, 1] in place of uint8 pixels; programs that read no pixels take floats anyway."""
     executor: Literal["engine", "reference", "oracle"] | None = None
     """The compiled engine, the slow reference, or the reference by matrix products; default what is there."""
     isa: str | None = None
@@ -45,7 +46,7 @@ class Run:
         bits: Any = int(self.bits) if self.bits.isdecimal() else self.bits
         session = runtime.load(self.artifact, bits=bits, executor=self.executor, isa=self.isa, threads=self.threads)
         array = read_input(self.input, session.program.input_shape)
-        logits = session.run(array, floats=True) if self.floats else session.run(array)
+        logits = session.run(array, floats=self.floats or session.program.input_kind != "pixels")
         if self.output is not None:
             import numpy as np
 
@@ -68,9 +69,12 @@ def read_input(path: Path, shape: tuple[int, int, int]) -> NDArray[Any]:
     """An array (N, C, H, W) from a file; CommandError if it does not fit the program's (C, H, W)."""
     import numpy as np
 
+    from bitstrata_runtime.snapshot import as_maps
+
     if not path.is_file():
         raise CommandError(f"--input {path}: no such file")
     array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_image(path, shape[0])
+    array = as_maps(array, shape)
     array = array[np.newaxis] if array.ndim == 3 else array
     if array.ndim != 4 or array.shape[1:] != tuple(shape):
         raise CommandError(f"--input {path}: shape {array.shape}, the program reads (N, {', '.join(map(str, shape))})")

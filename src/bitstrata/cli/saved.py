@@ -14,7 +14,7 @@ from bitstrata.cli.common import CommandError, parse_floats, read_json
 from bitstrata.cli.options import RunOptions
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.train import Train
-from bitstrata.data import Dataset, normalize
+from bitstrata.data import Dataset
 from bitstrata.train import checkpoint
 
 FROZEN = "frozen.ckpt"
@@ -45,7 +45,9 @@ class SavedRun:
     def data(self, split: str = "test") -> Dataset:
         """A split as the run used it."""
         limit = self.options.train_limit if split == "train" else self.options.test_limit
-        return loading.load_data(self.options.data, self.root, split, limit, **self._statistics)
+        return loading.load_data(
+            self.options.data, self.root, split, limit, options=self.options.data_set, **self._statistics
+        )
 
     def model(self, dataset: Dataset, stage: Stage = "joint") -> nn.Module:
         """The network at the end of a stage (or at its last checkpoint), in evaluation mode."""
@@ -66,8 +68,8 @@ class SavedRun:
 
 
 def example_of(dataset: Dataset) -> Tensor:
-    """The first image, normalized, (1, C, H, W)."""
-    return normalize(dataset.batch([0])[0], dataset.mean, dataset.std)
+    """The first input as the network takes it, such as (1, C, H, W)."""
+    return dataset.normalized(dataset.batch([0])[0])
 
 
 def read_options(path: Path) -> RunOptions:
@@ -82,6 +84,6 @@ def read_options(path: Path) -> RunOptions:
     values: dict[str, Any] = {
         name: Path(value) if name in paths and value is not None else value for name, value in saved.items()
     }
-    for name in ("set", "model_set"):
+    for name in ("set", "model_set", "data_set"):
         values[name] = tuple(values.get(name, ()))
     return kind(**values)

@@ -5,16 +5,17 @@
     for images, labels in loader.epoch(0): ...
 
 Sequences and graphs have readers of their own, by function: `read_characters`, `read_ett`, `read_jodie`,
-`read_parallel`.
+`read_parallel`. `from_pairs` takes a user's own (input, label) pairs.
 
-Reading order: dataset, then the sources (digits, cifar, idx, folder), registry, transforms, loader; lines, then text,
-timeseries, interactions, parallel.
+Reading order: dataset, then the sources (digits, cifar, idx, folder, own), registry, transforms, loader; lines, then
+text, timeseries, interactions, parallel.
 """
 
 from .dataset import ArrayDataset, DataError, Dataset
 from .folder import FolderDataset
 from .interactions import Interactions, ranking, read_jodie, synthetic_interactions, write_jodie
 from .loader import Loader
+from .own import FloatDataset, from_pairs
 from .parallel import ParallelCorpus, WordVocabulary, bleu, read_parallel
 from .registry import Source, get, load, names
 from .text import CharacterText, read_characters
@@ -38,6 +39,7 @@ __all__ = [
     "Compose",
     "DataError",
     "Dataset",
+    "FloatDataset",
     "FolderDataset",
     "Interactions",
     "Loader",
@@ -52,6 +54,7 @@ __all__ = [
     "Transform",
     "WordVocabulary",
     "bleu",
+    "from_pairs",
     "get",
     "load",
     "names",

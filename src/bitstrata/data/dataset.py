@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .transforms import normalize
+
 Indices = Tensor | NDArray[np.integer[Any]] | Sequence[int]
 
 
@@ -56,12 +58,16 @@ class Dataset(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of every image; other inputs than images may have (C, L) or (F,)."""
 
     @abc.abstractmethod
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, C, H, W) and labels int64 (B,) at `indices`, in their order; IndexError beyond the end."""
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """What a network takes: (pixel / 255 - mean) / std a channel, float32 (B, C, H, W)."""
+        return normalize(images, self.mean, self.std)
 
     def __len__(self) -> int:
         return len(self.labels)

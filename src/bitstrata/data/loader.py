@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from .dataset import Dataset
-from .transforms import Part, Transform, normalize
+from .transforms import Part, Transform
 
 Batch = tuple[Tensor, Tensor]
 _AHEAD = 2  # batches prepared before they are asked for
@@ -21,7 +21,7 @@ _ORDER, _AUGMENT = 0, 1  # separate random streams
 
 
 class Loader:
-    """Batches of a data set: float32 normalized (B, C, H, W) and int64 labels (B,).
+    """Batches of a data set: float32 normalized (B, C, H, W), or floats as they are, and int64 labels (B,).
 
     train: True permutes each epoch, with randomness from (seed, epoch); False keeps the data set's order.
     transform: applied to the uint8 batch, with randomness from (seed, epoch, step).
@@ -152,7 +152,7 @@ class Loader:
         else:
             images, labels = self.dataset.batch(indices)
             images, labels = self.transform(images, generator)[mine], labels[mine]
-        return normalize(images, self.dataset.mean, self.dataset.std), labels
+        return self.dataset.normalized(images), labels
 
     def _generator(self, stream: int, *position: int) -> Generator:
         # Seeds that differ in one number give unrelated streams only after hashing.

@@ -1,6 +1,6 @@
 """lower: from a trained model to an integer-only program; pack: from a program to an artifact."""
 
-from .errors import LowerError
+from .errors import LowerError, UnsupportedError
 from .factors import program_factors
 from .lower import lower
 from .plans import add_plan, reestimated
@@ -10,6 +10,7 @@ from .write import pack
 
 __all__ = [
     "LowerError",
+    "UnsupportedError",
     "add_plan",
     "double_copy",
     "lower",

@@ -148,6 +148,7 @@ def deployed(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     Raises:
         LowerError: a layer that is not frozen, has no integer program, saw zeros only, or pads with something else.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     integer = {name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
     if not integer:
         return model

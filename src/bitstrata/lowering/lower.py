@@ -16,19 +16,17 @@ from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import OwnLayer
 from ..prepare.observe import BATCH_NORMS
 from ..prepare.precision import precisions as all_precisions
+from ..prepare.swap import SKIPPED
 from ..prepare.wrapped import is_sharded, unwrapped
 from ..quantizers.pixels import PixelInput
+from . import advice
 from .assemble import assemble, prove
 from .builder import Builder, Real
-from .errors import LowerError
+from .errors import LowerError, NoFormError, UnsupportedError
 from .frozen import ShiftedLayer, deployed, shift_name
-from .ops import FUNCTIONS, METHODS, MODULES, Context, as_map, pool_window
-from .trace import Traced, trace, where
-
-SUPPORTED = (
-    "convolution, linear, batch normalization, ReLU or clamp, add, max or average pooling, strided slice, zero "
-    "padding, flatten"
-)
+from .ops import FUNCTIONS, METHODS, MODULES, Context, as_map, name_of, pool_window
+from .problems import Problems
+from .trace import Traced, function_of, trace, where
 
 
 def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = None) -> Program:
@@ -46,7 +44,8 @@ def lower(model: nn.Module, example: Tensor, precisions: Iterable[int] | None = 
             own_edges, codes that are no upper bits of the widest) has a program for one precision at a time.
 
     Raises:
-        LowerError: an operation outside the integer set, a layer left in float, parameters that are not finite, a step
+        UnsupportedError: operations outside the integer set, all of them, each with what to put in its place.
+        LowerError: a layer left in float, parameters that are not finite, a step
             that was never set, or an accumulator that may overflow.
     """
     if not isinstance(example, Tensor):
@@ -88,6 +87,7 @@ def _served(model: nn.Module, wanted: Iterable[int] | None) -> tuple[int, ...]:
 def _walk(ctx: Context, traced: Traced) -> str:
     """Add every node that depends on the input; returns the name of the output value."""
     env: dict[fx.Node, Real] = {}
+    problems = Problems()
     _find_folds(ctx, traced)
 
     def known(node: fx.Node) -> Any:
@@ -101,12 +101,17 @@ def _walk(ctx: Context, traced: Traced) -> str:
             if node.users:
                 env[node] = Real(ctx.builder.emit("input", "input", ()), "input", ctx.shape(node))
         elif node.op == "output":
+            problems.raise_if_any()
             result = value(node.args[0])
             if not isinstance(result, Real):
                 raise LowerError(f"lower: the model must return one tensor, it returns a {type(result).__name__}")
             return ctx.builder.fixed(result, "the model's output", name="logits").base
         elif _is_tensor(ctx.values[node]) and any(n in env for n in node.all_input_nodes):
-            env[node] = _lower_node(ctx, traced.model, node, value(node.args), value(node.kwargs))
+            try:
+                env[node] = _lower_node(ctx, traced.model, node, value(node.args), value(node.kwargs))
+            except LowerError as error:  # go on, so that all operations without a form are named at once
+                problems.add(node, error)
+                env[node] = Real(name_of(node, "unsupported"), "fixed", problems.shape(node, ctx.values[node]))
     raise LowerError("lower: the model returns nothing")
 
 
@@ -139,18 +144,21 @@ def _lower_node(ctx: Context, model: nn.Module, node: fx.Node, args: tuple[Any, 
     if node.op == "call_module":
         inputs = [*args, *kwargs.values()]
         if len(inputs) != 1:
-            raise LowerError(
-                f"lower: {where(node)} takes {len(inputs)} inputs; only modules of one input are supported"
+            raise UnsupportedError(
+                [f"{where(node)} takes {len(inputs)} inputs; only modules of one input are supported"]
             )
         return _lower_module(ctx, str(node.target), model.get_submodule(str(node.target)), node, inputs[0])
     table: dict[Any, Any] = FUNCTIONS if node.op == "call_function" else METHODS
     handler = table.get(node.target)
     if handler is None:
-        raise LowerError(f"lower: {where(node)} has no integer form; replace it by one of: {SUPPORTED}")
+        tensors = sum(isinstance(x, Real) for x in (*args, *kwargs.values()))
+        raise NoFormError(f"{where(node)} has no integer form; {advice.for_function(function_of(node), tensors)}")
     try:
         return handler(ctx, node, *args, **kwargs)
     except TypeError as error:
-        raise LowerError(f"lower: the arguments of {where(node)} are not supported: {error}") from error
+        raise UnsupportedError([f"the arguments of {where(node)} are not supported: {error}"]) from error
+    except LowerError as error:
+        raise UnsupportedError([str(error).removeprefix("lower: ")]) from error
 
 
 def _lower_module(ctx: Context, name: str, module: nn.Module, node: fx.Node, x: Real) -> Real:
@@ -160,15 +168,20 @@ def _lower_module(ctx: Context, name: str, module: nn.Module, node: fx.Node, x: 
         return _lower_norm(ctx, name, module, x)
     handler = MODULES.get(type(module))
     if handler is not None:
-        return handler(ctx, node, module, x)
+        try:
+            return handler(ctx, node, module, x)
+        except LowerError as error:
+            raise UnsupportedError([str(error).removeprefix("lower: ")]) from error
     kind = type(module).__name__
-    if isinstance(module, tuple(FORMS)):
-        raise LowerError(f"lower: {kind} {name!r} is in float; quantize it (summary(model) tells why it was left out)")
+    if type(module) in FORMS:
+        why = getattr(module, SKIPPED, None)
+        text = f"{kind} {name!r} is in float; quantize it ({why or 'summary(model) tells why it was left out'})"
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            raise NoFormError(text)
+        raise LowerError(f"lower: {text}")
     if isinstance(module, BATCH_NORMS):
         raise LowerError(f"lower: {kind} {name!r} follows a layer in float; quantize that layer too")
-    raise LowerError(
-        f"lower: module {name!r} of type {kind} has no integer form; leave it out, or replace it by one of: {SUPPORTED}"
-    )
+    raise NoFormError(f"module {name!r} of type {kind} has no integer form; {advice.for_module(module)}")
 
 
 def _lower_layer(ctx: Context, name: str, layer: QuantizedLayer, node: fx.Node, x: Real) -> Real:
@@ -178,8 +191,8 @@ def _lower_layer(ctx: Context, name: str, layer: QuantizedLayer, node: fx.Node, 
         )
     rank = len(ctx.values[node.all_input_nodes[0]])
     if isinstance(layer, nn.Linear) and rank != 1:
-        raise LowerError(
-            f"lower: linear layer {name!r} reads {rank + 1} dimensions; only (N, features) is supported: flatten first"
+        raise UnsupportedError(
+            [f"linear layer {name!r} reads {rank + 1} dimensions; only (N, features) is supported: flatten first"]
         )
     if isinstance(layer.act_quant, PixelInput) and x.kind != "input":
         raise LowerError(f"lower: layer {name!r} expects the network's pixels, but reads the value {x.base!r}")

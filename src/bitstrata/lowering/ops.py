@@ -114,7 +114,10 @@ def clamp_max(ctx: Context, node: fx.Node, x: Real, max: float) -> Real:
     return clamp(ctx, node, x, None, max)
 
 
-@_on(F.dropout, F.dropout1d, F.dropout2d, torch.clone, "clone", "contiguous", "detach")
+@_on(
+    F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, torch.clone,
+    "clone", "contiguous", "detach",
+)  # fmt: skip
 def identity(ctx: Context, node: fx.Node, x: Real, *_args: Any, **_kwargs: Any) -> Real:
     return x
 
@@ -213,10 +216,7 @@ def max_pool(
     window = _window(ctx, node, x, kernel_size, stride, padding, ceil_mode)
     if set(_pair(ctx, node, dilation, 1)) != {1} or return_indices:
         raise LowerError(f"lower: {where(node)}: max pooling with dilation or indices is not supported")
-    source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
-    return _moved(
-        source, ctx.builder.emit(name_of(node, "maxpool"), "maxpool", (source.base,), **window), ctx.shape(node)
-    )
+    return _max_over(ctx, node, x, window)
 
 
 @_on(F.avg_pool2d, F.avg_pool1d)
@@ -244,6 +244,45 @@ def avg_pool(
 
 @_on(F.adaptive_avg_pool2d, F.adaptive_avg_pool1d)
 def adaptive_avg_pool(ctx: Context, node: fx.Node, x: Real, output_size: Any) -> Real:
+    kernel = _even_windows(ctx, node, x)
+    return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
+
+
+@_on(F.adaptive_max_pool2d, F.adaptive_max_pool1d, torch.adaptive_max_pool1d)
+def adaptive_max_pool(ctx: Context, node: fx.Node, x: Real, output_size: Any, return_indices: bool = False) -> Real:
+    if return_indices:
+        raise LowerError(f"lower: {where(node)}: max pooling with indices is not supported")
+    kernel = _even_windows(ctx, node, x)
+    return _max_over(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
+
+
+@_on(torch.amax, "amax")
+def amax(ctx: Context, node: fx.Node, x: Real, dim: Any = (), keepdim: bool = False) -> Real:
+    kernel = _all_positions(ctx, node, x, dim, "maximum")
+    return _max_over(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
+
+
+@_on(torch.mean, "mean")
+def mean(ctx: Context, node: fx.Node, x: Real, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Real:
+    kernel = _all_positions(ctx, node, x, dim, "mean")
+    return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
+
+
+def _all_positions(ctx: Context, node: fx.Node, x: Real, dim: Any, what: str) -> list[int]:
+    """The window of a reduction, which must be over all positions."""
+    rank = len(ctx.values[node.args[0]]) + 1  # type: ignore[index]
+    dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else list(dim or [])))
+    if dims != list(range(2, rank)) or not dims:
+        positions = "(2, 3) of (N, C, H, W)" if rank == 4 else "2 of (N, C, L)"
+        raise LowerError(
+            f"lower: {where(node)} takes the {what} over {dim!r}; only over all positions is supported: over "
+            f"{positions} in one call"
+        )
+    return [x.shape[1], x.shape[2]]
+
+
+def _even_windows(ctx: Context, node: fx.Node, x: Real) -> list[int]:
+    """The window of an adaptive pooling, which must be the same everywhere."""
     _, height, width = x.shape
     _, rows, columns = ctx.shape(node)
     if height % rows or width % columns:
@@ -251,18 +290,14 @@ def adaptive_avg_pool(ctx: Context, node: fx.Node, x: Real, output_size: Any) ->
             f"lower: {where(node)} pools {height}x{width} to {rows}x{columns}: windows of several sizes; choose an "
             "output size that divides the input"
         )
-    kernel = [height // rows, width // columns]
-    return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
+    return [height // rows, width // columns]
 
 
-@_on(torch.mean, "mean")
-def mean(ctx: Context, node: fx.Node, x: Real, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Real:
-    rank = len(ctx.values[node.args[0]]) + 1  # type: ignore[index]
-    dims = sorted(d % rank for d in ([dim] if isinstance(dim, int) else list(dim or [])))
-    if dims != list(range(2, rank)) or not dims:
-        raise LowerError(f"lower: {where(node)} takes the mean over {dim!r}; only over all positions is supported")
-    kernel = [x.shape[1], x.shape[2]]
-    return _average(ctx, node, x, {"kernel": kernel, "stride": kernel, "padding": [0, 0, 0, 0]})
+def _max_over(ctx: Context, node: fx.Node, x: Real, window: dict[str, Any]) -> Real:
+    source = x if x.kind == "input" else ctx.builder.fixed(x, where(node))
+    return _moved(
+        source, ctx.builder.emit(name_of(node, "maxpool"), "maxpool", (source.base,), **window), ctx.shape(node)
+    )
 
 
 def pool_window(ctx: Context, node: fx.Node, pool: nn.Module, x: Real) -> dict[str, Any]:
@@ -322,7 +357,7 @@ MODULES.update(
         nn.ZeroPad2d: lambda ctx, node, m, x: pad(ctx, node, x, m.padding),
     }
 )
-for _dropout in (nn.Dropout, nn.Dropout1d, nn.Dropout2d):
+for _dropout in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout):
     MODULES[_dropout] = lambda ctx, node, m, x: x
 for _max in (nn.MaxPool1d, nn.MaxPool2d):
     MODULES[_max] = lambda ctx, node, m, x: max_pool(
@@ -338,3 +373,5 @@ for _avg in (nn.AvgPool1d, nn.AvgPool2d):
     )
 for _adaptive in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
     MODULES[_adaptive] = lambda ctx, node, m, x: adaptive_avg_pool(ctx, node, x, m.output_size)
+for _adaptive_max in (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d):
+    MODULES[_adaptive_max] = lambda ctx, node, m, x: adaptive_max_pool(ctx, node, x, m.output_size, m.return_indices)

@@ -10,21 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn.layers import QuantizedLayer
 from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import collapse_own_
-from ..prepare.observe import BATCH_NORMS
 from ..prepare.precision import precisions, set_precision
 from .errors import LowerError
 from .frozen import deployed
 from .ready import refuse_unready
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (QuantizedLayer, PrecisionBatchNorm, *BATCH_NORMS)):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+from .tracer import SizedTracer
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,16 @@ def double_copy(model: nn.Module, served: tuple[int, ...] | None = None) -> nn.M
     if served is not None and len(served) == 1:
         collapse_own_(twin, served[0])
         set_precision(twin, served[0])
+    _rename_owners_(twin)
     return twin
+
+
+def _rename_owners_(twin: nn.Module) -> None:
+    """Normalizations name their layers as they were; inside a wrapper, such as AveragedModel, names are longer."""
+    names = {id(module): name for name, module in twin.named_modules()}
+    for module in list(twin.modules()):
+        if isinstance(module, PrecisionBatchNorm) and module.owner not in names.values():
+            module.owner = names.get(id(module.followed), module.owner)
 
 
 def module_of(node: fx.Node) -> str:
@@ -86,21 +87,18 @@ def trace(model: nn.Module, example: Tensor, served: tuple[int, ...] | None = No
     """
     twin = double_copy(model, served)
     kind = type(model).__name__
-    tracer = _Tracer()
+    shape = (2, *example.shape[1:])  # a batch of one would hide what happens to the batch dimension
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    refuse_unready(twin, precisions(twin) if served is None else served)
     try:
-        graph = tracer.trace(twin)
+        with torch.no_grad():
+            graph = SizedTracer(x.clone()).trace(twin)
     except Exception as error:
-        raise LowerError(
-            f"lower: cannot trace {kind}.forward: {error}; its control flow must not depend on the input: move "
-            "such parts out of forward, or lower the part of the model that is free of them"
-        ) from error
+        raise LowerError(_untraceable(kind, shape, error)) from error
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         names = ", ".join(repr(str(node.target)) for node in inputs)
         raise LowerError(f"lower: the model must take one input tensor, {kind}.forward uses {len(inputs)} ({names})")
-    refuse_unready(twin, precisions(twin) if served is None else served)
-    shape = (2, *example.shape[1:])  # a batch of one would hide what happens to the batch dimension
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     recorder = _Recorder(twin, graph)
     try:
         with torch.no_grad():
@@ -108,7 +106,7 @@ def trace(model: nn.Module, example: Tensor, served: tuple[int, ...] | None = No
     except LowerError:
         raise
     except Exception as error:
-        raise LowerError(f"lower: {kind} does not run on an input of shape {shape}: {_first_line(error)}") from error
+        raise LowerError(_untraceable(kind, shape, error)) from error
     if isinstance(expected, Tensor) and not torch.allclose(found, expected, equal_nan=True):
         raise LowerError(
             f"lower: the traced graph of {kind} computes something else than the model: either an in-place operation "
@@ -119,6 +117,18 @@ def trace(model: nn.Module, example: Tensor, served: tuple[int, ...] | None = No
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)  # computed, but not for the output
     return Traced(twin, graph, recorder.values)
+
+
+def _untraceable(kind: str, shape: tuple[int, ...], error: Exception) -> str:
+    if isinstance(error, fx.proxy.TraceError):
+        return (
+            f"lower: cannot trace {kind}.forward: {error}; its control flow must not depend on the input: move such "
+            "parts out of forward, or lower the part of the model that is free of them"
+        )
+    text = f"lower: {kind} does not run on an input of shape {shape}: {_first_line(error)}"
+    if "Double" in text or "double" in text:
+        text += "; lowering evaluates in float64: leave casts such as x.float() out of the forward"
+    return text
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,13 @@ def pack(
 
     Returns:
         `bitstrata_runtime.artifact.ArtifactInfo`: files, sizes, bytes a precision.
+
+    Raises:
+        TypeError: `program` is none.
+        ArtifactError: `path` exists already, or cannot be written.
     """
+    if not isinstance(program, Program):
+        raise TypeError(f"pack: program must be what lower(model, example) returns, got {type(program).__name__}")
     if provenance is not None:
         program = dataclasses.replace(program, provenance={**program.provenance, **provenance})
     return artifact.write(program, path, overwrite=overwrite)

@@ -3,6 +3,7 @@
 from .chain import ChainStage, warm_start_chain
 from .distill import DISTILLATIONS, cosine_distillation, kl_distillation
 from .joint import JointLoss, joint_backward
+from .joint_loss import joint_loss
 from .losses import LOSSES, cross_entropy, make_loss, maqd
 from .mgd import min_norm_point
 from .sampling import SAMPLINGS, PrecisionSampler
@@ -22,6 +23,7 @@ __all__ = [
     "cotrain",
     "cross_entropy",
     "joint_backward",
+    "joint_loss",
     "kl_distillation",
     "make_loss",
     "maqd",

@@ -88,6 +88,7 @@ def joint_backward(
         precision -> `JointLoss`, widest first.
 
     Raises:
+        TypeError: the model returns something else than a tensor.
         ValueError: a float model, an unknown precision, an option out of its range, or a loss without gradient.
         FloatingPointError: combine="mgd" with gradients that are not finite; no gradient has been added.
     """
@@ -169,7 +170,7 @@ class _Step:
         autocast = torch.autocast(self.inputs.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
         with autocast, self.ranks.counting():
             taught = self.guide.ask(self.inputs)
-            logits = self.model(self.inputs)
+            logits = _logits(self.model(self.inputs))
             total = self.loss(logits, self.targets)
             if self.guide.distillation is not None and taught is not None:
                 total = total + self.guide.weight * self.guide.distillation(logits, taught)
@@ -178,6 +179,15 @@ class _Step:
         detached = logits.detach()
         self.guide.learned(detached)
         return total, detached
+
+
+def _logits(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"joint_backward: the model returns a {type(output).__name__}, expected one tensor of logits; wrap it in a "
+            "network whose forward returns the logits alone"
+        )
+    return output
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """From a float model to a quantized one: quantize_, calibrate_, precision, summary, parameter groups."""
 
+from .accumulation import accumulate_
 from .calibrate import calibrate_, reestimate_batchnorm_
 from .float_form import float_form_
 from .freeze import freezable_layers, freeze_
@@ -26,6 +27,7 @@ __all__ = [
     "SavedMemory",
     "Summary",
     "SummaryRow",
+    "accumulate_",
     "calibrate_",
     "float_form_",
     "freezable_layers",

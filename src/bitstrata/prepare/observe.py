@@ -119,7 +119,7 @@ def observe(model: nn.Module, example: Any, layers: dict[str, nn.Module]) -> Tra
         with eagerly(), torch.no_grad(), evaluating(model), readers:
             model(*example) if isinstance(example, tuple | list) else model(example)
     except Exception as error:
-        error.add_note(f"quantize_: the model does not run on example_inputs, {_described(example)}")
+        error.add_note(f"quantize_: the model does not run on example_inputs, {_described(example)}{_remedy(example)}")
         raise
     finally:
         for handle in handles:
@@ -141,6 +141,19 @@ def _described(example: Any) -> str:
     return ", ".join(
         f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in given
     )
+
+
+def _remedy(example: Any) -> str:
+    """What is probably wrong with an example on which a model does not run."""
+    given = example if isinstance(example, tuple | list) else (example,)
+    first, rest = (given[0] if given else None), given[1:]
+    if not isinstance(first, Tensor):
+        return "; give torch tensors"
+    if len(rest) == 1 and isinstance(rest[0], Tensor) and not rest[0].is_floating_point():
+        return "; the second looks like labels: give the inputs alone"
+    if not first.is_floating_point():
+        return "; give floats as the model reads them, such as (pixel / 255 - mean) / std"
+    return "; the first dimension is the batch: give x[None]" if first.dim() in (1, 3) else ""
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

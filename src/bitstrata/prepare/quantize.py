@@ -19,7 +19,7 @@ from .compiled import uncompiled
 from .finite import not_finite, watched
 from .float_form import float_type, strip_float_form_
 from .integer_training import integer_
-from .observe import LayerTrace, Trace, observe
+from .observe import LayerTrace, Trace, observe, tensors_in
 from .placement import absorb_activations_
 from .precision import quantized_layers
 from .swap import SKIPPED, convert_norms, give_own_edges, replace_norms
@@ -32,6 +32,9 @@ Filter = Callable[[str, nn.Module], bool]
 class Pixels:
     """The model's input is an image normalised as (pixel/255 - mean)/std, one mean and std a channel (or one for all).
 
+    Args:
+        mean, std: numbers, or one number for all channels.
+
     With it the first layer's input code is the uint8 pixel itself.
     """
 
@@ -39,12 +42,15 @@ class Pixels:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
-        object.__setattr__(self, "std", tuple(float(s) for s in self.std))
+        for name in ("mean", "std"):
+            given: Any = getattr(self, name)
+            values = (given,) if isinstance(given, int | float) else given
+            object.__setattr__(self, name, tuple(float(value) for value in values))
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(f"Pixels: mean and std must have one entry a channel, got {self.mean} and {self.std}")
         if not all(0 <= m <= 1 for m in self.mean) or not all(s > 0 for s in self.std):
-            raise ValueError(f"Pixels: mean must lie in 0..1 and std be positive, got {self.mean} and {self.std}")
+            hint = "; they are of pixel / 255" if max(map(abs, (*self.mean, *self.std))) > 1 else ""
+            raise ValueError(f"Pixels: mean must lie in 0..1 and std be positive, got {self.mean} and {self.std}{hint}")
 
     def for_channels(self, channels: int, layer: str) -> Mapping[str, tuple[float, ...]]:
         """Options of the pixel grid for a layer that reads `channels` channels or flattened features."""
@@ -59,6 +65,22 @@ class Pixels:
             "mean": tuple(m for m in self.mean for _ in range(repeat)),
             "std": tuple(s for s in self.std for _ in range(repeat)),
         }
+
+    def check(self, example: Any) -> None:
+        """Warn where the example cannot be images normalised by these numbers."""
+        x = next(tensors_in(example), None)
+        if x is None or x.dim() < 2 or not x.is_floating_point() or len(self.mean) not in (1, x.shape[1]):
+            return
+        shape = (-1, *[1] * (x.dim() - 2))
+        mean, std = (x.new_tensor(values).view(shape) for values in (self.mean, self.std))
+        pixels = (x.detach() * std + mean) * 255
+        low, high = float(pixels.min()), float(pixels.max())
+        if low < -255 or high > 510:
+            warnings.warn(
+                f"quantize_: with input=Pixels(mean={self.mean}, std={self.std}) the example stands for pixels from "
+                f"{low:.0f} to {high:.0f}, not 0 to 255: the model has to read (pixel / 255 - mean) / std",
+                stacklevel=3,
+            )
 
 
 def quantize_(
@@ -101,6 +123,8 @@ def quantize_(
         raise ValueError(f"quantize_: the model is a bare {type(model).__name__}; wrap it in nn.Sequential")
     candidates = {name: module for name, module in model.named_modules() if float_type(module) in FORMS}
     trace = observe(model, example_inputs, candidates)
+    if input is not None:
+        input.check(example_inputs)
     ran = sorted((t.order, name) for name, t in trace.layers.items() if t.calls)
     first, last = (ran[0][1], ran[-1][1]) if ran else ("", "")
     skipped = _skips(candidates, trace, filter)

@@ -175,6 +175,7 @@ class ActivationQuantizer(Quantizer):
         self.register_buffer("initialized", torch.zeros(len(keys), dtype=torch.bool))
         self.register_buffer("statistic", torch.zeros(len(keys)), persistent=False)
         self.observing = False
+        self.batches = 1  # whose gradients one step of the optimizer sums
         if isinstance(self.init, float):
             self.fix_steps_()
 
@@ -207,7 +208,7 @@ class ActivationQuantizer(Quantizer):
     def count(self, x: Tensor) -> int:
         """N of the gradient scale 1/sqrt(N Q_P): features a sample or elements a batch, at least 1."""
         if self.numel == "batch":
-            return max(joined_elements(x) if self.sync else x.numel(), 1)
+            return max((joined_elements(x) if self.sync else x.numel()) * self.batches, 1)
         return max(x.numel() // max(x.shape[0], 1), 1)
 
     def statistic_of(self, x: Tensor) -> Tensor:
