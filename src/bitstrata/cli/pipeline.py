@@ -103,8 +103,8 @@ def train_from_scratch(options: Train, out: Path) -> None:
     seed_all(options.seed)
     model = loading.make_model(options.model, run.train, options.model_set)
     factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
+    refuse_unsupported(run, model)  # before the float form, whose parametrizations a copy would share
     bs.float_form_(model, loading.make_recipe(options), run.example)
-    refuse_unsupported(run, model)
     claim(run)
     finish(run, model, float_stage(run, model, options))
 
