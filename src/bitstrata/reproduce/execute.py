@@ -72,9 +72,9 @@ class Run:
         """Training batches, with crops and mirror images where the table says so."""
         transform = None
         if self.config["data"]["augment"]:
-            side = dataset.shape[1:]
-            crop = RandomCrop(side, 4 if side[0] >= 32 else 1)
-            transform = Compose((crop, RandomHorizontalFlip())) if side[0] >= 32 else crop
+            height, width = dataset.shape[1:]
+            crop = RandomCrop((height, width), 4 if height >= 32 else 1)
+            transform = Compose((crop, RandomHorizontalFlip())) if height >= 32 else crop
         return Loader(dataset, batch_size, train=True, transform=transform, seed=self.seed, drop_last=True)
 
     def network(self, dataset: Dataset) -> nn.Module:
