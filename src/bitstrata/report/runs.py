@@ -193,6 +193,11 @@ def _label(runs: Sequence[Run]) -> str:
     return f"{prefix}, {len(runs)} {what}" if prefix else f"{runs[0].name} and {len(runs) - 1} more {what}"
 
 
+def side_file(run: Run, name: str) -> dict[str, Any] | None:
+    """An object that another command has left in the run's directory; None if it is not there or not whole."""
+    return _object(run.path / name, []) or None
+
+
 def is_number(value: object) -> bool:
     """A finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
