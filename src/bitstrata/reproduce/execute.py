@@ -19,7 +19,7 @@ from ..data import ArrayDataset, Compose, Dataset, Loader, RandomCrop, RandomHor
 from ..objectives import ascending_stages, top_then_finetune, warm_start_
 from ..prepare import Pixels, calibrate_, float_form_, quantize_
 from ..recipes import Recipe
-from ..train import TrainConfig, Trainer, checkpoint
+from ..train import TrainConfig, Trainer, checkpoint, quiet
 from .config import digest, merge, recipe_of, training
 from .metrics import measure
 
@@ -162,12 +162,13 @@ def fit(run: Run, model: nn.Module, settings: TrainConfig, train: Dataset) -> No
     scheme = run.config["scheme"]
     run.folder.mkdir(parents=True, exist_ok=True)
     if scheme == "joint":
-        Trainer(model, settings, loader, None, run.folder, name="train").fit()
+        Trainer(model, settings, loader, None, run.folder, name="train", reporter=quiet).fit()
         return
     stages = (ascending_stages if scheme == "ascending" else top_then_finetune)(model)
     for stage in stages:
         of_stage = {**asdict(settings), "precisions": (stage.precision,), "distill": None}
-        Trainer(model, TrainConfig(**of_stage), loader, None, run.folder, name=f"train-{stage.precision}").fit()
+        name = f"train-{stage.precision}"
+        Trainer(model, TrainConfig(**of_stage), loader, None, run.folder, name=name, reporter=quiet).fit()
 
 
 def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
@@ -187,8 +188,8 @@ def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
     with FolderLock(folder, wait=run.wait) as lock:
         if not lock.held:
             raise BusyError(str(folder))
-        trainer = Trainer(model, settings, run.loader(train, settings.batch_size), None, folder, name="float")
-        trainer.fit()
+        loader = run.loader(train, settings.batch_size)
+        Trainer(model, settings, loader, None, folder, name="float", reporter=quiet).fit()
     return model
 
 
