@@ -10,3 +10,6 @@ void bind_conv_norm(nanobind::module_& m);
 
 // The layer normalization.
 void bind_layer_norm(nanobind::module_& m);
+
+// Quantization-aware training on integer sums.
+void bind_qat(nanobind::module_& m);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "bitstrata/layer_kernels.h"
+#include "bitstrata/qat_kernels.h"
 
 namespace bitstrata {
 
@@ -145,6 +146,7 @@ struct Training {
                             const CodeArgs&, uint8_t* out);
 
   LayerKernels layer;  // of the layer normalization
+  QatKernels qat;      // of quantization-aware training
 };
 
 }  // namespace bitstrata

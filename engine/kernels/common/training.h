@@ -3,6 +3,7 @@
 // Like everything in this folder this is compiled once for each instruction set, in an unnamed namespace.
 #pragma once
 
+#include "qat_gradient.h"
 #include "training_gradient.h"
 #include "training_layer_norm.h"
 #include "training_pool.h"
@@ -38,6 +39,7 @@ constexpr Training kTraining = {
     l2_gradient,
     l1_gradient_codes,
     kLayerKernels,
+    kQatKernels,
 };
 
 }  // namespace

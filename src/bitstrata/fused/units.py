@@ -21,7 +21,7 @@ from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .pool import Pool
-from .values import Format, Normed, NotFiniteError, Plain, Real, Value
+from .values import Flow, Format, Normed, NotFiniteError, Real, Value, from_torch
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
@@ -32,14 +32,21 @@ class Step:
     """One pass.
 
     env: values by node. tape: what the units do in the backward pass, in forward order. gradients: of parameters, by
-    identity. statistics: normalizations with what the engine found of their batches.
+    identity. statistics: normalizations with what the engine found of their batches. wrap: makes values of torch's results.
+    real: dtype of floats; bfloat16 where torch's own operations run under autocast.
     """
 
     pool: Pool
     env: Env = field(default_factory=dict)
     tape: list[Backward] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    statistics: list[tuple[QuantizedL1BatchNorm, Any]] = field(default_factory=list)
+    statistics: list[tuple[Any, Any]] = field(default_factory=list)
+    wrap: Callable[[Tensor, Pool], Flow] = from_torch
+    real: torch.dtype = torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """For torch's own operations between units. No casts are kept: these would outlive the step's graph."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.real != torch.float32, cache_enabled=False)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to a parameter's gradient."""
@@ -307,18 +314,18 @@ class TorchOp(Unit):
 
         def argument(node: fx.Node) -> Any:
             value = step.env[node.name]
-            if isinstance(value, Value) and node.name not in leaves:
-                leaves[node.name] = _as_leaf(value)
+            if isinstance(value, Flow) and node.name not in leaves:
+                leaves[node.name] = value.as_leaf()
             leaf = leaves.get(node.name, value)
             return leaf.clone() if self.inplace and isinstance(leaf, Tensor) else leaf
 
-        with torch.enable_grad():
+        with torch.enable_grad(), step.autocast():
             args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), argument)
             result = self._call(args, kwargs)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             step.env[self.result] = result
             return
-        value = _from_torch(result, step.pool)
+        value = step.wrap(result, step.pool)
         step.env[self.result] = value
         wanting = [(step.env[name], leaf) for name, leaf in leaves.items() if leaf.requires_grad]
         if result.requires_grad:
@@ -331,60 +338,16 @@ class TorchOp(Unit):
             return getattr(args[0], self.node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _backward(self, step: Step, result: Tensor, wanting: list[tuple[Value, Tensor]], value: Value) -> None:
-        arrived = _arrived(value, result)
+    def _backward(self, step: Step, result: Tensor, wanting: list[tuple[Flow, Tensor]], value: Flow) -> None:
+        arrived = value.take_gradient(step, result)
         if arrived is not None:
             sources = [leaf for _, leaf in wanting] + [p for p in self.parameters if p.requires_grad]
             found = torch.autograd.grad(result, sources, arrived, allow_unused=True)
             for (reader, _), gradient in zip(wanting, found, strict=False):
                 if gradient is not None:
-                    _deliver(reader, gradient)
+                    reader.deliver(gradient)
             trained = [p for p in self.parameters if p.requires_grad]
             for parameter, gradient in zip(trained, found[len(wanting) :], strict=True):
                 if gradient is not None:
                     step.add(parameter, gradient)
-        if not isinstance(value, Plain):
-            value.release()
-
-
-def as_map(rows: NDArray[np.float32], shape: tuple[int, int, int, int]) -> Tensor:
-    """Rows of channels as (N, C, H, W), channels last in memory: the same memory."""
-    return torch.from_numpy(rows).view(shape).permute(0, 3, 1, 2)
-
-
-def _as_leaf(value: Value) -> Tensor:
-    if isinstance(value, Plain):
-        return value.tensor.detach().requires_grad_(value.wanted)
-    value.real()
-    value.escaped = True
-    return as_map(value.real(), value.shape).requires_grad_(value.wanted)
-
-
-def _from_torch(result: Tensor, pool: Pool) -> Value:
-    if result.dim() != 4 or result.dtype != torch.float32 or result.numel() == 0:
-        return Plain(result, pool)
-    n, c, h, w = result.shape
-    rows = result.detach().permute(0, 2, 3, 1).contiguous().view(n * h * w, c)
-    value = Real(rows.numpy(), (n, h, w, c), pool, escaped=True)
-    value.wanted = result.requires_grad
-    return value
-
-
-def _arrived(value: Value, result: Tensor) -> Tensor | None:
-    if isinstance(value, Plain):
-        return value.arrived
-    if not value.gradient:
-        return None
-    total, _ = value.gradient.total(value.pool)
-    own = as_map(total.copy(), value.shape)  # torch may keep it longer than the pool lends it
-    value.pool.give(total)
-    return own
-
-
-def _deliver(value: Value, gradient: Tensor) -> None:
-    if isinstance(value, Plain):
-        value.add_gradient(gradient)
-        return
-    rows = value.pool.take(value.rows, np.float32)
-    as_map(rows, value.shape).copy_(gradient)
-    value.gradient.append(rows)
+        value.release()

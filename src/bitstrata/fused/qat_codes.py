@@ -1,0 +1,169 @@
+"""Codes of quantization-aware layers as a fused step takes them: rules of activation quantizers, integer weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..functional.uniform import EPS
+from ..nn.layers import QuantConv2d
+from ..quantizers.base import ActivationQuantizer, Quantizer
+from ..quantizers.int8 import Int8Activation
+from ..quantizers.lsq import LSQActivation
+from ..quantizers.pact import CGPactActivation, PactActivation
+from ..quantizers.uniq import UniqActivation
+
+TINY = float(np.finfo(np.float32).tiny)  # the smallest number above 0 that no processor takes for 0
+FINEST = 9  # offsets of weight grids that are multiples of 2^-FINEST become integers
+LARGEST_SUM = 2**28  # of a convolution in codes, as the engine takes it
+QUANTIZERS = (LSQActivation, UniqActivation, PactActivation, CGPactActivation, Int8Activation)
+
+
+class NotCodesError(ValueError):
+    """A weight whose grid no small integers stand for."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An activation quantizer at its present precision and step: code = clamp(round(x / step), lo, hi).
+
+    first, last: the gradient passes where first <= x / step <= last. inner: factor of the step's gradient there.
+    scale: factor of the step's gradient. parameter: which gets it; None if nobody asks.
+    """
+
+    step: float
+    lo: int
+    hi: int
+    first: float
+    last: float
+    inner: float
+    scale: float
+    parameter: nn.Parameter | None
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        """As the engine takes it."""
+        return (self.lo, self.hi, self.first, self.last, self.inner)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the codes: numpy's int8 or uint8."""
+        return np.int8 if self.lo < 0 else np.uint8
+
+    def gradient(self, total: float) -> Tensor:
+        """The parameter's gradient from the sum over the tensor."""
+        assert self.parameter is not None
+        return torch.full_like(self.parameter, total * self.scale)
+
+
+def fusable_quantizer(quantizer: Quantizer | None) -> bool:
+    """Whether `rule_of` knows the quantizer's gradient, and its grid has code 0 for 0."""
+    return type(quantizer) in QUANTIZERS and not quantizer.shifted  # type: ignore[union-attr]
+
+
+def ready(quantizer: Quantizer) -> bool:
+    """Whether the step is set, and no calibration is going on."""
+    return isinstance(quantizer, ActivationQuantizer) and quantizer.is_initialized() and not quantizer.observing
+
+
+def rule_of(quantizer: ActivationQuantizer, shape: tuple[int, ...]) -> Rule:
+    """The rule for an input of this shape, samples first. The formulas are those of the quantizers' own classes."""
+    lo, hi = quantizer.limits()
+    size = math.prod(shape)
+    count = max(size if quantizer.numel == "batch" else size // max(shape[0], 1), 1)
+    parameter = quantizer.step
+    step = float(parameter.detach())
+    opened = isinstance(quantizer, UniqActivation | PactActivation)
+    inner, sign = 1.0, 1.0
+    if isinstance(quantizer, PactActivation):  # the parameter is the clipping level, hi steps
+        sign = -1.0 if step < 0 else 1.0
+        step, inner = abs(step) / hi, float(quantizer.gradient == "cg")
+        scale = sign / hi
+    elif isinstance(quantizer, UniqActivation):
+        scale = (count * (hi - lo)) ** -0.5
+    elif isinstance(quantizer, LSQActivation):
+        scale = (count * hi) ** -0.5
+    else:
+        scale = 1.0
+    first = (TINY if lo == 0 else float(np.nextafter(np.float32(lo), np.float32(0)))) if opened else float(lo)
+    last = float(np.nextafter(np.float32(hi), np.float32(0))) if opened else float(hi)
+    smallest = EPS / hi if isinstance(quantizer, PactActivation) else EPS
+    wanted = parameter if parameter.requires_grad else None
+    return Rule(step if math.isnan(step) else max(step, smallest), lo, hi, first, last, inner, scale, wanted)
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A quantized weight as integers: value = unit * integer, unit (channels,) float64.
+
+    integers: int32. high, low: integer = high * 2 + low, or high alone where low is None. quantized: the
+    fake-quantized weight, with gradient.
+    """
+
+    unit: NDArray[np.float64]
+    integers: Tensor
+    high: NDArray[np.int8]
+    low: NDArray[np.int8] | None
+    quantized: Tensor
+
+
+def integer_weight(layer: QuantConv2d) -> IntegerWeight:
+    """The weight at the present precision.
+
+    Raises:
+        NotCodesError: the grid's offset is not one number, no multiple of 2^-9, or integers beyond -256..255.
+    """
+    with torch.enable_grad():
+        quantized = layer.quantized_weight()
+    grid, codes = layer.weight_grid(), layer.weight_codes()
+    offset = torch.as_tensor(grid.offset).detach()
+    if offset.numel() != 1:
+        raise NotCodesError(f"its weight grid has {offset.numel()} offsets, which must be one")
+    shift = next((k for k in range(FINEST + 1) if (float(offset) * 2**k).is_integer()), None)
+    if shift is None:
+        raise NotCodesError(f"its weight grid's offset {float(offset)} is no multiple of 2^-{FINEST}")
+    if not -256 <= (grid.lo + float(offset)) * 2**shift <= (grid.hi + float(offset)) * 2**shift <= 255:
+        raise NotCodesError(f"its weight codes times 2^{shift}, with offset {float(offset)}, do not fit into 9 bits")
+    integers = (codes << shift) + round(float(offset) * 2**shift)
+    narrow = (grid.lo + float(offset)) * 2**shift >= -128 and (grid.hi + float(offset)) * 2**shift <= 127
+    high = (integers if narrow else integers >> 1).to(torch.int8).contiguous().numpy()
+    low = None if narrow else (integers & 1).to(torch.int8).contiguous().numpy()
+    scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-shift
+    unit = np.ascontiguousarray(np.broadcast_to(scale, (layer.weight.shape[0],)))
+    return IntegerWeight(unit, integers, high, low, quantized)
+
+
+def weight_sources(layer: QuantConv2d) -> list[nn.Parameter]:
+    """Parameters that the quantized weight depends on, those that are trained."""
+    found: dict[int, nn.Parameter] = {}
+    for module in (layer.weight_quant, layer.weight_transform):
+        if module is not None:
+            found |= {id(p): p for p in module.parameters()}
+    weight = [layer.weight] if isinstance(layer.weight, nn.Parameter) else []
+    return [p for p in (*weight, *found.values()) if p.requires_grad]
+
+
+def fusable_weight(layer: QuantConv2d) -> bool:
+    """Whether the weight is integers at every precision, and all sums of a convolution fit."""
+    here = layer.precision
+    try:
+        for precision in layer.precisions:
+            layer.set_precision(precision)
+            weight = integer_weight(layer)
+            _, hi = layer.act_quant.limits()  # type: ignore[union-attr]
+            if int(weight.integers.abs().flatten(1).sum(1).max()) > LARGEST_SUM // (hi + 1):
+                return False
+            most = weight.integers[0].numel() * 2 ** (layer.weight_quant.width + 1) * (hi + 1)
+            if most > LARGEST_SUM:  # whatever the weight becomes
+                return False
+    except NotCodesError:
+        return False
+    finally:
+        layer.set_precision(here)
+    return True
