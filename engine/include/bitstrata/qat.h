@@ -19,6 +19,12 @@ struct QatWeight {
   const int8_t *high, *low;
 };
 
+// Integers from a weight's values, (out, size), which are integers times unit[o] but for rounding: to `real` floats of
+// the type, and to `high` and, if it is not null, `low`, as in QatWeight. False if a value is not finite, or an integer
+// not in -256..255, or, without `low`, not in -128..127; then nothing written is of use.
+bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, QatType type, void* real,
+                  int8_t* high, int8_t* low);
+
 // Of the sums of each channel, (channels,) each.
 struct QatMoments {
   std::vector<double> mean, variance;  // of the batch, biased; each is rounded once

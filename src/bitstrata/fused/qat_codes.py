@@ -11,13 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bitstrata_runtime import _engine
+
 from ..functional.uniform import EPS
 from ..nn.layers import QuantConv2d
-from ..quantizers.base import ActivationQuantizer, Quantizer
+from ..quantizers.base import ActivationQuantizer, Grid, Quantizer
 from ..quantizers.int8 import Int8Activation
 from ..quantizers.lsq import LSQActivation
 from ..quantizers.pact import CGPactActivation, PactActivation
 from ..quantizers.uniq import UniqActivation
+from .values import NotFiniteError
 
 TINY = float(np.finfo(np.float32).tiny)  # the smallest number above 0 that no processor takes for 0
 FINEST = 9  # offsets of weight grids that are multiples of 2^-FINEST become integers
@@ -99,44 +102,65 @@ def rule_of(quantizer: ActivationQuantizer, shape: tuple[int, ...]) -> Rule:
 
 
 @dataclass(frozen=True)
-class IntegerWeight:
-    """A quantized weight as integers: value = unit * integer, unit (channels,) float64.
+class Fit:
+    """How a weight grid becomes integers: value = scale / 2^shift * integer. wide: beyond 8 bits."""
 
-    integers: int32. high, low: integer = high * 2 + low, or high alone where low is None. quantized: the
-    fake-quantized weight, with gradient.
-    """
-
-    unit: NDArray[np.float64]
-    integers: Tensor
-    high: NDArray[np.int8]
-    low: NDArray[np.int8] | None
-    quantized: Tensor
+    shift: int
+    wide: bool
 
 
-def integer_weight(layer: QuantConv2d) -> IntegerWeight:
-    """The weight at the present precision.
+def fit_of(grid: Grid) -> Fit:
+    """Integers for a grid.
 
     Raises:
-        NotCodesError: the grid's offset is not one number, no multiple of 2^-9, or integers beyond -256..255.
+        NotCodesError: the grid's offset is not one number, no multiple of 2^-9, or integers lie beyond -256..255.
     """
-    with torch.enable_grad():
-        quantized = layer.quantized_weight()
-    grid, codes = layer.weight_grid(), layer.weight_codes()
     offset = torch.as_tensor(grid.offset).detach()
     if offset.numel() != 1:
         raise NotCodesError(f"its weight grid has {offset.numel()} offsets, which must be one")
     shift = next((k for k in range(FINEST + 1) if (float(offset) * 2**k).is_integer()), None)
     if shift is None:
         raise NotCodesError(f"its weight grid's offset {float(offset)} is no multiple of 2^-{FINEST}")
-    if not -256 <= (grid.lo + float(offset)) * 2**shift <= (grid.hi + float(offset)) * 2**shift <= 255:
-        raise NotCodesError(f"its weight codes times 2^{shift}, with offset {float(offset)}, do not fit into 9 bits")
-    integers = (codes << shift) + round(float(offset) * 2**shift)
-    narrow = (grid.lo + float(offset)) * 2**shift >= -128 and (grid.hi + float(offset)) * 2**shift <= 127
-    high = (integers if narrow else integers >> 1).to(torch.int8).contiguous().numpy()
-    low = None if narrow else (integers & 1).to(torch.int8).contiguous().numpy()
-    scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-shift
-    unit = np.ascontiguousarray(np.broadcast_to(scale, (layer.weight.shape[0],)))
-    return IntegerWeight(unit, integers, high, low, quantized)
+    least, most = ((code + float(offset)) * 2**shift for code in (grid.lo, grid.hi))
+    if least < -256 or most > 255:
+        raise NotCodesError(f"its weight's integers, {least:.0f} to {most:.0f}, do not lie within -256..255")
+    return Fit(shift, least < -128 or most > 127)
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A quantized weight as integers: value = unit * integer, unit (channels,) float64.
+
+    real: the integers as floats, which hold them exactly. high, low: integer = high * 2 + low, or high alone where low
+    is None. quantized: the fake-quantized weight, with gradient.
+    """
+
+    unit: NDArray[np.float64]
+    real: NDArray[Any]
+    high: NDArray[np.int8]
+    low: NDArray[np.int8] | None
+    quantized: Tensor
+
+
+def integer_weight(layer: QuantConv2d, real: Any) -> IntegerWeight:
+    """The weight at the present precision, with floats in numpy's dtype `real` (uint16 for bfloat16).
+
+    Raises:
+        NotCodesError: see `fit_of`.
+        NotFiniteError: the weight contains NaN or infinity, or so does its grid.
+    """
+    with torch.enable_grad():
+        quantized = layer.quantized_weight()
+    grid = layer.weight_grid()
+    fit = fit_of(grid)
+    values = quantized.detach().contiguous().numpy()
+    scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-fit.shift
+    unit = np.ascontiguousarray(np.broadcast_to(scale, (values.shape[0],)))
+    high, low = np.empty(values.shape, np.int8), np.empty(values.shape, np.int8) if fit.wide else None
+    numbers = np.empty(values.shape, real)
+    if not _engine.qat_integers(values, unit, numbers, high, low):
+        raise NotFiniteError("its weight contains NaN or infinity")
+    return IntegerWeight(unit, numbers, high, low, quantized)
 
 
 def weight_sources(layer: QuantConv2d) -> list[nn.Parameter]:
@@ -150,17 +174,15 @@ def weight_sources(layer: QuantConv2d) -> list[nn.Parameter]:
 
 
 def fusable_weight(layer: QuantConv2d) -> bool:
-    """Whether the weight is integers at every precision, and all sums of a convolution fit."""
-    here = layer.precision
+    """Whether the weight is integers at every precision, and all sums of a convolution fit, whatever the weight."""
+    here, inner = layer.precision, layer.weight[0].numel()
+    assert isinstance(layer.act_quant, ActivationQuantizer)
     try:
         for precision in layer.precisions:
             layer.set_precision(precision)
-            weight = integer_weight(layer)
-            _, hi = layer.act_quant.limits()  # type: ignore[union-attr]
-            if int(weight.integers.abs().flatten(1).sum(1).max()) > LARGEST_SUM // (hi + 1):
-                return False
-            most = weight.integers[0].numel() * 2 ** (layer.weight_quant.width + 1) * (hi + 1)
-            if most > LARGEST_SUM:  # whatever the weight becomes
+            fit = fit_of(layer.weight_grid())
+            lo, hi = layer.act_quant.limits()
+            if inner * (256 if fit.wide else 128) * max(-lo, hi) > LARGEST_SUM:
                 return False
     except NotCodesError:
         return False

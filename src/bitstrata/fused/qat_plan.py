@@ -72,9 +72,6 @@ class QatPlanner(Planner):
         assert isinstance(source, fx.Node)
         self._done.update(n for n in (conv, norm, last) if n is not None)
         self.fused.append(str(conv.target))
-        remade = last is None and self._only(norm, self._sum) is not None
         self.units.append(
-            QatConvNorm(
-                (source.name,), result.name, layer, normalization, str(conv.target), last is not None, remade
-            )
+            QatConvNorm((source.name,), result.name, layer, normalization, str(conv.target), last is not None)
         )

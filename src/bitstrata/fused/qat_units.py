@@ -1,7 +1,8 @@
 """The units of a fused quantization-aware step: what lies between the codes of one convolution and those of the next.
 
 A convolution of codes is exact in integers. Forward its sums are kept (in 16 bits where they fit), with the scale and
-offset that the batch normalization gives each channel; the next codes are made of them in one pass. Backward, one pass
+offset that the batch normalization gives each channel; the next codes, and residual sums, are made of them in one pass,
+and again in the backward pass. There one pass
 sums up what the normalization and the quantizer's step need of the gradient, one writes the gradient of the sums, and
 torch convolves it with the codes, which floats of either width hold exactly.
 """
@@ -25,7 +26,7 @@ from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer
 from .pool import Pool
 from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of, weight_sources
-from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
+from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, as_real, to_map, to_rows
 from .units import Step, Unit
 from .values import NotFiniteError, Plain, Shape
 
@@ -49,7 +50,6 @@ class QatConvNorm(Unit):
     norm: nn.Module
     name: str  # of the convolution
     rectified: bool
-    remade: bool  # sums are computed anew in the backward pass instead of kept
     wide: set[int] = field(default_factory=set)  # precisions at which sums have not fit into 16 bits
 
     def level(self) -> nn.BatchNorm2d:
@@ -68,9 +68,10 @@ class QatConvNorm(Unit):
         n, h, w, c = x.shape
         rule = rule_of(quantizer, (n, c, h, w))
         self._check_input(x, rule)
-        weight = integer_weight(layer)
-        if not bool(torch.isfinite(weight.quantized.detach().sum())):
-            raise NotFiniteError(f"{self.name}: its weight contains NaN or infinity")
+        try:
+            weight = integer_weight(layer, MEMORY[step.real])
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{self.name}: {error}") from error
         height, width = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).output(
             (h, w), (layer.weight.shape[2], layer.weight.shape[3])
         )
@@ -90,7 +91,6 @@ class QatConvNorm(Unit):
             scale=scale,
             offset=offset,
             rectified=self.rectified,
-            remake=(lambda: self._sums(x, rule, weight, shape)[0]) if self.remade else None,
         )
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, x, rule, weight, value, norm, batch))
@@ -180,15 +180,14 @@ class QatConvNorm(Unit):
     def _products(self, step: Step, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor) -> None:
         """Gradients of input and weight, from that of the sums in units of the integer weights."""
         layer = self.conv
-        sources = weight_sources(layer)
-        asked = x.wanted or rule.parameter is not None
-        if not (asked or sources):
+        asked, trained = x.wanted or rule.parameter is not None, weight.quantized.requires_grad
+        if not (asked or trained):
             return
         codes = x.code_values(rule)
         of_input, of_weight, _ = torch.ops.aten.convolution_backward(
             gradient,
             to_map(codes, x.shape),
-            weight.integers.to(step.real, memory_format=torch.channels_last),
+            as_real(weight.real),
             None,
             layer.stride,
             layer.padding,
@@ -196,25 +195,27 @@ class QatConvNorm(Unit):
             False,
             (0, 0),
             layer.groups,
-            (asked, bool(sources), False),
+            (asked, trained, False),
         )
         step.pool.give(codes)
         if x.wanted:
             x.arrived.append(Arrived(to_rows(of_input), rule, False))
         elif asked:
             x.step_gradient(step, to_rows(of_input), rule)
-        if sources:
+        if trained:
             scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
-            found = torch.autograd.grad(
-                weight.quantized,
-                sources,
-                (of_weight.float() * scale).to(weight.quantized.dtype),
-                retain_graph=True,  # the layer may share the quantized weight with others that use it
-                allow_unused=True,
-            )
-            for parameter, one in zip(sources, found, strict=True):
-                if one is not None:
-                    step.add(parameter, one)
+            self._to_parameters(step, weight.quantized, of_weight.float() * scale)
+
+    def _to_parameters(self, step: Step, quantized: Tensor, gradient: Tensor) -> None:
+        """Through the weight's quantizer; or to the leaf that collects gradients for it, where the layer shares one."""
+        sources = weight_sources(self.conv)
+        if quantized.is_leaf and all(quantized is not p for p in sources):
+            quantized.grad = gradient if quantized.grad is None else quantized.grad + gradient
+            return
+        found = torch.autograd.grad(quantized, sources, gradient.to(quantized.dtype), allow_unused=True)
+        for parameter, one in zip(sources, found, strict=True):
+            if one is not None:
+                step.add(parameter, one)
 
 
 @dataclass
@@ -230,8 +231,11 @@ class QatJoin(Unit):
         if not isinstance(other, Activation) or normed.shape != other.shape:
             shape = tuple(other.tensor.shape) if isinstance(other, Plain) else other.shape
             raise ValueError(f"fused sum {self.result!r}: shapes {normed.shape} and {shape} differ")
-        out = normed.values(other.real(), rectified=self.rectified)
-        value = Activation(out, normed.shape, step.pool, step.real, rectified=self.rectified)
+
+        def make() -> NDArray[Any]:
+            return normed.values(other.real(), rectified=self.rectified)
+
+        value = Activation(make(), normed.shape, step.pool, step.real, rectified=self.rectified, remake=make)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value))
 

@@ -35,13 +35,16 @@ def to_rows(x: Tensor) -> NDArray[Any]:
     return rows.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else rows.numpy()
 
 
+def as_real(array: NDArray[Any]) -> Tensor:
+    """float32, or bfloat16 in uint16, as a tensor: the same memory."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def to_map(rows: NDArray[Any], shape: Shape) -> Tensor:
     """Rows of channels as (N, C, H, W), channels last in memory: the same memory."""
-    if rows.dtype == np.uint16:
-        tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(rows)
-    return tensor.view(shape).permute(0, 3, 1, 2)
+    return as_real(rows).view(shape).permute(0, 3, 1, 2)
 
 
 @dataclass
