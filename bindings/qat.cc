@@ -82,16 +82,13 @@ QatRule rule_of(const Rule& rule, float keep) {
   return r;
 }
 
-bool integers(In<float, 4> values, In<double, 1> unit, nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu> real,
-              Out<int8_t, 4> high, std::optional<Out<int8_t, 4>> low) {
-  check_same_shape("real", real, values);
+bool integers(In<float, 4> values, In<double, 1> unit, Out<int8_t, 4> high, std::optional<Out<int8_t, 4>> low) {
   check_same_shape("high", high, values);
   if (low.has_value()) check_same_shape("low", *low, values);
   if (unit.shape(0) != values.shape(0)) fail("unit must have one element for each output channel");
   const int64_t out = static_cast<int64_t>(values.shape(0));
   return bitstrata::qat_integers(values.data(), out, static_cast<int64_t>(values.size()) / std::max<int64_t>(out, 1),
-                                 unit.data(), real_of("real", real), real.data(), high.data(),
-                                 low.has_value() ? low->data() : nullptr);
+                                 unit.data(), high.data(), low.has_value() ? low->data() : nullptr);
 }
 
 using Moments = std::tuple<nb::ndarray<nb::numpy, double>, nb::ndarray<nb::numpy, double>>;
@@ -235,8 +232,8 @@ void max_pool_gradient(Maps g, In<uint8_t, 4> places, PoolWindow window, Real ou
 }  // namespace
 
 void bind_qat(nb::module_& m) {
-  m.def("qat_integers", &integers, "values"_a.noconvert(), "unit"_a.noconvert(), "real"_a.noconvert(),
-        "high"_a.noconvert(), "low"_a.noconvert().none());
+  m.def("qat_integers", &integers, "values"_a.noconvert(), "unit"_a.noconvert(), "high"_a.noconvert(),
+        "low"_a.noconvert().none());
   m.def("qat_convolution", &convolution, "x"_a.noconvert(), "range"_a, "high"_a.noconvert(),
         "low"_a.noconvert().none(), "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "out"_a.noconvert(), "moments"_a,
         "isa"_a, "threads"_a);

@@ -128,8 +128,7 @@ int64_t bound_of(const ProductShape& s, const ProductCodes& x, const QatWeight& 
 
 }  // namespace
 
-bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, QatType type, void* real,
-                  int8_t* high, int8_t* low) {
+bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, int8_t* high, int8_t* low) {
   for (int64_t o = 0; o < out; ++o) {
     const double inverse = 1.0 / unit[o];
     for (int64_t i = o * size; i < (o + 1) * size; ++i) {
@@ -137,14 +136,6 @@ bool qat_integers(const float* values, int64_t out, int64_t size, const double* 
       const bool fits = low != nullptr ? x >= -256 && x <= 255 : x >= -128 && x <= 127;
       if (!fits) return false;
       const int32_t integer = static_cast<int32_t>(x);
-      const float number = static_cast<float>(integer);
-      if (type == QatType::f32) {
-        static_cast<float*>(real)[i] = number;
-      } else {  // up to eight bits: the upper half of a float holds them
-        uint32_t bits;
-        std::memcpy(&bits, &number, 4);
-        static_cast<uint16_t*>(real)[i] = static_cast<uint16_t>(bits >> 16);
-      }
       high[i] = static_cast<int8_t>(low != nullptr ? integer >> 1 : integer);
       if (low != nullptr) low[i] = static_cast<int8_t>(integer & 1);
     }

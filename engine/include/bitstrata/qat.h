@@ -19,11 +19,10 @@ struct QatWeight {
   const int8_t *high, *low;
 };
 
-// Integers from a weight's values, (out, size), which are integers times unit[o] but for rounding: to `real` floats of
-// the type, and to `high` and, if it is not null, `low`, as in QatWeight. False if a value is not finite, or an integer
-// not in -256..255, or, without `low`, not in -128..127; then nothing written is of use.
-bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, QatType type, void* real,
-                  int8_t* high, int8_t* low);
+// Integers from a weight's values, (out, size), which are integers times unit[o] but for rounding: as in QatWeight.
+// False if a value is not finite, or an integer not in -256..255, or, without `low`, not in -128..127; then nothing
+// written is of use.
+bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, int8_t* high, int8_t* low);
 
 // Of the sums of each channel, (channels,) each.
 struct QatMoments {
@@ -59,10 +58,10 @@ struct QatChannelSums {
 };
 QatChannelSums qat_gradient_sums(const Rows&, const QatTensor&, const QatRule&, QatType real, const QatGradient&,
                                  const float* center);
-// factor, constant, slope, center of `line`: (channels,) each.
+// factor, constant, slope, center of `line`: (channels,) each. out may be g or add.
 void qat_gradient(const Rows&, const QatTensor&, const QatRule&, QatType real, const QatGradient&,
                   const QatBackward& line, void* out);
-// Returns the step's gradient.
+// Returns the step's gradient. out may be g or add.
 double qat_pass(const Rows&, const QatTensor&, const QatRule&, QatType real, const QatGradient&, void* out);
 
 void qat_max_pool(const Rows&, const QatTensor&, const PoolMap&, int64_t images, QatType real, void* out,

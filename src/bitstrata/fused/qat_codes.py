@@ -131,19 +131,23 @@ def fit_of(grid: Grid) -> Fit:
 class IntegerWeight:
     """A quantized weight as integers: value = unit * integer, unit (channels,) float64.
 
-    real: the integers as floats, which hold them exactly. high, low: integer = high * 2 + low, or high alone where low
-    is None. quantized: the fake-quantized weight, with gradient.
+    high, low: integer = high * 2 + low, or high alone where low is None. quantized: the fake-quantized weight, of which
+    only the place in autograd's graph is wanted: the edge there, or, if it is a leaf, the weight; None without gradient.
     """
 
     unit: NDArray[np.float64]
-    real: NDArray[Any]
     high: NDArray[np.int8]
     low: NDArray[np.int8] | None
-    quantized: Tensor
+    quantized: Any
+
+    def real(self, dtype: torch.dtype) -> Tensor:
+        """The integers as floats, which hold them exactly."""
+        numbers = torch.from_numpy(self.high).to(dtype, memory_format=torch.channels_last)
+        return numbers if self.low is None else numbers.mul_(2).add_(torch.from_numpy(self.low))
 
 
-def integer_weight(layer: QuantConv2d, real: Any) -> IntegerWeight:
-    """The weight at the present precision, with floats in numpy's dtype `real` (uint16 for bfloat16).
+def integer_weight(layer: QuantConv2d) -> IntegerWeight:
+    """The weight at the present precision.
 
     Raises:
         NotCodesError: see `fit_of`.
@@ -157,10 +161,12 @@ def integer_weight(layer: QuantConv2d, real: Any) -> IntegerWeight:
     scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-fit.shift
     unit = np.ascontiguousarray(np.broadcast_to(scale, (values.shape[0],)))
     high, low = np.empty(values.shape, np.int8), np.empty(values.shape, np.int8) if fit.wide else None
-    numbers = np.empty(values.shape, real)
-    if not _engine.qat_integers(values, unit, numbers, high, low):
+    if not _engine.qat_integers(values, unit, high, low):
         raise NotFiniteError("its weight contains NaN or infinity")
-    return IntegerWeight(unit, numbers, high, low, quantized)
+    place: Any = quantized if quantized.requires_grad else None
+    if place is not None and not quantized.is_leaf:
+        place = torch.autograd.graph.get_gradient_edge(quantized)  # the tensor itself takes four bytes a weight
+    return IntegerWeight(unit, high, low, place)
 
 
 def weight_sources(layer: QuantConv2d) -> list[nn.Parameter]:

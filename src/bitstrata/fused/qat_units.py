@@ -26,7 +26,7 @@ from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer
 from .pool import Pool
 from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of, weight_sources
-from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, as_real, to_map, to_rows
+from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
 from .units import Step, Unit
 from .values import NotFiniteError, Plain, Shape
 
@@ -69,7 +69,7 @@ class QatConvNorm(Unit):
         rule = rule_of(quantizer, (n, c, h, w))
         self._check_input(x, rule)
         try:
-            weight = integer_weight(layer, MEMORY[step.real])
+            weight = integer_weight(layer)
         except NotFiniteError as error:
             raise NotFiniteError(f"{self.name}: {error}") from error
         height, width = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).output(
@@ -169,25 +169,27 @@ class QatConvNorm(Unit):
         factor = gamma * batch.inverse * weight.unit
         slope = -factor * deviation * moment / count
         constant = -factor * sums / count + slope * (center - batch.mean)
-        out = pool.take(value.rows, MEMORY[step.real])
+        place = value.own_gradient()
+        out = pool.take(value.rows, MEMORY[step.real]) if place is None else place.rows
         _engine.qat_gradient(
             *line, np.stack((factor, constant, slope, center)).astype(np.float32), out, FASTEST, threads
         )
         value.release()
         self._products(step, x, rule, weight, to_map(out, value.shape))
-        pool.give(out)
+        if place is None or place.pooled:
+            pool.give(out)
 
     def _products(self, step: Step, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor) -> None:
         """Gradients of input and weight, from that of the sums in units of the integer weights."""
         layer = self.conv
-        asked, trained = x.wanted or rule.parameter is not None, weight.quantized.requires_grad
+        asked, trained = x.wanted or rule.parameter is not None, weight.quantized is not None
         if not (asked or trained):
             return
         codes = x.code_values(rule)
         of_input, of_weight, _ = torch.ops.aten.convolution_backward(
             gradient,
             to_map(codes, x.shape),
-            as_real(weight.real),
+            weight.real(step.real),
             None,
             layer.stride,
             layer.padding,
@@ -199,20 +201,20 @@ class QatConvNorm(Unit):
         )
         step.pool.give(codes)
         if x.wanted:
-            x.arrived.append(Arrived(to_rows(of_input), rule, False))
+            x.arrived.append(Arrived(to_rows(of_input), rule, pooled=False, own=True))
         elif asked:
             x.step_gradient(step, to_rows(of_input), rule)
         if trained:
             scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
-            self._to_parameters(step, weight.quantized, of_weight.float() * scale)
+            self._to_parameters(step, weight.quantized, of_weight.float().mul_(scale))
 
-    def _to_parameters(self, step: Step, quantized: Tensor, gradient: Tensor) -> None:
+    def _to_parameters(self, step: Step, quantized: Any, gradient: Tensor) -> None:
         """Through the weight's quantizer; or to the leaf that collects gradients for it, where the layer shares one."""
         sources = weight_sources(self.conv)
-        if quantized.is_leaf and all(quantized is not p for p in sources):
+        if isinstance(quantized, Tensor):
             quantized.grad = gradient if quantized.grad is None else quantized.grad + gradient
             return
-        found = torch.autograd.grad(quantized, sources, gradient.to(quantized.dtype), allow_unused=True)
+        found = torch.autograd.grad([quantized], sources, [gradient], allow_unused=True)
         for parameter, one in zip(sources, found, strict=True):
             if one is not None:
                 step.add(parameter, one)
@@ -247,7 +249,7 @@ class QatJoin(Unit):
             if total.pooled:
                 step.pool.share(total.rows, len(receivers))
             for receiver in receivers:
-                receiver.arrived.append(Arrived(total.rows, None, total.pooled))
+                receiver.arrived.append(Arrived(total.rows, None, total.pooled, own=total.pooled))
         value.release()
 
 
@@ -292,7 +294,7 @@ class QatMaxPool(Unit):
             )
             if total.pooled:
                 step.pool.give(total.rows)
-            x.arrived.append(Arrived(rows, None, True))
+            x.arrived.append(Arrived(rows, None, pooled=True, own=True))
         step.pool.give(places)
         value.release()
 

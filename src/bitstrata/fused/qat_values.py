@@ -49,11 +49,15 @@ def to_map(rows: NDArray[Any], shape: Shape) -> Tensor:
 
 @dataclass
 class Arrived:
-    """A gradient: of the value, or, with a rule, of its quantized values. pooled: the pool lent the memory."""
+    """A gradient: of the value, or, with a rule, of its quantized values.
+
+    pooled: the pool lent the memory. own: it may be written, unless the pool knows of other holders.
+    """
 
     rows: NDArray[Any]
     rule: Rule | None
     pooled: bool
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ class Activation(Flow):
 
     def deliver(self, gradient: Tensor) -> None:
         """A gradient of its values arrives from torch."""
-        self.arrived.append(Arrived(to_rows(gradient.to(self.dtype)), None, False))
+        self.arrived.append(Arrived(to_rows(gradient.to(self.dtype)), None, pooled=False, own=False))
 
     def keep(self) -> float:
         """Gradients count where the value, before the rectifier, is at least this."""
@@ -245,22 +249,31 @@ class Activation(Flow):
             self._give(one)
             if add is not None:
                 self._give(add)
-            add = Arrived(out, None, True)
+            add = Arrived(out, None, pooled=True, own=True)
         self.arrived = [a for a in (*quantized, add) if a is not None]
         if not quantized:
             assert add is not None
             return Single(add.rows, None, None)
         return Single(quantized[0].rows, quantized[0].rule, None if add is None else add.rows)
 
+    def own_gradient(self) -> Arrived | None:
+        """Takes one of what has arrived whose memory may be written in its place, if there is one."""
+        for i, one in enumerate(self.arrived):
+            if one.own and (not one.pooled or self.pool.sole(one.rows)):
+                return self.arrived.pop(i)
+        return None
+
     def _added(self, a: Arrived, b: Arrived) -> Arrived:
         out = self.pool.take(self.rows, MEMORY[self.dtype])
         torch.add(to_map(a.rows, self.shape), to_map(b.rows, self.shape), out=to_map(out, self.shape))
         self._give(a)
         self._give(b)
-        return Arrived(out, None, True)
+        return Arrived(out, None, pooled=True, own=True)
 
-    def _passed(self, step: Step, one: Single, keep: float) -> tuple[NDArray[Any], float]:
-        out = self.pool.take(self.rows, MEMORY[self.dtype])
+    def _passed(
+        self, step: Step, one: Single, keep: float, place: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], float]:
+        out = self.pool.take(self.rows, MEMORY[self.dtype]) if place is None else place
         total = _engine.qat_pass(
             self.data,
             *self.line(one.step),
@@ -288,15 +301,18 @@ class Activation(Flow):
             (only,) = self.arrived
             self.arrived.clear()
             return only
-        out, _ = self._passed(step, one, self.keep())
-        return Arrived(out, None, True)
+        place = self.own_gradient()
+        out, _ = self._passed(step, one, self.keep(), None if place is None else place.rows)
+        if place is not None:
+            return Arrived(out, None, pooled=place.pooled, own=True)
+        return Arrived(out, None, pooled=True, own=True)
 
     def take_gradient(self, step: Step, like: Tensor) -> Tensor | None:
         """What has arrived, for torch, in the dtype of `like`."""
         if not self.arrived:
             return None
         total = self.total(step)
-        own = to_map(total.rows.copy() if total.pooled else total.rows, self.shape)
+        own = to_map(total.rows.copy() if total.pooled else total.rows, self.shape)  # torch may keep it
         self._give(total)
         return own.to(like.dtype)
 
