@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from ..nn.integer_layers import IntegerLayer
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from ..nn.layers import QuantizedLayer
+from ..nn.norm import PrecisionBatchNorm
+from ..nn.own import OwnLayer
+from ..quantizers.base import Quantizer
 from .plan import Planner, trace
 from .pool import Pool
 from .qat_plan import QatPlanner, can_run
@@ -83,14 +86,23 @@ class FusedNetwork(nn.Module):
             )
         if x.numel() == 0 or not self._can_run():
             return self.model(x)
-        found = {id(p): p for part in self._parts for p in part._parameters.values() if p is not None}
-        parameters = [p for p in found.values() if p.requires_grad]
+        parameters = self._parameters_now()
         try:
             return _Step.apply(x, self, parameters, *parameters)
         except NotFiniteError:
             if self._skips():
                 return self.model(x)
             raise
+
+    def _parameters_now(self) -> list[nn.Parameter]:
+        """Parameters that are trained, without those that belong to other precisions than the present one."""
+        found = {id(p): p for part in self._parts for p in part._parameters.values() if p is not None}
+        for part in self._parts:
+            if isinstance(part, Quantizer | PrecisionBatchNorm | OwnLayer):
+                for precision, own in part.precision_parameters().items():
+                    for p in own if precision != part.precision else ():
+                        found.pop(id(p), None)
+        return [p for p in found.values() if p.requires_grad]
 
     def _can_run(self) -> bool:
         if not self._quantized:

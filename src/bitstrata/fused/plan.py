@@ -14,7 +14,8 @@ from ..integer.autograd import IntegerRule
 from ..integer.products import headroom
 from ..nn.integer_layers import IntegerConv2d, IntegerLayer
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
-from .units import ConvNorm, Join, MaxPool, TorchOp, Unit
+from .torch_op import TorchOp
+from .units import ConvNorm, Join, MaxPool, Unit
 
 RECTIFIERS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
@@ -218,13 +219,12 @@ class Planner:
                 self.units.append(self._join_unit((own.name, other.name), (last or node).name, last is not None))
             else:
                 module = self._module(node)
-                owner = module.parameters() if module is not None else ()
                 reads = tuple(n.name for n in node.all_input_nodes)
                 inplace = self._writes(node, module)
                 if inplace and len(node.all_input_nodes[0].users) > 1:
                     written = node.all_input_nodes[0].name
                     raise FuseError(f"fuse: {node.name!r} writes into {written!r}, which other operations read too")
-                self.units.append(TorchOp(reads, node.name, node, module, tuple(owner), inplace))
+                self.units.append(TorchOp(reads, node.name, node, module, inplace))
         if not self.fused:
             raise FuseError(
                 f"fuse: {type(self.model).__name__} has no {self.wanted}"

@@ -20,6 +20,8 @@ from ..quantizers.int8 import Int8Activation
 from ..quantizers.lsq import LSQActivation
 from ..quantizers.pact import CGPactActivation, PactActivation
 from ..quantizers.uniq import UniqActivation
+from .torch_op import sources_of
+from .units import Sources
 from .values import NotFiniteError
 
 TINY = float(np.finfo(np.float32).tiny)  # the smallest number above 0 that no processor takes for 0
@@ -133,12 +135,14 @@ class IntegerWeight:
 
     high, low: integer = high * 2 + low, or high alone where low is None. quantized: the fake-quantized weight, of which
     only the place in autograd's graph is wanted: the edge there, or, if it is a leaf, the weight; None without gradient.
+    sources: what it depends on.
     """
 
     unit: NDArray[np.float64]
     high: NDArray[np.int8]
     low: NDArray[np.int8] | None
     quantized: Any
+    sources: Sources
 
     def real(self, dtype: torch.dtype) -> Tensor:
         """The integers as floats, which hold them exactly."""
@@ -153,7 +157,7 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
         NotCodesError: see `fit_of`.
         NotFiniteError: the weight contains NaN or infinity, or so does its grid.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), sources_of(layer) as sources:
         quantized = layer.quantized_weight()
     grid = layer.weight_grid()
     fit = fit_of(grid)
@@ -166,17 +170,7 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
     place: Any = quantized if quantized.requires_grad else None
     if place is not None and not quantized.is_leaf:
         place = torch.autograd.graph.get_gradient_edge(quantized)  # the tensor itself takes four bytes a weight
-    return IntegerWeight(unit, high, low, place)
-
-
-def weight_sources(layer: QuantConv2d) -> list[nn.Parameter]:
-    """Parameters that the quantized weight depends on, those that are trained."""
-    found: dict[int, nn.Parameter] = {}
-    for module in (layer.weight_quant, layer.weight_transform):
-        if module is not None:
-            found |= {id(p): p for p in module.parameters()}
-    weight = [layer.weight] if isinstance(layer.weight, nn.Parameter) else []
-    return [p for p in (*weight, *found.values()) if p.requires_grad]
+    return IntegerWeight(unit, high, low, place, sources)
 
 
 def fusable_weight(layer: QuantConv2d) -> bool:

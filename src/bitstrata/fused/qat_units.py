@@ -25,7 +25,7 @@ from ..nn.layers import QuantConv2d
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer
 from .pool import Pool
-from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of, weight_sources
+from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of
 from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
 from .units import Step, Unit
 from .values import NotFiniteError, Plain, Shape
@@ -134,7 +134,8 @@ class QatConvNorm(Unit):
         mean, variance = moments
         with np.errstate(all="ignore"):
             inverse = 1.0 / np.sqrt(variance * unit**2 + norm.eps)
-            gamma, beta = (1.0 if p is None else p.detach().double().numpy() for p in (norm.weight, norm.bias))
+            gamma = 1.0 if norm.weight is None else norm.weight.detach().double().numpy()
+            beta = 0.0 if norm.bias is None else norm.bias.detach().double().numpy()
             scale = gamma * inverse * unit
             return Batch(mean, inverse, unit), scale, beta - scale * mean
 
@@ -206,18 +207,18 @@ class QatConvNorm(Unit):
             x.step_gradient(step, to_rows(of_input), rule)
         if trained:
             scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
-            self._to_parameters(step, weight.quantized, of_weight.float().mul_(scale))
+            self._to_parameters(step, weight, of_weight.float().mul_(scale))
 
-    def _to_parameters(self, step: Step, quantized: Any, gradient: Tensor) -> None:
+    @staticmethod
+    def _to_parameters(step: Step, weight: IntegerWeight, gradient: Tensor) -> None:
         """Through the weight's quantizer; or to the leaf that collects gradients for it, where the layer shares one."""
-        sources = weight_sources(self.conv)
-        if isinstance(quantized, Tensor):
-            quantized.grad = gradient if quantized.grad is None else quantized.grad + gradient
+        leaf = weight.quantized
+        if isinstance(leaf, Tensor):
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             return
-        found = torch.autograd.grad([quantized], sources, [gradient], allow_unused=True)
-        for parameter, one in zip(sources, found, strict=True):
-            if one is not None:
-                step.add(parameter, one)
+        sources = [source for _, source in weight.sources]
+        found = torch.autograd.grad([leaf], sources, [gradient], allow_unused=True)
+        step.add_all(weight.sources, found)
 
 
 @dataclass

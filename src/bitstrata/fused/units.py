@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bitstrata_runtime import _engine
 
@@ -25,6 +25,7 @@ from .values import Flow, Format, Normed, NotFiniteError, Real, Value, from_torc
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
+Sources = list[tuple[nn.Parameter, Tensor]]  # what gets a gradient, and what it is taken of
 
 
 @dataclass
@@ -52,6 +53,13 @@ class Step:
         """Add to a parameter's gradient."""
         seen = self.gradients.get(id(parameter))
         self.gradients[id(parameter)] = gradient if seen is None else seen + gradient
+
+
+    def add_all(self, sources: Sources, gradients: Sequence[Tensor | None]) -> None:
+        """Add to the parameters' gradients what was found for their sources."""
+        for (parameter, _), gradient in zip(sources, gradients, strict=True):
+            if gradient is not None:
+                self.add(parameter, gradient)
 
 
 class Unit(ABC):
@@ -295,59 +303,4 @@ class MaxPool(Unit):
             step.pool.give(total)
             normed.gradient.append(rows)
         step.pool.give(places)
-        value.release()
-
-
-@dataclass
-class TorchOp(Unit):
-    """Any other node, by torch, on float tensors (N, C, H, W), or of other shapes."""
-
-    reads: tuple[str, ...]
-    result: str
-    node: fx.Node
-    module: nn.Module | None
-    parameters: tuple[nn.Parameter, ...]
-    inplace: bool  # it writes into its first argument, which no other node reads
-
-    def run(self, step: Step) -> None:
-        leaves: dict[str, Tensor] = {}
-
-        def argument(node: fx.Node) -> Any:
-            value = step.env[node.name]
-            if isinstance(value, Flow) and node.name not in leaves:
-                leaves[node.name] = value.as_leaf()
-            leaf = leaves.get(node.name, value)
-            return leaf.clone() if self.inplace and isinstance(leaf, Tensor) else leaf
-
-        with torch.enable_grad(), step.autocast():
-            args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), argument)
-            result = self._call(args, kwargs)
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            step.env[self.result] = result
-            return
-        value = step.wrap(result, step.pool)
-        step.env[self.result] = value
-        wanting = [(step.env[name], leaf) for name, leaf in leaves.items() if leaf.requires_grad]
-        if result.requires_grad:
-            step.tape.append(lambda s: self._backward(s, result, wanting, value))
-
-    def _call(self, args: Any, kwargs: Any) -> Any:
-        if self.module is not None:
-            return self.module(*args, **kwargs)
-        if self.node.op == "call_method":
-            return getattr(args[0], self.node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
-        return self.node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _backward(self, step: Step, result: Tensor, wanting: list[tuple[Flow, Tensor]], value: Flow) -> None:
-        arrived = value.take_gradient(step, result)
-        if arrived is not None:
-            sources = [leaf for _, leaf in wanting] + [p for p in self.parameters if p.requires_grad]
-            found = torch.autograd.grad(result, sources, arrived, allow_unused=True)
-            for (reader, _), gradient in zip(wanting, found, strict=False):
-                if gradient is not None:
-                    reader.deliver(gradient)
-            trained = [p for p in self.parameters if p.requires_grad]
-            for parameter, gradient in zip(trained, found[len(wanting) :], strict=True):
-                if gradient is not None:
-                    step.add(parameter, gradient)
         value.release()
