@@ -82,13 +82,17 @@ QatRule rule_of(const Rule& rule, float keep) {
   return r;
 }
 
-bool integers(In<float, 4> values, In<double, 1> unit, Out<int8_t, 4> high, std::optional<Out<int8_t, 4>> low) {
+bool integers(In<float, 4> values, In<double, 1> unit, Out<int8_t, 4> high, std::optional<Out<int8_t, 4>> low,
+              int threads) {
+  if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
+  if (values.size() == 0) fail("a weight without elements has no integers");
   check_same_shape("high", high, values);
   if (low.has_value()) check_same_shape("low", *low, values);
   if (unit.shape(0) != values.shape(0)) fail("unit must have one element for each output channel");
   const int64_t out = static_cast<int64_t>(values.shape(0));
-  return bitstrata::qat_integers(values.data(), out, static_cast<int64_t>(values.size()) / std::max<int64_t>(out, 1),
-                                 unit.data(), high.data(), low.has_value() ? low->data() : nullptr);
+  nb::gil_scoped_release unlocked;
+  return bitstrata::qat_integers(threads, values.data(), out, static_cast<int64_t>(values.size()) / out, unit.data(),
+                                 high.data(), low.has_value() ? low->data() : nullptr);
 }
 
 using Moments = std::tuple<nb::ndarray<nb::numpy, double>, nb::ndarray<nb::numpy, double>>;
@@ -125,9 +129,10 @@ std::tuple<bool, nb::object> convolution(Codes x, Range range, In<int8_t, 4> hig
   bool fits;
   {
     nb::gil_scoped_release unlocked;
-    fits = bitstrata::qat_convolution(kernels, threads, s, codes, {high.data(), low.has_value() ? low->data() : nullptr},
-                                      type == QatType::i16 ? static_cast<int16_t*>(out.data()) : nullptr,
-                                      type == QatType::i32 ? static_cast<int32_t*>(out.data()) : nullptr, &found);
+    fits =
+        bitstrata::qat_convolution(kernels, threads, s, codes, {high.data(), low.has_value() ? low->data() : nullptr},
+                                   type == QatType::i16 ? static_cast<int16_t*>(out.data()) : nullptr,
+                                   type == QatType::i32 ? static_cast<int32_t*>(out.data()) : nullptr, &found);
   }
   if (!moments) return {fits, nb::none()};
   return {fits, nb::cast(Moments{array(found.mean), array(found.variance)})};
@@ -222,7 +227,8 @@ void max_pool_gradient(Maps g, In<uint8_t, 4> places, PoolWindow window, Real ou
   const QatType real = real_of("g", g);
   const int64_t images = static_cast<int64_t>(g.shape(0));
   if (real_of("out", out) != real) fail("g and out must have the same type");
-  if (static_cast<int64_t>(out.shape(1)) != s.channels || static_cast<int64_t>(out.shape(0)) != images * s.in_h * s.in_w)
+  if (static_cast<int64_t>(out.shape(1)) != s.channels ||
+      static_cast<int64_t>(out.shape(0)) != images * s.in_h * s.in_w)
     fail("out must have the map's shape");
   const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
   nb::gil_scoped_release unlocked;
@@ -233,10 +239,9 @@ void max_pool_gradient(Maps g, In<uint8_t, 4> places, PoolWindow window, Real ou
 
 void bind_qat(nb::module_& m) {
   m.def("qat_integers", &integers, "values"_a.noconvert(), "unit"_a.noconvert(), "high"_a.noconvert(),
-        "low"_a.noconvert().none());
-  m.def("qat_convolution", &convolution, "x"_a.noconvert(), "range"_a, "high"_a.noconvert(),
-        "low"_a.noconvert().none(), "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "out"_a.noconvert(), "moments"_a,
-        "isa"_a, "threads"_a);
+        "low"_a.noconvert().none(), "threads"_a);
+  m.def("qat_convolution", &convolution, "x"_a.noconvert(), "range"_a, "high"_a.noconvert(), "low"_a.noconvert().none(),
+        "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "out"_a.noconvert(), "moments"_a, "isa"_a, "threads"_a);
   m.def("qat_codes", &codes, "x"_a.noconvert(), "scale"_a.noconvert(), "offset"_a.noconvert(), "rectified"_a,
         "levels"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("qat_code_values", &code_values, "x"_a.noconvert(), "scale"_a.noconvert(), "offset"_a.noconvert(),

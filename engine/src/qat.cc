@@ -11,7 +11,9 @@ size_t bytes_of(QatType t) { return t == QatType::i32 || t == QatType::f32 ? 4 :
 const void* at_element(const void* p, QatType t, int64_t i) {
   return p == nullptr ? nullptr : static_cast<const uint8_t*>(p) + bytes_of(t) * static_cast<size_t>(i);
 }
-void* at_element(void* p, QatType t, int64_t i) { return static_cast<uint8_t*>(p) + bytes_of(t) * static_cast<size_t>(i); }
+void* at_element(void* p, QatType t, int64_t i) {
+  return static_cast<uint8_t*>(p) + bytes_of(t) * static_cast<size_t>(i);
+}
 
 std::vector<float> wide(const float* channels, int64_t count, int64_t period) {
   return repeated(std::vector<float>(channels, channels + count), period);

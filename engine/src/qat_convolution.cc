@@ -1,4 +1,5 @@
 // The convolution of a quantization-aware step: exact sums, and their moments taken while they are in the cache.
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -96,8 +97,8 @@ class Moments : public SumReader {
     all.high += upper >> 1;
     all.add((upper & 1) << 31);
     all.add(lower);
-    const double about = std::ldexp(static_cast<double>(all.high + (all.low >> 32)), 32) +
-                         static_cast<double>(all.low & 0xFFFFFFFF);
+    const double about =
+        std::ldexp(static_cast<double>(all.high + (all.low >> 32)), 32) + static_cast<double>(all.low & 0xFFFFFFFF);
     const double off = static_cast<double>(sum - rows * pivot) / n;
     return std::max(about / n - off * off, 0.0);
   }
@@ -113,7 +114,8 @@ class Moments : public SumReader {
 
 // What no sum exceeds.
 int64_t bound_of(const ProductShape& s, const ProductCodes& x, const QatWeight& w) {
-  const int64_t count = s.group_in() * s.kernel_h * s.kernel_w, code = std::max<int64_t>(std::abs(x.lo), std::abs(x.hi));
+  const int64_t count = s.group_in() * s.kernel_h * s.kernel_w,
+                code = std::max<int64_t>(std::abs(x.lo), std::abs(x.hi));
   int64_t most = 0;
   for (int64_t o = 0; o < s.out_c; ++o) {
     int64_t all = 0;
@@ -128,19 +130,29 @@ int64_t bound_of(const ProductShape& s, const ProductCodes& x, const QatWeight& 
 
 }  // namespace
 
-bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, int8_t* high, int8_t* low) {
-  for (int64_t o = 0; o < out; ++o) {
-    const double inverse = 1.0 / unit[o];
-    for (int64_t i = o * size; i < (o + 1) * size; ++i) {
-      const double x = std::nearbyint(static_cast<double>(values[i]) * inverse);
-      const bool fits = low != nullptr ? x >= -256 && x <= 255 : x >= -128 && x <= 127;
-      if (!fits) return false;
-      const int32_t integer = static_cast<int32_t>(x);
-      high[i] = static_cast<int8_t>(low != nullptr ? integer >> 1 : integer);
-      if (low != nullptr) low[i] = static_cast<int8_t>(integer & 1);
+bool qat_integers(int threads, const float* values, int64_t out, int64_t size, const double* unit, int8_t* high,
+                  int8_t* low) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: added and taken away again, it rounds to nearest
+  const double least = low != nullptr ? -256 : -128, most = low != nullptr ? 255 : 127;
+  std::atomic<bool> fits{true};
+  parallel_for(threads, out, std::max<int64_t>((1 << 14) / size, 1), [&](int64_t begin, int64_t end) {
+    int outside = 0;
+    for (int64_t o = begin; o < end; ++o) {
+      const double inverse = 1.0 / unit[o];
+      const float* from = values + o * size;
+      int8_t *upper = high + o * size, *lower = low == nullptr ? nullptr : low + o * size;
+      for (int64_t i = 0; i < size; ++i) {
+        const double x = (static_cast<double>(from[i]) * inverse + kMagic) - kMagic;
+        const bool inside = x >= least && x <= most;
+        outside |= !inside;
+        const int32_t integer = static_cast<int32_t>(inside ? x : 0.0);
+        upper[i] = static_cast<int8_t>(lower != nullptr ? integer >> 1 : integer);
+        if (lower != nullptr) lower[i] = static_cast<int8_t>(integer & 1);
+      }
     }
-  }
-  return true;
+    if (outside) fits = false;
+  });
+  return fits;
 }
 
 bool qat_convolution(const Kernels& kernels, int threads, const ProductShape& s, const ProductCodes& x,

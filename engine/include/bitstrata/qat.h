@@ -22,7 +22,8 @@ struct QatWeight {
 // Integers from a weight's values, (out, size), which are integers times unit[o] but for rounding: as in QatWeight.
 // False if a value is not finite, or an integer not in -256..255, or, without `low`, not in -128..127; then nothing
 // written is of use.
-bool qat_integers(const float* values, int64_t out, int64_t size, const double* unit, int8_t* high, int8_t* low);
+bool qat_integers(int threads, const float* values, int64_t out, int64_t size, const double* unit, int8_t* high,
+                  int8_t* low);
 
 // Of the sums of each channel, (channels,) each.
 struct QatMoments {
@@ -31,8 +32,8 @@ struct QatMoments {
 };
 
 // The sums of a convolution, in 16 or in 32 bits: one of both may be null. Returns false if some sum does not fit into
-// the 16 bits; then `narrow` is of no use. moments: null for none. Sums must lie within 2^28, else std::invalid_argument
-// is thrown, before anything is written.
+// the 16 bits; then `narrow` is of no use. moments: null for none. Sums must lie within 2^28, else
+// std::invalid_argument is thrown, before anything is written.
 bool qat_convolution(const Kernels&, int threads, const ProductShape&, const ProductCodes& x, const QatWeight&,
                      int16_t* narrow, int32_t* wide, QatMoments* moments);
 

@@ -2,8 +2,8 @@
 // next, forward and backward.
 //
 // A tensor is rows of channels as in bitstrata/training.h; what belongs to a channel is repeated to `period` elements.
-// An element x is an integer sum or a float and stands for u = max(x * scale[c] + offset[c], floor), computed in float32
-// with a rounding after each operation. Floats are rounded to bf16 to nearest, ties to even.
+// An element x is an integer sum or a float and stands for u = max(x * scale[c] + offset[c], floor), computed in
+// float32 with a rounding after each operation. Floats are rounded to bf16 to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,8 @@ struct QatGradient {
 
 // Adds, for each channel, the sums of what passed, of that times (x - center), and of the step's gradient.
 struct QatSums {
-  const float* center;            // (period,)
-  double *sum, *moment, *step;    // (period,) each
+  const float* center;          // (period,)
+  double *sum, *moment, *step;  // (period,) each
 };
 
 // out = passed * factor[c] + ((x - center[c]) * slope[c] + constant[c])

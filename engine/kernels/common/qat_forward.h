@@ -95,9 +95,8 @@ inline void qat_each_code(const void* x, int64_t count, int64_t period, const Qa
 
 template <typename In>
 void qat_codes(const void* x, int64_t count, int64_t period, const QatLine& l, QatLevels levels, uint8_t* out) {
-  qat_each_code<In>(x, count, period, l, levels, [=](int64_t i, float code) {
-    out[i] = static_cast<uint8_t>(static_cast<int32_t>(code));
-  });
+  qat_each_code<In>(x, count, period, l, levels,
+                    [=](int64_t i, float code) { out[i] = static_cast<uint8_t>(static_cast<int32_t>(code)); });
 }
 
 template <typename In, typename Out>

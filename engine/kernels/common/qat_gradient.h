@@ -66,13 +66,13 @@ void qat_gradient_sums_with(const void* x, int64_t count, int64_t period, const 
       for (int64_t j = 0; j < n; ++j) sum[j] = moment[j] = step[j] = 0;
       for (int64_t at = first; at < last; at += period) {
         const int64_t inside = least(n, last - at - c);
-        qat_stretch<kQuantized, kAdds, In, Real>(
-            x, at + c, c, inside, p, g, [&](int64_t, int64_t channel, float value, QatPassed passed) {
-              const int64_t j = channel - c;
-              sum[j] += passed.gradient;
-              moment[j] += passed.gradient * (value - center[j]);
-              if (kQuantized) step[j] += passed.step;
-            });
+        qat_stretch<kQuantized, kAdds, In, Real>(x, at + c, c, inside, p, g,
+                                                 [&](int64_t, int64_t channel, float value, QatPassed passed) {
+                                                   const int64_t j = channel - c;
+                                                   sum[j] += passed.gradient;
+                                                   moment[j] += passed.gradient * (value - center[j]);
+                                                   if (kQuantized) step[j] += passed.step;
+                                                 });
       }
       for (int64_t j = 0; j < n; ++j) {
         s.sum[c + j] += sum[j];
@@ -166,8 +166,7 @@ void qat_max_pool_gradient(const void* g, const uint8_t* places, const PoolMap& 
       for (int64_t y = top; y <= bottom && y < s.out_h; ++y)
         for (int64_t i = left; i <= right && i < s.out_w; ++i) {
           const int64_t at = (y * s.out_w + i) * s.channels + c;
-          const int32_t position =
-              static_cast<int32_t>((row - y * s.stride_h) * s.kernel_w + column - i * s.stride_w);
+          const int32_t position = static_cast<int32_t>((row - y * s.stride_h) * s.kernel_w + column - i * s.stride_w);
           BITSTRATA_INDEPENDENT
           for (int64_t j = 0; j < n; ++j) sum[j] += places[at + j] == position ? to_float(from[at + j]) : 0.0f;
         }
@@ -177,13 +176,10 @@ void qat_max_pool_gradient(const void* g, const uint8_t* places, const PoolMap& 
   }
 }
 
-#define BITSTRATA_QAT_REALS(kernel, In) \
-  { kernel<In, float>, kernel<In, bfloat> }
-#define BITSTRATA_QAT_TYPES(kernel)                                                      \
-  {                                                                                      \
-    BITSTRATA_QAT_REALS(kernel, int16_t), BITSTRATA_QAT_REALS(kernel, int32_t),          \
-        BITSTRATA_QAT_REALS(kernel, float), BITSTRATA_QAT_REALS(kernel, bfloat)          \
-  }
+#define BITSTRATA_QAT_REALS(kernel, In) {kernel<In, float>, kernel<In, bfloat>}
+#define BITSTRATA_QAT_TYPES(kernel)                                                                                \
+  {BITSTRATA_QAT_REALS(kernel, int16_t), BITSTRATA_QAT_REALS(kernel, int32_t), BITSTRATA_QAT_REALS(kernel, float), \
+   BITSTRATA_QAT_REALS(kernel, bfloat)}
 
 constexpr QatKernels kQatKernels = {
     qat_sums,

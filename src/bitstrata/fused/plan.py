@@ -226,13 +226,11 @@ class Planner:
                     raise FuseError(f"fuse: {node.name!r} writes into {written!r}, which other operations read too")
                 self.units.append(TorchOp(reads, node.name, node, module, inplace))
         if not self.fused:
-            raise FuseError(
-                f"fuse: {type(self.model).__name__} has no {self.wanted}"
-            )
+            raise FuseError(f"fuse: {type(self.model).__name__} has no {self.wanted}")
         return self.units
 
-    _max_pool_unit: type[Unit] = MaxPool
-    _join_unit: type[Unit] = Join
+    _max_pool_unit: Callable[..., Unit] = MaxPool
+    _join_unit: Callable[..., Unit] = Join
 
     @staticmethod
     def _fusable_conv(module: nn.Module) -> bool:

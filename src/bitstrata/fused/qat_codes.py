@@ -134,8 +134,8 @@ class IntegerWeight:
     """A quantized weight as integers: value = unit * integer, unit (channels,) float64.
 
     high, low: integer = high * 2 + low, or high alone where low is None. quantized: the fake-quantized weight, of which
-    only the place in autograd's graph is wanted: the edge there, or, if it is a leaf, the weight; None without gradient.
-    sources: what it depends on.
+    only the place in autograd's graph is wanted: the edge there, or, if it is a leaf, the weight; None without
+    gradient. sources: what it depends on.
     """
 
     unit: NDArray[np.float64]
@@ -165,7 +165,7 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
     scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-fit.shift
     unit = np.ascontiguousarray(np.broadcast_to(scale, (values.shape[0],)))
     high, low = np.empty(values.shape, np.int8), np.empty(values.shape, np.int8) if fit.wide else None
-    if not _engine.qat_integers(values, unit, high, low):
+    if not _engine.qat_integers(values, unit, high, low, torch.get_num_threads()):
         raise NotFiniteError("its weight contains NaN or infinity")
     place: Any = quantized if quantized.requires_grad else None
     if place is not None and not quantized.is_leaf:

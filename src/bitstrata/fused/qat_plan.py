@@ -18,7 +18,7 @@ def _levels(norm: nn.Module) -> list[nn.Module]:
 
 
 def can_run(units: list[Unit]) -> bool:
-    """Whether all is as the units take it: steps are set, nobody calibrates, and float32 parameters are on the CPU."""
+    """Whether all is as the units take it: steps are set, and nobody calibrates."""
     for unit in units:
         if isinstance(unit, QatConvNorm):
             quantizer = unit.conv.act_quant

@@ -40,6 +40,18 @@ class Batch:
     unit: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Pending:
+    """What a unit's backward pass needs of its forward pass."""
+
+    x: Activation
+    rule: Rule
+    weight: IntegerWeight
+    value: Activation
+    norm: nn.BatchNorm2d
+    batch: Batch
+
+
 @dataclass
 class QatConvNorm(Unit):
     """Convolution of codes, batch normalization, and a rectifier or none."""
@@ -93,7 +105,8 @@ class QatConvNorm(Unit):
             rectified=self.rectified,
         )
         step.env[self.result] = value
-        step.tape.append(lambda s: self._backward(s, x, rule, weight, value, norm, batch))
+        pending = Pending(x, rule, weight, value, norm, batch)
+        step.tape.append(lambda s: self._backward(s, pending))
 
     def _check_input(self, x: Activation, rule: Rule) -> None:
         if not np.isfinite(rule.step):
@@ -139,16 +152,8 @@ class QatConvNorm(Unit):
             scale = gamma * inverse * unit
             return Batch(mean, inverse, unit), scale, beta - scale * mean
 
-    def _backward(
-        self,
-        step: Step,
-        x: Activation,
-        rule: Rule,
-        weight: IntegerWeight,
-        value: Activation,
-        norm: nn.BatchNorm2d,
-        batch: Batch,
-    ) -> None:
+    def _backward(self, step: Step, forward: Pending) -> None:
+        weight, value, norm, batch = forward.weight, forward.value, forward.norm, forward.batch
         if not value.arrived:
             value.release()
             return
@@ -176,7 +181,7 @@ class QatConvNorm(Unit):
             *line, np.stack((factor, constant, slope, center)).astype(np.float32), out, FASTEST, threads
         )
         value.release()
-        self._products(step, x, rule, weight, to_map(out, value.shape))
+        self._products(step, forward.x, forward.rule, weight, to_map(out, value.shape))
         if place is None or place.pooled:
             pool.give(out)
 

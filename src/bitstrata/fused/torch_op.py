@@ -20,7 +20,7 @@ def sources_of(module: nn.Module | None) -> Iterator[Sources]:
 
     A gradient that is taken of such a parameter itself would run its hooks, which run again on the step's gradient.
     """
-    owners = [] if module is None else [m._parameters for m in module.modules()]
+    owners: list[dict[str, Any]] = [] if module is None else [m._parameters for m in module.modules()]
     found: dict[int, tuple[nn.Parameter, Tensor]] = {}
     hooked: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for own in owners:

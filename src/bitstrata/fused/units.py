@@ -33,8 +33,8 @@ class Step:
     """One pass.
 
     env: values by node. tape: what the units do in the backward pass, in forward order. gradients: of parameters, by
-    identity. statistics: normalizations with what the engine found of their batches. wrap: makes values of torch's results.
-    real: dtype of floats; bfloat16 where torch's own operations run under autocast.
+    identity. statistics: normalizations with what the engine found of their batches. wrap: makes values of torch's
+    results. real: dtype of floats; bfloat16 where torch's own operations run under autocast.
     """
 
     pool: Pool
@@ -53,7 +53,6 @@ class Step:
         """Add to a parameter's gradient."""
         seen = self.gradients.get(id(parameter))
         self.gradients[id(parameter)] = gradient if seen is None else seen + gradient
-
 
     def add_all(self, sources: Sources, gradients: Sequence[Tensor | None]) -> None:
         """Add to the parameters' gradients what was found for their sources."""
