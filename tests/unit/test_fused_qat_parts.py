@@ -221,14 +221,27 @@ def test_what_cannot_be_fused_stays_in_torch():
     model = chain()
     model[3].register_forward_hook(lambda *_: None)
     assert bs.fuse(model).fused == ("0",)
-    for recipe in (bs.recipes.lsq_plus(4, edges="inner"), bs.recipes.maqd()):  # offset inputs; another normalization
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
-        )
-        quantized = bs.quantize_(net, recipe, torch.randn(2, 3, 4, 4))
-        with pytest.raises(bs.FuseError, match=r"has no convolution .QuantConv2d without bias, codes on both sides"):
-            bs.fuse(quantized)
+
+    def net() -> nn.Module:
+        layers = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False)]
+        return nn.Sequential(*layers, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+    x = torch.randn(2, 3, 4, 4)
+    assert bs.fuse(bs.quantize_(net(), bs.recipes.lsq_plus(4), x)).fused == ("0",)  # inner inputs have an offset
+    with pytest.raises(bs.FuseError, match=r"has no convolution .QuantConv2d without bias, codes on both sides"):
+        bs.fuse(bs.quantize_(net(), bs.recipes.maqd(), x))  # another normalization
+
+
+def test_a_shared_quantized_weight_collects_its_gradient(monkeypatch):
+    model, x = chain(), torch.randn(4, 3, 8, 8)
+    leaf = model[3].quantized_weight().detach().requires_grad_()
+    monkeypatch.setattr(model[3], "quantized_weight", lambda: leaf)
+    model(x).square().sum().backward()
+    wanted, leaf.grad = leaf.grad, None
+    for times in (1, 2):
+        bs.fuse(model)(x).square().sum().backward()
+        torch.testing.assert_close(leaf.grad, times * wanted, rtol=1e-3, atol=1e-5)
+    assert model[3].weight.grad is None
 
 
 def test_hooks_of_parameters_run_once():
