@@ -13,3 +13,6 @@ void bind_layer_norm(nanobind::module_& m);
 
 // Fake quantization.
 void bind_fake_quantize(nanobind::module_& m);
+
+// Quantization-aware training on integer sums.
+void bind_qat(nanobind::module_& m);

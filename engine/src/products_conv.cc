@@ -68,6 +68,7 @@ void run_merged(Plan* plan, int threads, int64_t pixels, const WeightCodes& w, c
     ProductResult left = result;
     if (left.acc != nullptr) left.acc += done * plan->out_c;
     if (left.values != nullptr) left.values += done * plan->out_c;
+    left.first += done * plan->out_c;
     maps.push_back({tail, 1, 1, rest, 1, rest, left});
   }
   execute(threads, *plan, maps, result);

@@ -97,7 +97,7 @@ class Execution {
   }
 
   // lo, hi: (channels,) of this thread, or null.
-  void run(int64_t unit, Workspace& own, int32_t* lo, int32_t* hi) const {
+  void run(int64_t unit, int thread, Workspace& own, int32_t* lo, int32_t* hi) const {
     const int64_t image = unit / units_of_image_, begin = unit % units_of_image_ * rows_;
     const int64_t end = std::min(begin + rows_, out_h_);
     const int64_t at = image * out_h_ * out_row_, here = at + begin * out_row_;
@@ -115,6 +115,7 @@ class Execution {
     const ProductKernels& loops = *plan_.kernels.products;
     if (lo != nullptr) loops.bounds(rows, pixels, plan_.out_c, lo, hi);
     if (result_.values != nullptr) loops.scale(rows, result_.factor, result_.values + here, pixels, plan_.out_c);
+    if (result_.reader != nullptr) result_.reader->read(thread, rows, result_.first + here, pixels * plan_.out_c);
   }
 
  private:
@@ -175,12 +176,13 @@ void execute(int threads, const Plan& plan, const std::vector<Maps>& maps, const
     lo.emplace_back(bounds ? channels : 0, INT32_MAX);
     hi.emplace_back(bounds ? channels : 0, INT32_MIN);
   }
+  if (result.reader != nullptr) result.reader->begin(own.count());
   for (const Execution& e : executions)
     parallel_for(threads, e.units(), 1, [&](int64_t begin, int64_t end) {
       const int mine = own.take();
       const size_t i = static_cast<size_t>(mine);
       for (int64_t unit = begin; unit < end; ++unit)
-        e.run(unit, own[mine], bounds ? lo[i].data() : nullptr, bounds ? hi[i].data() : nullptr);
+        e.run(unit, mine, own[mine], bounds ? lo[i].data() : nullptr, bounds ? hi[i].data() : nullptr);
       own.give(mine);
     });
   for (size_t c = 0; bounds && c < channels; ++c) {

@@ -350,3 +350,106 @@ class ConvNorm:
         threads: int,
     ) -> str:
         """What was not finite: "weight", "norm" or "product"; "" for nothing."""
+
+# Quantization-aware training. x: rows of channels, (rows, channels), int16 or int32 sums, float32, or bfloat16 as
+# uint16; it stands for u = max(x * scale + offset, 0 if rectified), with scale and offset float32 (channels,). `real`
+# arrays are float32, or bfloat16 as uint16, of x's shape.
+Levels = tuple[float, float]  # least and largest code
+# Least and largest code; the interval of u in which gradients pass; the factor of the step's gradient inside of it.
+PassRule = tuple[float, float, float, float, float] | None
+
+def qat_integers(values: Array, unit: Array, high: Array, low: Array | None, threads: int) -> bool:
+    """values / unit[o] as integers high * 2 + low, int8 each; False if not finite or out of range."""
+
+def qat_convolution(
+    x: Array,
+    range: Pair,
+    high: Array,
+    low: Array | None,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+    groups: int,
+    out: Array,
+    moments: bool,
+    isa: str,
+    threads: int,
+) -> tuple[bool, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Sums to `out`, int16 or int32: (whether all fit into 16 bits, (mean, variance) of each channel)."""
+
+def qat_codes(
+    x: Array, scale: Array, offset: Array, rectified: bool, levels: Levels, out: Array, isa: str, threads: int
+) -> None:
+    """clamp(round(u)) as bytes."""
+
+def qat_code_values(
+    x: Array, scale: Array, offset: Array, rectified: bool, levels: Levels, out: Array, isa: str, threads: int
+) -> None:
+    """clamp(round(u)) as real."""
+
+def qat_values(
+    x: Array, scale: Array, offset: Array, rectified: bool, add: Array | None, out: Array, isa: str, threads: int
+) -> None:
+    """max(x * scale + offset + add, 0 if rectified) as real."""
+
+def qat_gradient_sums(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    rectified: bool,
+    rule: PassRule,
+    keep: float,
+    g: Array,
+    add: Array | None,
+    center: Array,
+    isa: str,
+    threads: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Of each channel, sums of what passes of g (+ add) and of that times (x - center); the step's sum."""
+
+def qat_gradient(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    rectified: bool,
+    rule: PassRule,
+    keep: float,
+    g: Array,
+    add: Array | None,
+    line: Array,
+    out: Array,
+    isa: str,
+    threads: int,
+) -> None:
+    """passed * line[0] + ((x - line[3]) * line[2] + line[1]); line: (4, channels)."""
+
+def qat_pass(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    rectified: bool,
+    rule: PassRule,
+    keep: float,
+    g: Array,
+    add: Array | None,
+    out: Array,
+    isa: str,
+    threads: int,
+) -> float:
+    """What passes, to `out`; the step's sum."""
+
+def qat_max_pool(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    rectified: bool,
+    window: PoolWindow,
+    out: Array,
+    places: Array,
+    isa: str,
+    threads: int,
+) -> None:
+    """The largest u of each window as real, and where it is; NHWC."""
+
+def qat_max_pool_gradient(g: Array, places: Array, window: PoolWindow, out: Array, isa: str, threads: int) -> None:
+    """The gradient of what `qat_max_pool` pooled; g: NHWC, out: rows."""

@@ -36,12 +36,23 @@ struct ProductCodes {
   const uint8_t* shift = nullptr;
 };
 
+// Reads sums while they are in the cache. `count` sums, whole pixels, from element `at` of the result on, by one of
+// several threads, whose number is `thread`.
+class SumReader {
+ public:
+  virtual ~SumReader() = default;
+  virtual void begin(int threads) = 0;  // how many there are at most; before all else
+  virtual void read(int thread, const int32_t* sums, int64_t at, int64_t count) = 0;
+};
+
 // Where the sums of conv_forward and conv_input_grad go; each may be null.
 struct ProductResult {
   int32_t* acc = nullptr;                // NHWC
   int32_t *lo = nullptr, *hi = nullptr;  // (channels,) least and largest sum of each channel, over the whole batch
   float* values = nullptr;               // NHWC, float(sum) * factor of its channel
   const float* factor = nullptr;         // (channels,), for values
+  SumReader* reader = nullptr;
+  int64_t first = 0;  // element of the whole result at which the above begin, for the reader
 };
 
 // y = conv(x, w): sums over in_c / groups, kernel_h, kernel_w.

@@ -11,6 +11,7 @@
 
 #include "bitstrata/fake_kernels.h"
 #include "bitstrata/layer_kernels.h"
+#include "bitstrata/qat_kernels.h"
 
 namespace bitstrata {
 
@@ -147,6 +148,7 @@ struct Training {
 
   LayerKernels layer;  // of the layer normalization
   FakeKernels fake;    // of fake quantization
+  QatKernels qat;      // of quantization-aware training
 };
 
 }  // namespace bitstrata

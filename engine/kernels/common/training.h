@@ -3,6 +3,7 @@
 // Like everything in this folder this is compiled once for each instruction set, in an unnamed namespace.
 #pragma once
 
+#include "qat_gradient.h"
 #include "training_fake.h"
 #include "training_gradient.h"
 #include "training_layer_norm.h"
@@ -40,6 +41,7 @@ constexpr Training kTraining = {
     l1_gradient_codes,
     kLayerKernels,
     kFakeKernels,
+    kQatKernels,
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""A training step in integers from end to end: fused convolutions, normalizations and rectifiers."""
+"""A training step with convolutions, normalizations and rectifiers fused, in integers as far as they reach."""
 
 from .network import FusedNetwork, fuse
 from .plan import FuseError

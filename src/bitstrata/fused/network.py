@@ -1,36 +1,53 @@
-"""fuse: a training step whose convolutions, normalizations and rectifiers run as integers from end to end."""
+"""fuse: a training step whose convolutions, normalizations and rectifiers run as one operation, in integers."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..nn.integer_layers import IntegerLayer
 from ..nn.l1_norm import QuantizedL1BatchNorm
+from ..nn.layers import QuantizedLayer
+from ..nn.norm import PrecisionBatchNorm
+from ..nn.own import OwnLayer
+from ..quantizers.base import Quantizer
 from .plan import Planner, trace
 from .pool import Pool
-from .units import ConvNorm, Step, Unit, as_map
-from .values import NotFiniteError, Plain, Real, Value
+from .qat_plan import QatPlanner, can_run
+from .qat_units import entry, track
+from .qat_values import from_torch as wrap
+from .units import Step, Unit
+from .values import Flow, NotFiniteError, from_torch
 
 
 class FusedNetwork(nn.Module):
     """What `fuse` makes: trains `model`, whose parameters and buffers it uses, and is otherwise the same function.
 
-    In training mode a convolution and the quantized normalization and rectifier after it are one unit: sums stay in
-    integers until they are the normalization's 8-bit codes, and these become the next layer's codes without floats in
-    between. Of each such unit the 8-bit codes are all that is kept for the backward pass. Residual sums, and whatever
-    else the network does, stay in float32. Results, gradients, running statistics and random bits equal those of
-    `model` itself to the last bit.
+    In training mode a convolution and the normalization and rectifier after it are one unit; whatever else the network
+    does runs in torch between units. In evaluation mode, or where a part of the model is, `model` runs. Hooks on fused
+    modules do not run; a module that had some when it was fused is not fused. The result is differentiable once, and
+    its backward pass runs once. Parameters are inputs of the one autograd function, so gradients accumulate, and hooks
+    on parameters run, as with `model`.
 
-    Under on_nonfinite "skip" a gradient that is not finite makes all gradients of the step 0 (in `model`, those of its
-    layer and of what lies before it); a forward pass with values that are not finite is `model`'s.
+    After `integer_` (training in integers): sums stay in integers until they are the normalization's 8-bit codes, and
+    these become the next layer's codes without floats in between. Of each such unit the 8-bit codes are all that is
+    kept for the backward pass. Residual sums, and what torch does, stay in float32. Results, gradients, running
+    statistics and random bits equal those of `model` itself to the last bit. Under on_nonfinite "skip" a gradient that
+    is not finite makes all gradients of the step 0 (in `model`, those of its layer and of what lies before it); a
+    forward pass with values that are not finite is `model`'s.
 
-    In evaluation mode, or where a part of the model is, `model` runs. Hooks on fused modules do not run; a module that
-    had some when it was fused is not fused. The result is differentiable once, and its backward pass runs once.
+    After `quantize_` (quantization-aware training): a convolution is computed in the integer codes of its input and its
+    weight, at the precision that the model has at the call, exactly; batch statistics come from these integers. Kept
+    for the backward pass are integer sums (16 bits), or nothing where they are made again, and residual sums as floats.
+    The gradients are those of the fake-quantized formula. Floats are bfloat16 where torch.autocast("cpu",
+    torch.bfloat16) is active at the call: residual sums and the gradients of activations are rounded to it once, and
+    torch's own operations run under autocast; otherwise all is float32. All but the products of the backward pass,
+    which are torch's, is the same to the bit for every number of threads. A step that the units cannot take is
+    `model`'s: while steps of activations are not set yet or calibration goes on.
 
     Attributes:
         model: the network; its state_dict is what to save.
@@ -42,21 +59,23 @@ class FusedNetwork(nn.Module):
         self.model = model
         self._parts = tuple(model.modules())
         self._graph = trace(model)
-        self._units = Planner(model, self._graph).plan()
+        self._quantized = any(isinstance(part, QuantizedLayer) for part in self._parts)
+        planner = QatPlanner(model, self._graph) if self._quantized else Planner(model, self._graph)
+        self._units = planner.plan()
         self._input = next(n for n in self._graph.nodes if n.op == "placeholder").name
         output = next(n for n in self._graph.nodes if n.op == "output").args[0]
         self._output = output.name
         self._last_reads = _last_reads(self._units, self._output)
         self._pool = Pool()
-        self.fused = tuple(_name(model, unit.conv) for unit in self._units if isinstance(unit, ConvNorm))
+        self.fused = tuple(planner.fused)
         self.train(model.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's result for x, (N, C, H, W).
 
         Raises:
-            ValueError: x is not float32 on the CPU in training mode; whatever the model raises, also for NaN or
-                infinity under on_nonfinite "error".
+            ValueError: x is not float32 on the CPU in training mode; NaN or infinity (NotFiniteError, which names the
+                layer), in training in integers under on_nonfinite "error"; whatever the model raises.
         """
         if not self.training or not all(part.training for part in self._parts):
             return self.model(x)
@@ -65,10 +84,9 @@ class FusedNetwork(nn.Module):
                 f"fused network: the input must be (N, C, H, W) in float32 on the CPU, got {tuple(x.shape)} of "
                 f"{x.dtype} on {x.device}"
             )
-        if x.numel() == 0:
+        if x.numel() == 0 or not self._can_run():
             return self.model(x)
-        found = {id(p): p for part in self._parts for p in part._parameters.values() if p is not None}
-        parameters = [p for p in found.values() if p.requires_grad]
+        parameters = self._parameters_now()
         try:
             return _Step.apply(x, self, parameters, *parameters)
         except NotFiniteError:
@@ -76,22 +94,38 @@ class FusedNetwork(nn.Module):
                 return self.model(x)
             raise
 
-    def _run(self, x: Tensor, *, record: bool) -> tuple[Step, Value]:
-        step = Step(self._pool)
-        n, c, h, w = x.shape
-        rows = x.detach().permute(0, 2, 3, 1).contiguous().view(n * h * w, c)
-        entry = Real(rows.numpy(), (n, h, w, c), self._pool, escaped=True)
-        entry.wanted = x.requires_grad
-        step.env[self._input] = entry
+    def _parameters_now(self) -> list[nn.Parameter]:
+        """Parameters that are trained, without those that belong to other precisions than the present one."""
+        found = {id(p): p for part in self._parts for p in part._parameters.values() if p is not None}
+        for part in self._parts:
+            if isinstance(part, Quantizer | PrecisionBatchNorm | OwnLayer):
+                for precision, own in part.precision_parameters().items():
+                    for p in own if precision != part.precision else ():
+                        found.pop(id(p), None)
+        return [p for p in found.values() if p.requires_grad]
+
+    def _can_run(self) -> bool:
+        if not self._quantized:
+            return True
+        casts = torch.is_autocast_enabled("cpu")
+        return can_run(self._units) and (not casts or torch.get_autocast_dtype("cpu") == torch.bfloat16)
+
+    def _run(self, x: Tensor, *, real: torch.dtype, record: bool) -> tuple[Step, Flow]:
+        if self._quantized:
+            step = Step(self._pool, wrap=partial(wrap, real=real), real=real)
+            step.env[self._input] = entry(x, self._pool, real)
+        else:
+            step = Step(self._pool)
+            step.env[self._input] = from_torch(x, self._pool)
         for i, unit in enumerate(self._units):
             unit.run(step)
             if not record:
                 step.tape.clear()
             for name in self._last_reads.get(i, ()):
                 value = step.env[name]
-                if isinstance(value, Value):
+                if isinstance(value, Flow):
                     value.forget()
-        _track(step)
+        track(step) if self._quantized else _track(step)
         return step, step.env[self._output]
 
     def _skips(self) -> bool:
@@ -101,15 +135,11 @@ class FusedNetwork(nn.Module):
         for layer in self.modules():
             if isinstance(layer, IntegerLayer):
                 layer.state.skipped += 1
-        gx = torch.zeros(ctx.entry.shape).permute(0, 3, 1, 2) if ctx.needs_input_grad[0] else None
+        gx = torch.zeros_like(ctx.x) if ctx.needs_input_grad[0] else None
         return gx, None, None, *(torch.zeros_like(p) for p in ctx.parameters)
 
     def extra_repr(self) -> str:
         return f"{len(self.fused)} convolutions fused"
-
-
-def _name(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _last_reads(units: list[Unit], output: str) -> dict[int, list[str]]:
@@ -145,30 +175,24 @@ class _Step(torch.autograd.Function):
         ctx.network, ctx.parameters, ctx.x = network, parameters, x.detach() if x.requires_grad else None
         ctx.step = None
         record = any(ctx.needs_input_grad)
+        real = torch.bfloat16 if network._quantized and torch.is_autocast_enabled("cpu") else torch.float32
         with torch.autocast("cpu", enabled=False):
-            step, value = network._run(x, record=record)
+            step, value = network._run(x, real=real, record=record)
         ctx.step, ctx.value, ctx.entry = step, value, step.env[network._input]
         step.env = {}
-        if isinstance(value, Plain):
-            return value.tensor.detach()
-        value.escaped = True
-        return as_map(value.real(), value.shape)
+        return value.as_leaf().detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        step, value = ctx.step, ctx.value
+        step = ctx.step
         if step is None:
             raise RuntimeError("fused network: the backward pass of a step runs once; its codes are gone")
         ctx.step = None
         gx = None
         with torch.autocast("cpu", enabled=False):
-            if isinstance(value, Plain):
-                value.add_gradient(gradient)
-            else:
-                rows = step.pool.take(value.rows, np.float32)
-                as_map(rows, value.shape).copy_(gradient)
-                value.gradient.append(rows)
+            ctx.value.deliver(gradient)
+            ctx.value = None
             try:
                 while step.tape:
                     step.tape.pop()(step)
@@ -177,19 +201,17 @@ class _Step(torch.autograd.Function):
                 if isinstance(error, NotFiniteError) and ctx.network._skips():
                     return ctx.network._skipped(ctx)
                 raise
-            if ctx.needs_input_grad[0] and ctx.entry.gradient:
-                total, _ = ctx.entry.gradient.total(step.pool)
-                gx = as_map(total.copy(), ctx.entry.shape)
-                step.pool.give(total)
+            if ctx.needs_input_grad[0]:
+                gx = ctx.entry.take_gradient(step, ctx.x)
             ctx.entry.release()
         return gx, None, None, *(step.gradients.get(id(p)) for p in ctx.parameters)
 
 
 def fuse(model: nn.Module) -> FusedNetwork:
-    """A network that trains in integers with convolutions, normalizations and rectifiers fused; see `FusedNetwork`.
+    """A network whose training step has convolutions, normalizations and rectifiers fused; see `FusedNetwork`.
 
     Args:
-        model: after `integer_`, on the CPU. It is used, not copied or changed.
+        model: after `integer_`, or after `quantize_`, on the CPU. It is used, not copied or changed.
 
     Raises:
         TypeError: model is no module.

@@ -14,12 +14,14 @@ from ..integer.autograd import IntegerRule
 from ..integer.products import headroom
 from ..nn.integer_layers import IntegerConv2d, IntegerLayer
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
-from .units import ConvNorm, Join, MaxPool, TorchOp, Unit
+from .torch_op import TorchOp
+from .units import ConvNorm, Join, MaxPool, Unit
 
 RECTIFIERS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
 
 
+LEAVES = (f"{__package__.rpartition('.')[0]}.nn.", f"{__package__.rpartition('.')[0]}.quantizers.")
 MOST_POSITIONS = 256  # of a pooling window: they are kept as bytes
 Pair = tuple[int, int]
 
@@ -30,7 +32,8 @@ class FuseError(ValueError):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, IntegerLayer | L1BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        ours = f"{m.__class__.__module__}.".startswith(LEAVES)  # what they do may depend on the precision
+        return ours or isinstance(m, IntegerLayer | L1BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -71,7 +74,7 @@ def _pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> bool:
     """Nobody watches the module: no hooks that a fused step would pass over."""
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -88,8 +91,8 @@ def _products_fit(layer: IntegerConv2d, rule: IntegerRule) -> bool:
     )
 
 
-def _fusable_conv(module: nn.Module) -> bool:
-    if type(module) is not IntegerConv2d or not _plain(module):
+def _integer_conv(module: nn.Module) -> bool:
+    if type(module) is not IntegerConv2d or not plain(module):
         return False
     rule = module.rule
     return (
@@ -103,23 +106,32 @@ def _fusable_conv(module: nn.Module) -> bool:
     )
 
 
-def _fusable_norm(module: nn.Module) -> bool:
+def _integer_norm(module: nn.Module) -> bool:
     return (
         type(module) is QuantizedL1BatchNorm2d
-        and _plain(module)
+        and plain(module)
         and module.engine_rule() is not None
         and module.running_mean.dtype == torch.float32
     )
 
 
 class Planner:
-    """Goes through a graph once and collects units."""
+    """Goes through a graph once and collects units; this one those of training in integers.
+
+    Attributes:
+        fused: names of the convolutions in fused units.
+    """
+
+    wanted = (
+        "convolution (IntegerConv2d without bias) that only a QuantizedL1BatchNorm2d reads; make it one with "
+        "integer_(model, example), on the CPU"
+    )
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.model, self.graph = model, graph
         self.modules = dict(model.named_modules())
         self.units: list[Unit] = []
-        self.fused = 0
+        self.fused: list[str] = []
         self._done: set[fx.Node] = set()
 
     def _module(self, node: fx.Node | Any) -> nn.Module | None:
@@ -144,7 +156,7 @@ class Planner:
 
     def _rectifies(self, node: fx.Node) -> bool:
         module = self._module(node)
-        return (type(module) is nn.ReLU and _plain(module)) if module is not None else self._is(node, RECTIFIERS)
+        return (type(module) is nn.ReLU and plain(module)) if module is not None else self._is(node, RECTIFIERS)
 
     def _only(self, node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:
         """The only node that reads it, if it passes the test."""
@@ -154,9 +166,9 @@ class Planner:
     def _conv_norm(self, node: fx.Node) -> fx.Node | None:
         """The normalization that alone reads a convolution, if both can be fused."""
         conv = self._module(node)
-        if conv is None or not _fusable_conv(conv) or len(node.args) != 1 or node.kwargs:
+        if conv is None or len(node.args) != 1 or node.kwargs or not self._fusable_conv(conv):
             return None
-        return self._only(node, lambda user: _fusable_norm(self._module(user) or nn.Identity()))
+        return self._only(node, lambda user: self._fusable_norm(self._module(user) or nn.Identity()))
 
     def _sum(self, node: fx.Node) -> bool:
         return (
@@ -170,7 +182,7 @@ class Planner:
     def _max_pool(self, node: fx.Node) -> tuple[Pair, Pair, Pair] | None:
         """Window, stride and padding of a maximum pooling that can be fused."""
         module = self._module(node)
-        if type(module) is not nn.MaxPool2d or not _plain(module) or len(node.args) != 1 or node.kwargs:
+        if type(module) is not nn.MaxPool2d or not plain(module) or len(node.args) != 1 or node.kwargs:
             return None
         kernel = _pair(module.kernel_size)
         if _pair(module.dilation) != (1, 1) or module.ceil_mode or module.return_indices:
@@ -198,28 +210,35 @@ class Planner:
                 if last is None and len(norm.users) == 1:
                     normed.add(norm)
             elif (pooling := self._max_pool(node)) is not None and node.args[0] in results:
-                self.units.append(MaxPool((node.args[0].name,), node.name, *pooling))
+                self.units.append(self._max_pool_unit((node.args[0].name,), node.name, *pooling))
             elif self._sum(node) and normed.intersection(node.args):
                 own = next(a for a in node.args if a in normed)
                 other = next(a for a in node.args if a is not own)
                 last = self._only(node, self._rectifies)
                 self._done.update(n for n in (node, last) if n is not None)
-                self.units.append(Join((own.name, other.name), (last or node).name, last is not None))
+                self.units.append(self._join_unit((own.name, other.name), (last or node).name, last is not None))
             else:
                 module = self._module(node)
-                owner = module.parameters() if module is not None else ()
                 reads = tuple(n.name for n in node.all_input_nodes)
                 inplace = self._writes(node, module)
                 if inplace and len(node.all_input_nodes[0].users) > 1:
                     written = node.all_input_nodes[0].name
                     raise FuseError(f"fuse: {node.name!r} writes into {written!r}, which other operations read too")
-                self.units.append(TorchOp(reads, node.name, node, module, tuple(owner), inplace))
+                self.units.append(TorchOp(reads, node.name, node, module, inplace))
         if not self.fused:
-            raise FuseError(
-                f"fuse: {type(self.model).__name__} has no convolution (IntegerConv2d without bias) that only a "
-                "QuantizedL1BatchNorm2d reads; make it one with integer_(model, example), on the CPU"
-            )
+            raise FuseError(f"fuse: {type(self.model).__name__} has no {self.wanted}")
         return self.units
+
+    _max_pool_unit: Callable[..., Unit] = MaxPool
+    _join_unit: Callable[..., Unit] = Join
+
+    @staticmethod
+    def _fusable_conv(module: nn.Module) -> bool:
+        return _integer_conv(module)
+
+    @staticmethod
+    def _fusable_norm(module: nn.Module) -> bool:
+        return _integer_norm(module)
 
     def _add_conv_norm(self, conv: fx.Node, norm: fx.Node, last: fx.Node | None) -> None:
         layer, normalization = self._module(conv), self._module(norm)
@@ -228,7 +247,7 @@ class Planner:
         source = conv.args[0]
         assert isinstance(source, fx.Node)
         self._done.update(n for n in (conv, norm, last) if n is not None)
-        self.fused += 1
+        self.fused.append(str(conv.target))
         self.units.append(
             ConvNorm((source.name,), (last or norm).name, layer, normalization, str(norm.target), last is not None)
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bitstrata_runtime import _engine
 
@@ -21,10 +21,11 @@ from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .pool import Pool
-from .values import Format, Normed, NotFiniteError, Plain, Real, Value
+from .values import Flow, Format, Normed, NotFiniteError, Real, Value, from_torch
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
+Sources = list[tuple[nn.Parameter, Tensor]]  # what gets a gradient, and what it is taken of
 
 
 @dataclass
@@ -32,19 +33,32 @@ class Step:
     """One pass.
 
     env: values by node. tape: what the units do in the backward pass, in forward order. gradients: of parameters, by
-    identity. statistics: normalizations with what the engine found of their batches.
+    identity. statistics: normalizations with what the engine found of their batches. wrap: makes values of torch's
+    results. real: dtype of floats; bfloat16 where torch's own operations run under autocast.
     """
 
     pool: Pool
     env: Env = field(default_factory=dict)
     tape: list[Backward] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
-    statistics: list[tuple[QuantizedL1BatchNorm, Any]] = field(default_factory=list)
+    statistics: list[tuple[Any, Any]] = field(default_factory=list)
+    wrap: Callable[[Tensor, Pool], Flow] = from_torch
+    real: torch.dtype = torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """For torch's own operations between units. No casts are kept: these would outlive the step's graph."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.real != torch.float32, cache_enabled=False)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add to a parameter's gradient."""
         seen = self.gradients.get(id(parameter))
         self.gradients[id(parameter)] = gradient if seen is None else seen + gradient
+
+    def add_all(self, sources: Sources, gradients: Sequence[Tensor | None]) -> None:
+        """Add to the parameters' gradients what was found for their sources."""
+        for (parameter, _), gradient in zip(sources, gradients, strict=True):
+            if gradient is not None:
+                self.add(parameter, gradient)
 
 
 class Unit(ABC):
@@ -289,102 +303,3 @@ class MaxPool(Unit):
             normed.gradient.append(rows)
         step.pool.give(places)
         value.release()
-
-
-@dataclass
-class TorchOp(Unit):
-    """Any other node, by torch, on float tensors (N, C, H, W), or of other shapes."""
-
-    reads: tuple[str, ...]
-    result: str
-    node: fx.Node
-    module: nn.Module | None
-    parameters: tuple[nn.Parameter, ...]
-    inplace: bool  # it writes into its first argument, which no other node reads
-
-    def run(self, step: Step) -> None:
-        leaves: dict[str, Tensor] = {}
-
-        def argument(node: fx.Node) -> Any:
-            value = step.env[node.name]
-            if isinstance(value, Value) and node.name not in leaves:
-                leaves[node.name] = _as_leaf(value)
-            leaf = leaves.get(node.name, value)
-            return leaf.clone() if self.inplace and isinstance(leaf, Tensor) else leaf
-
-        with torch.enable_grad():
-            args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), argument)
-            result = self._call(args, kwargs)
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            step.env[self.result] = result
-            return
-        value = _from_torch(result, step.pool)
-        step.env[self.result] = value
-        wanting = [(step.env[name], leaf) for name, leaf in leaves.items() if leaf.requires_grad]
-        if result.requires_grad:
-            step.tape.append(lambda s: self._backward(s, result, wanting, value))
-
-    def _call(self, args: Any, kwargs: Any) -> Any:
-        if self.module is not None:
-            return self.module(*args, **kwargs)
-        if self.node.op == "call_method":
-            return getattr(args[0], self.node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
-        return self.node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _backward(self, step: Step, result: Tensor, wanting: list[tuple[Value, Tensor]], value: Value) -> None:
-        arrived = _arrived(value, result)
-        if arrived is not None:
-            sources = [leaf for _, leaf in wanting] + [p for p in self.parameters if p.requires_grad]
-            found = torch.autograd.grad(result, sources, arrived, allow_unused=True)
-            for (reader, _), gradient in zip(wanting, found, strict=False):
-                if gradient is not None:
-                    _deliver(reader, gradient)
-            trained = [p for p in self.parameters if p.requires_grad]
-            for parameter, gradient in zip(trained, found[len(wanting) :], strict=True):
-                if gradient is not None:
-                    step.add(parameter, gradient)
-        if not isinstance(value, Plain):
-            value.release()
-
-
-def as_map(rows: NDArray[np.float32], shape: tuple[int, int, int, int]) -> Tensor:
-    """Rows of channels as (N, C, H, W), channels last in memory: the same memory."""
-    return torch.from_numpy(rows).view(shape).permute(0, 3, 1, 2)
-
-
-def _as_leaf(value: Value) -> Tensor:
-    if isinstance(value, Plain):
-        return value.tensor.detach().requires_grad_(value.wanted)
-    value.real()
-    value.escaped = True
-    return as_map(value.real(), value.shape).requires_grad_(value.wanted)
-
-
-def _from_torch(result: Tensor, pool: Pool) -> Value:
-    if result.dim() != 4 or result.dtype != torch.float32 or result.numel() == 0:
-        return Plain(result, pool)
-    n, c, h, w = result.shape
-    rows = result.detach().permute(0, 2, 3, 1).contiguous().view(n * h * w, c)
-    value = Real(rows.numpy(), (n, h, w, c), pool, escaped=True)
-    value.wanted = result.requires_grad
-    return value
-
-
-def _arrived(value: Value, result: Tensor) -> Tensor | None:
-    if isinstance(value, Plain):
-        return value.arrived
-    if not value.gradient:
-        return None
-    total, _ = value.gradient.total(value.pool)
-    own = as_map(total.copy(), value.shape)  # torch may keep it longer than the pool lends it
-    value.pool.give(total)
-    return own
-
-
-def _deliver(value: Value, gradient: Tensor) -> None:
-    if isinstance(value, Plain):
-        value.add_gradient(gradient)
-        return
-    rows = value.pool.take(value.rows, np.float32)
-    as_map(rows, value.shape).copy_(gradient)
-    value.gradient.append(rows)

@@ -89,6 +89,11 @@ class Codes:
         return self.scale * np.exp2(-self.exponents.astype(np.float64))
 
 
+def as_map(rows: NDArray[np.float32], shape: Shape) -> Tensor:
+    """Rows of channels as (N, C, H, W), channels last in memory: the same memory."""
+    return torch.from_numpy(rows).view(shape).permute(0, 3, 1, 2)
+
+
 @dataclass
 class Gradient:
     """A sum of floats and of products' accumulators times scales, whose memory is the pool's.
@@ -144,7 +149,37 @@ class Gradient:
         self.products.clear()
 
 
-class Value(ABC):
+class Flow(ABC):
+    """A tensor between units, with the gradient that arrives at it.
+
+    Attributes:
+        wanted: whether anybody asks for the gradient.
+    """
+
+    wanted: bool
+
+    @abstractmethod
+    def as_leaf(self) -> Tensor:
+        """The values for torch, which may keep them: a leaf that collects a gradient if one is wanted."""
+
+    @abstractmethod
+    def deliver(self, gradient: Tensor) -> None:
+        """A gradient, of the leaf's shape, arrives."""
+
+    @abstractmethod
+    def take_gradient(self, step: Any, like: Tensor) -> Tensor | None:
+        """All that has arrived, in torch's memory and in the dtype of `like`; None if nothing has."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """All that reads it in the forward pass has run."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """All that reads it has run, backward pass included."""
+
+
+class Value(Flow):
     """An activation, (samples, height, width, channels).
 
     Attributes:
@@ -189,6 +224,24 @@ class Value(ABC):
             self.pool.give(codes.data)
         self._codes.clear()
         self.gradient.release(self.pool)
+
+    def as_leaf(self) -> Tensor:
+        self.real()
+        self.escaped = True
+        return as_map(self.real(), self.shape).requires_grad_(self.wanted)
+
+    def deliver(self, gradient: Tensor) -> None:
+        rows = self.pool.take(self.rows, np.float32)
+        as_map(rows, self.shape).copy_(gradient)
+        self.gradient.append(rows)
+
+    def take_gradient(self, step: Any, like: Tensor) -> Tensor | None:
+        if not self.gradient:
+            return None
+        total, _ = self.gradient.total(self.pool)
+        own = as_map(total.copy(), self.shape)  # torch may keep it longer than the pool lends it
+        self.pool.give(total)
+        return own
 
     @abstractmethod
     def never_negative(self) -> bool:
@@ -294,24 +347,36 @@ class Normed(Value):
         self.pool.give(self.inputs)
 
 
-class Plain(Value):
+class Plain(Flow):
     """A tensor of any shape that only torch's own operations read."""
 
-    def __init__(self, tensor: Tensor, pool: Pool) -> None:
-        super().__init__((0, 0, 0, 0), pool)
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.arrived: Tensor | None = None  # the gradient
         self.wanted = tensor.requires_grad
 
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Add to what has arrived."""
+    def as_leaf(self) -> Tensor:
+        return self.tensor.detach().requires_grad_(self.wanted)
+
+    def deliver(self, gradient: Tensor) -> None:
         self.arrived = gradient if self.arrived is None else self.arrived + gradient
 
-    def never_negative(self) -> bool:
-        return bool(self.tensor.amin() >= 0)
+    def take_gradient(self, step: Any, like: Tensor) -> Tensor | None:
+        return self.arrived
 
-    def _make_codes(self, form: Format) -> Codes:
-        raise AssertionError("a tensor of another shape than (N, C, H, W) has no codes")
+    def forget(self) -> None:
+        """Nothing: torch keeps what it needs."""
 
-    def _make_real(self) -> NDArray[np.float32]:
-        raise AssertionError("a tensor of another shape than (N, C, H, W) has no rows")
+    def release(self) -> None:
+        """Nothing."""
+
+
+def from_torch(result: Tensor, pool: Pool) -> Real | Plain:
+    """A result of torch's: floats where codes can be made of them."""
+    if result.dim() != 4 or result.dtype != torch.float32 or result.numel() == 0:
+        return Plain(result)
+    n, c, h, w = result.shape
+    rows = result.detach().permute(0, 2, 3, 1).contiguous().view(n * h * w, c)
+    value = Real(rows.numpy(), (n, h, w, c), pool, escaped=True)
+    value.wanted = result.requires_grad
+    return value

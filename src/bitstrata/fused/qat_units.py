@@ -1,0 +1,326 @@
+"""The units of a fused quantization-aware step: what lies between the codes of one convolution and those of the next.
+
+A convolution of codes is exact in integers. Forward its sums are kept (in 16 bits where they fit), with the scale and
+offset that the batch normalization gives each channel; the next codes, and residual sums, are made of them in one pass,
+and again in the backward pass. There one pass
+sums up what the normalization and the quantizer's step need of the gradient, one writes the gradient of the sums, and
+torch convolves it with the codes, which floats of either width hold exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitstrata_runtime import _engine
+
+from ..integer.convolution import Geometry
+from ..integer.engine_codes import FASTEST
+from ..nn.layers import QuantConv2d
+from ..nn.norm import PrecisionBatchNorm
+from ..quantizers.base import ActivationQuantizer
+from .pool import Pool
+from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of
+from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
+from .units import Step, Unit
+from .values import NotFiniteError, Plain, Shape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Of a batch's sums, (channels,) each in float64: mean and 1 over the deviation, with what 1 of them stands for."""
+
+    mean: NDArray[np.float64]
+    inverse: NDArray[np.float64]  # of the values' deviation
+    unit: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a unit's backward pass needs of its forward pass."""
+
+    x: Activation
+    rule: Rule
+    weight: IntegerWeight
+    value: Activation
+    norm: nn.BatchNorm2d
+    batch: Batch
+
+
+@dataclass
+class QatConvNorm(Unit):
+    """Convolution of codes, batch normalization, and a rectifier or none."""
+
+    reads: tuple[str, ...]
+    result: str
+    conv: QuantConv2d
+    norm: nn.Module
+    name: str  # of the convolution
+    rectified: bool
+    wide: set[int] = field(default_factory=set)  # precisions at which sums have not fit into 16 bits
+
+    def level(self) -> nn.BatchNorm2d:
+        """The normalization of the present precision."""
+        norm = self.norm.level if isinstance(self.norm, PrecisionBatchNorm) else self.norm
+        return cast("nn.BatchNorm2d", norm)
+
+    def run(self, step: Step) -> None:
+        x = step.env[self.reads[0]]
+        if not isinstance(x, Activation):
+            raise ValueError(
+                f"fused convolution {self.name!r}: its input must be (N, C, H, W) in float32 or bfloat16 on the CPU"
+            )
+        layer, norm = self.conv, self.level()
+        quantizer = cast("ActivationQuantizer", layer.act_quant)
+        n, h, w, c = x.shape
+        rule = rule_of(quantizer, (n, c, h, w))
+        self._check_input(x, rule)
+        try:
+            weight = integer_weight(layer)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{self.name}: {error}") from error
+        height, width = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).output(
+            (h, w), (layer.weight.shape[2], layer.weight.shape[3])
+        )
+        shape = (n, height, width, layer.weight.shape[0])
+        if n * height * width == 1:
+            raise ValueError(f"{self.name}: batch normalization in training needs more than one value a channel")
+        data, moments = self._sums(x, rule, weight, shape)
+        batch, scale, offset = self._normalize(norm, rule.step * weight.unit, moments)
+        if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
+            raise NotFiniteError(f"{self.name}: its normalized result contains NaN or infinity")
+        step.statistics.append((norm, (batch, moments, n * height * width)))
+        value = Activation(
+            data,
+            shape,
+            step.pool,
+            step.real,
+            scale=scale,
+            offset=offset,
+            rectified=self.rectified,
+        )
+        step.env[self.result] = value
+        pending = Pending(x, rule, weight, value, norm, batch)
+        step.tape.append(lambda s: self._backward(s, pending))
+
+    def _check_input(self, x: Activation, rule: Rule) -> None:
+        if not np.isfinite(rule.step):
+            raise NotFiniteError(f"{self.name}: the step of its input is not finite")
+        if x.foreign and not bool(torch.isfinite(to_map(x.data, x.shape).sum())):
+            raise NotFiniteError(f"{self.name}: its input contains NaN or infinity")
+
+    def _sums(self, x: Activation, rule: Rule, weight: IntegerWeight, shape: Shape) -> tuple[NDArray[Any], Any]:
+        layer = self.conv
+        planar = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).planar(2)
+        codes, precision = x.codes(rule), layer.precision
+        while True:
+            dtype = np.int32 if precision in self.wide else np.int16
+            out = x.pool.take(shape, dtype)
+            fits, moments = _engine.qat_convolution(
+                codes,
+                (rule.lo, rule.hi),
+                weight.high,
+                weight.low,
+                planar["stride"],
+                planar["dilation"],
+                planar["padding"],
+                layer.groups,
+                out,
+                True,
+                FASTEST,
+                torch.get_num_threads(),
+            )
+            if fits or precision in self.wide:
+                return out.reshape(-1, shape[3]), moments
+            x.pool.give(out)
+            self.wide.add(precision)
+
+    @staticmethod
+    def _normalize(
+        norm: nn.BatchNorm2d, unit: NDArray[np.float64], moments: Any
+    ) -> tuple[Batch, NDArray[np.float64], NDArray[np.float64]]:
+        mean, variance = moments
+        with np.errstate(all="ignore"):
+            inverse = 1.0 / np.sqrt(variance * unit**2 + norm.eps)
+            gamma = 1.0 if norm.weight is None else norm.weight.detach().double().numpy()
+            beta = 0.0 if norm.bias is None else norm.bias.detach().double().numpy()
+            scale = gamma * inverse * unit
+            return Batch(mean, inverse, unit), scale, beta - scale * mean
+
+    def _backward(self, step: Step, forward: Pending) -> None:
+        weight, value, norm, batch = forward.weight, forward.value, forward.norm, forward.batch
+        if not value.arrived:
+            value.release()
+            return
+        pool, threads = step.pool, torch.get_num_threads()
+        one = value.single(step)
+        center = batch.mean.astype(np.float32)
+        line = (value.data, *value.line(one.step), value.rectified, one.numbers, value.keep(), one.g, one.add)
+        sums, moment, of_step = _engine.qat_gradient_sums(*line, center, FASTEST, threads)
+        gamma = 1.0 if norm.weight is None else norm.weight.detach().double().numpy()
+        deviation = batch.unit * batch.inverse  # 1 of the sums in deviations
+        moment = deviation * (moment + (center - batch.mean) * sums)  # of the gradient times the normalized value
+        if not (np.isfinite(sums).all() and np.isfinite(moment).all()):
+            raise NotFiniteError(f"{self.name}: the gradient of its result contains NaN or infinity")
+        for parameter, found in ((norm.weight, moment), (norm.bias, sums)):
+            if parameter is not None and parameter.requires_grad:
+                step.add(parameter, torch.from_numpy(found).to(parameter.dtype))
+        add_step_gradient(step, one.rule, of_step)
+        count = value.rows[0]
+        factor = gamma * batch.inverse * weight.unit
+        slope = -factor * deviation * moment / count
+        constant = -factor * sums / count + slope * (center - batch.mean)
+        place = value.own_gradient()
+        out = pool.take(value.rows, MEMORY[step.real]) if place is None else place.rows
+        _engine.qat_gradient(
+            *line, np.stack((factor, constant, slope, center)).astype(np.float32), out, FASTEST, threads
+        )
+        value.release()
+        self._products(step, forward.x, forward.rule, weight, to_map(out, value.shape))
+        if place is None or place.pooled:
+            pool.give(out)
+
+    def _products(self, step: Step, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor) -> None:
+        """Gradients of input and weight, from that of the sums in units of the integer weights."""
+        layer = self.conv
+        asked, trained = x.wanted or rule.parameter is not None, weight.quantized is not None
+        if not (asked or trained):
+            return
+        codes = x.code_values(rule)
+        of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+            gradient,
+            to_map(codes, x.shape),
+            weight.real(step.real),
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            (0, 0),
+            layer.groups,
+            (asked, trained, False),
+        )
+        step.pool.give(codes)
+        if x.wanted:
+            x.arrived.append(Arrived(to_rows(of_input), rule, pooled=False, own=True))
+        elif asked:
+            x.step_gradient(step, to_rows(of_input), rule)
+        if trained:
+            scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
+            self._to_parameters(step, weight, of_weight.float().mul_(scale))
+
+    @staticmethod
+    def _to_parameters(step: Step, weight: IntegerWeight, gradient: Tensor) -> None:
+        """Through the weight's quantizer; or to the leaf that collects gradients for it, where the layer shares one."""
+        leaf = weight.quantized
+        if isinstance(leaf, Tensor):
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            return
+        sources = [source for _, source in weight.sources]
+        found = torch.autograd.grad([leaf], sources, [gradient], allow_unused=True)
+        step.add_all(weight.sources, found)
+
+
+@dataclass
+class QatJoin(Unit):
+    """normalization + other, and a rectifier or none. reads: the normalization's node, then the other."""
+
+    reads: tuple[str, ...]
+    result: str
+    rectified: bool
+
+    def run(self, step: Step) -> None:
+        normed, other = step.env[self.reads[0]], step.env[self.reads[1]]
+        if not isinstance(other, Activation) or normed.shape != other.shape:
+            shape = tuple(other.tensor.shape) if isinstance(other, Plain) else other.shape
+            raise ValueError(f"fused sum {self.result!r}: shapes {normed.shape} and {shape} differ")
+
+        def make() -> NDArray[Any]:
+            return normed.values(other.real(), rectified=self.rectified)
+
+        value = Activation(make(), normed.shape, step.pool, step.real, rectified=self.rectified, remake=make)
+        step.env[self.result] = value
+        step.tape.append(lambda s: self._backward(s, normed, other, value))
+
+    @staticmethod
+    def _backward(step: Step, normed: Activation, other: Activation, value: Activation) -> None:
+        if value.arrived:
+            total = value.total(step)
+            receivers = [v for v in (normed, other) if v.wanted]
+            if total.pooled:
+                step.pool.share(total.rows, len(receivers))
+            for receiver in receivers:
+                receiver.arrived.append(Arrived(total.rows, None, total.pooled, own=total.pooled))
+        value.release()
+
+
+@dataclass
+class QatMaxPool(Unit):
+    """Maximum pooling of a normalization's result, from its sums."""
+
+    reads: tuple[str, ...]
+    result: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def run(self, step: Step) -> None:
+        x: Activation = step.env[self.reads[0]]
+        n, h, w, c = x.shape
+        height, width = (
+            (size + 2 * pad - kernel) // stride + 1
+            for size, kernel, stride, pad in zip((h, w), self.kernel, self.stride, self.padding, strict=True)
+        )
+        if min(height, width) < 1:
+            raise ValueError(
+                f"fused pooling {self.result!r}: windows {self.kernel} do not fit into maps of {h}x{w} with padding "
+                f"{self.padding}"
+            )
+        shape, pool = (n, height, width, c), step.pool
+        window = ((h, w), self.kernel, self.stride, self.padding)
+        out, places = pool.take(shape, MEMORY[step.real]), pool.take(shape, np.uint8)
+        threads = torch.get_num_threads()
+        _engine.qat_max_pool(x.data, *x.line(), x.rectified, window, out, places, FASTEST, threads)
+        value = Activation(out.reshape(-1, c), shape, pool, step.real)
+        step.env[self.result] = value
+        step.tape.append(lambda s: self._backward(s, x, value, places, window))
+
+    @staticmethod
+    def _backward(step: Step, x: Activation, value: Activation, places: NDArray[np.uint8], window: Any) -> None:
+        if value.arrived and x.wanted:
+            total = value.total(step)
+            rows = step.pool.take(x.rows, MEMORY[step.real])
+            _engine.qat_max_pool_gradient(
+                total.rows.reshape(value.shape), places, window, rows, FASTEST, torch.get_num_threads()
+            )
+            if total.pooled:
+                step.pool.give(total.rows)
+            x.arrived.append(Arrived(rows, None, pooled=True, own=True))
+        step.pool.give(places)
+        value.release()
+
+
+def track(step: Step) -> None:
+    """Running statistics of all normalizations, as torch moves them: with the unbiased variance."""
+    for norm, (batch, (_, variance), count) in step.statistics:
+        if norm.running_mean is None:
+            continue
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
+        mean = torch.from_numpy(batch.mean * batch.unit).to(norm.running_mean.dtype)
+        spread = torch.from_numpy(variance * batch.unit**2 * (count / (count - 1))).to(norm.running_var.dtype)
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(spread, momentum)
+
+
+def entry(x: Tensor, pool: Pool, real: torch.dtype) -> Activation:
+    """The network's input, which torch owns."""
+    n, c, h, w = x.shape
+    value = Activation(to_rows(x), (n, h, w, c), pool, real, pooled=False)
+    value.wanted = x.requires_grad
+    return value
