@@ -89,11 +89,21 @@ def results(seed: int = 0) -> dict[str, Any]:
     }
 
 
+SIGNAL = {"sqnr": 12.34, "step": 0.1, "deviation": 1.0, "clipped": 0.25, "nonzero": 0.5, "lo": 0, "counts": [1, 0, 3]}
+LAYERS = {"conv<1>": {"weight": SIGNAL, "input": None}, "fc": {"weight": {**SIGNAL, "sqnr": None}, "input": SIGNAL}}
+RULES = {"text": "Rule I holds\nRule II is broken", "layers": {"fc": {"kappa1": 3.456}, "conv<1>": {"kappa1": None}}}
+GEOMETRY = {"precisions": [1, 4], "losses": [2.0, 1.0], "norms": [0.5, 0.25], "factors": [0.75, 0.25]}
+INSPECTED = {"precisions": {"4": {"signals": LAYERS, "rules": RULES}}, "objectives": GEOMETRY}
+PLANNED = {"rows": [{"name": "plan-2bits", "bits": 2.0, "bytes": 2048, "accuracy": 0.875}, {"name": "broken"}]}
+
+
 def write_run(directory: Path, seed: int = 0, **changes: Any) -> Path:
     """A complete run of the given seed; `changes` are options."""
     directory.mkdir(parents=True)
     write_unfinished(directory, seed, 3, **changes)
     (directory / "results.json").write_text(json.dumps(results(seed)))
+    (directory / "inspect.json").write_text(json.dumps(INSPECTED))
+    (directory / "plans.json").write_text(json.dumps(PLANNED))
     (directory / "joint.layers.json").write_text(json.dumps(layers()))
     return directory
 

@@ -248,7 +248,10 @@ def test_training_stops_at_a_batch_that_is_not_finite(name):
     model = calibrated(name, input=PIXELS)
     before = model[3].weight.detach().clone()
     config = bs.TrainConfig(epochs=1, batch_size=4, precisions=bs.precisions(model), **{"lr": 0.05})
-    with pytest.raises(FloatingPointError, match=r"^Trainer: loss nan at step 0, precision \d"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^Trainer: step 0: the loss at precision \d is nan; the batch itself holds values that are not finite",
+    ):
         bs.Trainer(model, config, [(with_bad(X, NAN), Y)]).fit()
     assert torch.equal(model[3].weight, before)
 

@@ -279,10 +279,14 @@ def test_unknown_precisions(value):
     ("example", "error", "note"),
     [
         (X[:, :2], RuntimeError, r"torch.float32 of shape (4, 2, 4, 4)"),
-        (X.long(), RuntimeError, r"torch.int64 of shape (4, 3, 4, 4)"),
-        (X.numpy(), TypeError, "ndarray"),
-        ("image.png", TypeError, "str"),
-        (None, TypeError, "NoneType"),
+        (
+            X.long(),
+            RuntimeError,
+            "torch.int64 of shape (4, 3, 4, 4); give floats as the model reads them, such as (pixel / 255 - mean) / std",
+        ),
+        (X.numpy(), TypeError, "ndarray; give torch tensors"),
+        ("image.png", TypeError, "str; give torch tensors"),
+        (None, TypeError, "NoneType; give torch tensors"),
         ((X, X), TypeError, "torch.float32 of shape (4, 3, 4, 4), torch.float32 of shape (4, 3, 4, 4)"),
     ],
 )

@@ -212,7 +212,8 @@ def test_joint_training_and_lowering_of_a_compiled_model() -> None:
         for one in (eager, compiled):
             bs.joint_backward(one, images(), targets)
     for (name, mine), other in zip(eager.named_parameters(), model.named_parameters(), strict=True):
-        assert torch.equal(mine.grad, other[1].grad), name
+        # eager edge layers share a quantized weight between precisions, so sums come in another order
+        torch.testing.assert_close(other[1].grad, mine.grad, rtol=1e-5, atol=1e-6, msg=name)
     assert backend.graphs == 2
     with bs.precision(compiled, {"conv2": 2}):
         assert bs.precisions(compiled) == (2, 4)

@@ -54,7 +54,7 @@ def test_the_text_names_everything():
     text = str(recipes.strata(w=(1, 4), a=8, per_channel=True, edges="float", distill=None))
     for line in (
         "precisions   w1a8, w4a8",
-        "weights      nested(scales='free'), one step an output channel",
+        "weights      nested(scales='free', target_db=25.0), one step an output channel",
         "activations  uniq()",
         "edges        float",
         "batch norm   statistics and affine of its own at every precision",

@@ -353,8 +353,9 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 
 def test_panels_are_found_by_themselves(monkeypatch, tmp_path):
     assert TITLES == [
-        "Results", "Accuracy against bytes", "Accuracy over time", "Loss over time", "Grids and weights",
-        "Where the time goes", "Verification", "Environment and options",
+        "Results", "Accuracy against bytes", "Mixed precision", "Accuracy over time", "Loss over time",
+        "Grids and weights", "Signals and training rules", "Where the time goes", "Verification",
+        "Environment and options",
     ]  # fmt: skip
     (tmp_path / "extra_without.py").write_text("")
     from bitstrata.report import panels

@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers_report import INSPECTED, PLANNED
 
 from bitstrata import report
 from bitstrata.report.panels import plans, signals
-
-SIGNAL = {"sqnr": 12.34, "step": 0.1, "deviation": 1.0, "clipped": 0.25, "nonzero": 0.5, "lo": 0, "counts": [1, 0, 3]}
-LAYERS = {"conv<1>": {"weight": SIGNAL, "input": None}, "fc": {"weight": {**SIGNAL, "sqnr": None}, "input": SIGNAL}}
-RULES = {"text": "Rule I holds\nRule II is broken", "layers": {"fc": {"kappa1": 3.456}, "conv<1>": {"kappa1": None}}}
-GEOMETRY = {"precisions": [1, 4], "losses": [2.0, 1.0], "norms": [0.5, 0.25], "factors": [0.75, 0.25]}
-INSPECTED = {"precisions": {"4": {"signals": LAYERS, "rules": RULES}}, "objectives": GEOMETRY}
-PLANNED = {"rows": [{"name": "plan-2bits", "bits": 2.0, "bytes": 2048, "accuracy": 0.875}, {"name": "broken"}]}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ SWITCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("strata", {}, {"a": 8}),
     ("strata", {}, {"per_channel": True}),
     ("strata", {}, {"scales": "tied"}),
+    ("strata", {"w": (1, 2, 4, 8)}, {"target_db": None}),
     ("strata", {}, {"edges": "inner"}),
     ("strata", {}, {"edges": "float"}),
     ("strata", {}, {"edge_bits": 4}),

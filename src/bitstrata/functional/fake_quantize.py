@@ -104,6 +104,11 @@ class _Direct(torch.autograd.Function):
         return *_gradients(grad, x, step, extra, formula, needs=ctx.needs_input_grad[:3], factor=factor), None, None
 
 
+def _exporting() -> bool:
+    """Whether `torch.export` is at work, which keeps values only. Torch before 2.7 cannot tell."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
 def fake_quantize(
     x: Tensor, step: Tensor, extra: Tensor | None, formula: Formula, *, grad_scale: float = 1.0
 ) -> Tensor:
@@ -125,6 +130,8 @@ def fake_quantize(
         or is_in_torch_dispatch_mode()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
     ):
+        if _exporting():  # a factor that counts the batch would tie the exported program to its size
+            grad_scale = 1.0
         return torch.ops.bitstrata.fake_quantize(x, step, extra, formula.name, formula.numbers(), grad_scale)
     if not torch.is_grad_enabled():
         return _value(x, step, extra, formula)

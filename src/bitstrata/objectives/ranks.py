@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..functional.ranks import batch_of, world_size
-from ..prepare.wrapped import has_flat_parameters, is_sharded, unwrapped
+from ..prepare.wrapped import has_flat_parameters, is_sharded, undistributed
 
 BUCKET = 25 * 2**20  # bytes that travel together
 
@@ -40,7 +40,7 @@ class Ranks:
 
         Raises ValueError for `FullyShardedDataParallel`.
         """
-        network = unwrapped(model)
+        network = undistributed(model)
         if not (dist.is_available() and dist.is_initialized()):
             return cls(network)
         sharded = is_sharded(model)

@@ -12,7 +12,7 @@ from ..nn.reuse import StepWeights
 
 # Wrappers that watch the gradients of each backward pass, or take parameters away between uses; by name, because
 # importing them takes long.
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule", "FusedNetwork"}
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def step_weights(model: nn.Module) -> Iterator[None]:
         model: any; layers that are not quantized have no part in it.
 
     Raises:
-        ValueError: a model wrapped for training on several machines or compiled; compiled code has its own way.
+        ValueError: a model wrapped for training on several machines, compiled or fused; these have their own ways.
         RuntimeError: parameters written to inside the block, or a backward pass that comes after it.
     """
     wrapped = wrapper(model)

@@ -8,16 +8,18 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .compiled import uncompiled
 
 
+def undistributed(model: nn.Module) -> nn.Module:
+    """The module inside `DistributedDataParallel` or `DataParallel`, compiled if it was; else `model` itself."""
+    while isinstance(model, DistributedDataParallel | DataParallel):
+        model = model.module
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside `DistributedDataParallel`, `DataParallel` and `torch.compile`; else `model` itself."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            inner: nn.Module = model.module
-        else:
-            inner = uncompiled(model)
-        if inner is model:
-            return model
+    while (inner := uncompiled(undistributed(model))) is not model:
         model = inner
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:

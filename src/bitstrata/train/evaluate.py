@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitstrata.prepare import precision, precisions
-from bitstrata.prepare.wrapped import unwrapped
+from bitstrata.prepare.wrapped import undistributed
 from bitstrata.train.config import Level
 
 
@@ -56,7 +56,7 @@ def count_correct(
     channels_last: bool = False,
 ) -> tuple[dict[Level, int], int]:
     """Numbers of right answers, keyed as those of `evaluate`, and of images."""
-    model = unwrapped(model)
+    model = undistributed(model)
     keys: tuple[Level, ...] = tuple(levels) if levels is not None else (precisions(model) or ("float",))
     device = next(model.parameters()).device
     correct = dict.fromkeys(keys, 0)
