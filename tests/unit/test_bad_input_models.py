@@ -282,7 +282,8 @@ def test_unknown_precisions(value):
         (
             X.long(),
             RuntimeError,
-            "torch.int64 of shape (4, 3, 4, 4); give floats as the model reads them, such as (pixel / 255 - mean) / std",
+            "torch.int64 of shape (4, 3, 4, 4); "
+            "give floats as the model reads them, such as (pixel / 255 - mean) / std",
         ),
         (X.numpy(), TypeError, "ndarray; give torch tensors"),
         ("image.png", TypeError, "str; give torch tensors"),
