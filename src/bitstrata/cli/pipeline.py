@@ -11,7 +11,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,6 @@ from bitstrata.cli.common import (
     bytes_of,
     environment,
     output,
-    parse_bits,
     parse_floats,
     read_json,
     write_json,
@@ -36,12 +35,12 @@ from bitstrata.cli.common import (
 from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.saved import FROZEN
+from bitstrata.cli.stages import chain_stages, float_config, joint_config
 from bitstrata.cli.train import Train
 from bitstrata.cli.weights import load_weights
 from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError, UnsupportedError
 from bitstrata.objectives import warm_start_
-from bitstrata.recipes import Recipe
 from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain, quiet, reporter
 from bitstrata.train.checkpoint import seed_all
 from bitstrata.train.distributed import first_process
@@ -216,38 +215,6 @@ def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any
         raise CommandError(f"{path} is of another run ({'; '.join(changes)}); use another --out, or --fresh")
 
 
-def stage_config(options: RunOptions, **changes: Any) -> TrainConfig:
-    """Training configuration of a stage: the shared options and what differs."""
-    shared: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in (
-            "epochs", "lr", "weight_decay", "warmup", "optimizer", "batch_size", "label_smoothing", "clip_grad", "amp",
-            "channels_last", "seed", "threads", "checkpoint_every", "log_every", "eval_every", "keep", "on_nonfinite",
-        )
-    }  # fmt: skip
-    return TrainConfig(**{**shared, "distill": None, **changes})
-
-
-def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
-    """Training configuration of the quantized stage: the recipe's objective, the options' schedule."""
-    kept = {"epochs", "batch_size"} if options.paper_schedule else set(asdict(recipe.schedule))
-    fields = {name: value for name, value in recipe.training.items() if name not in kept}
-    if fields.get("warmup", 0) > options.epochs:
-        raise CommandError(
-            f"--paper-schedule: {fields['warmup']:g} epochs of warm-up do not fit --epochs {options.epochs}"
-        )
-    fields["distill"] = recipe.objective.distill if options.distill else None
-    if options.teacher and (fields["distill"] is None or recipe.integers):
-        raise CommandError(f"--teacher {options.teacher}: recipe {recipe.name!r} as given here does not distil")
-    fields["sampling"] = options.sampling or recipe.objective.sampling
-    return stage_config(options, **fields)
-
-
-def float_config(options: Train) -> TrainConfig:
-    """Training configuration of the float stage."""
-    return stage_config(options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup)
-
-
 def stage_trainer(
     run: Run, model: nn.Module, config: TrainConfig, name: str, teacher: nn.Module | None = None
 ) -> Trainer:
@@ -304,18 +271,6 @@ def float32_accuracies(run: Run, model: nn.Module) -> dict[Level, float]:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
     return evaluate(model, run.loader(False).epoch(0))
-
-
-def chain_stages(options: RunOptions) -> list[tuple[Recipe, TrainConfig]]:
-    """Recipe and training of the stages of --chain, in turn."""
-    stages = []
-    for text in (options.chain or "").split(",") if options.chain is not None else []:
-        single = replace(options, bits=str(parse_bits(text, "--chain")[0]))
-        recipe = loading.make_recipe(single)
-        if recipe.integers:
-            raise CommandError(f"--chain: recipe {recipe.name!r} trains in integers, which has no warm start")
-        stages.append((recipe, joint_config(single, recipe)))
-    return stages
 
 
 def chained(run: Run, model: nn.Module, teacher: nn.Module | None) -> dict[str, Any] | None:
