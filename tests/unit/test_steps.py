@@ -95,7 +95,11 @@ def test_nested_table(widths, free, k, expected):
 
 def test_one_width_alone_is_uniq():
     for bits in (1, 3, 8):
-        assert nested_step((bits,), free=False) == pytest.approx(symmetric_step(bits), rel=1e-4)
+        for free in (
+            False,
+            True,
+        ):  # the widest width has no scale of its own
+            assert nested_step((bits,), free=free, target_db=25.0) == pytest.approx(symmetric_step(bits), rel=1e-4)
 
 
 def test_target_restores_the_low_widths():

@@ -131,13 +131,16 @@ def _nested_errors(step: float, bits: tuple[int, ...], free: bool) -> Array:
 def nested_step(bits: tuple[int, ...], *, free: bool = True, target_db: float | None = None) -> float:
     """Source step k(B), in standard deviations, of the nested grid that serves all of `bits`.
 
-    Minimises the sum over widths of log(MSE_b / MSE of UniQ's own grid at b bits).
+    Minimises the sum over widths of log(MSE_b / MSE of UniQ's own grid at b bits). A single width has UniQ's own step:
+    its scale is the source step, and never free.
 
     Args:
         bits: served widths, ascending, within 1..8.
         free: each width has its own best scale (else the scales are tied, 2^(n-b) times the source step).
         target_db: signal-to-noise ratio beyond which a width gains nothing; None asks every width for its best.
     """
+    if len(bits) == 1:
+        return symmetric_step(bits[0])
     floor = 0.0 if target_db is None else 10 ** (-target_db / 10)
     dedicated = np.array([_nested_errors(symmetric_step(b), (b,), False)[0] for b in bits])
     target = np.maximum(dedicated, floor)
