@@ -11,7 +11,7 @@ SETUP := pyproject.toml constraints.txt $(NATIVE)
 INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format venv bench soak wheel clean
+.PHONY: help demo test native lint format venv bench soak wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -19,8 +19,11 @@ help:  ## list the targets
 demo: $(VENV)/.train  ## train on real digits at 1, 2, 3, 4 bits at once, pack, run the artifact in integers
 	$(BIN)/bitstrata demo
 
-test: $(VENV)/.test  ## all tests except the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not soak"
+test: $(VENV)/.test  ## all tests except the long ones and those of `make native`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not soak and not native"
+
+native: $(VENV)/.test  ## tests that build the engine anew: with sanitizers, with a fuzzer, for 64-bit ARM
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "native and not soak"
 
 lint: $(VENV)/.test  ## style, types, import layers, C++ format
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ from property.random_programs import choices, input_codes, programs
 
 from bitstrata_runtime import derive
 
+pytestmark = pytest.mark.native
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "aarch64"
 CHECKS = list(HealthCheck)  # none of them matters where nothing is searched for

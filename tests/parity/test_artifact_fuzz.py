@@ -15,6 +15,8 @@ from helpers_programs import chain_program, conv, fill, layer, plain_program, po
 from bitstrata_runtime.artifact import write
 from bitstrata_runtime.program import AffineInfo, Node, Program
 
+pytestmark = pytest.mark.native
+
 
 def moving_program() -> Program:
     """Slices of codes and of fixed point, sums of codes, padding, clipping and an addition, around one layer."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from helpers_native import SANITIZE_THREADS, build, run, sanitizing_compiler
 
+pytestmark = pytest.mark.native
 TESTS = "-DBITSTRATA_ENGINE_TESTS=ON"
 
 
