@@ -22,7 +22,7 @@ demo: $(VENV)/.train  ## train on real digits at 1, 2, 3, 4 bits at once, pack, 
 test: $(VENV)/.test  ## all tests except the long ones and those of `make native`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not soak and not native"
 
-native: $(VENV)/.test  ## tests that build the engine anew: with sanitizers, with a fuzzer, for 64-bit ARM
+native: $(VENV)/.test  ## tests that build C++ anew: sanitizers, a fuzzer, 64-bit ARM, the C library
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "native and not soak"
 
 lint: $(VENV)/.test  ## style, types, import layers, C++ format

@@ -37,6 +37,8 @@ from property.random_programs import choices, programs
 from bitstrata_runtime import Program, Session, available_isas, load
 from bitstrata_runtime.artifact import write
 
+pytestmark = pytest.mark.native
+
 HEADER = ROOT / "engine" / "include" / "bitstrata.h"
 EXAMPLE = ROOT / "examples" / "c"
 PROGRAMS = {"plain": plain_program, "residual": residual_program}

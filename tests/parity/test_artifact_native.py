@@ -26,6 +26,8 @@ from bitstrata_runtime.artifact import Artifact, write
 from bitstrata_runtime.errors import ArtifactError
 from bitstrata_runtime.program import Program
 
+pytestmark = pytest.mark.native
+
 BUILDERS: dict[str, Callable[[], Program]] = {
     "plain": plain_program,
     "residual": residual_program,

@@ -32,6 +32,8 @@ from property.random_programs import choices, programs
 from bitstrata_runtime import AffineInfo, Node, Program, ProgramError, derive
 from bitstrata_runtime.artifact import write
 
+pytestmark = pytest.mark.native
+
 Compare = Callable[[Program, Sequence[Any]], list[str]]
 
 
