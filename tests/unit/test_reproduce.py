@@ -98,7 +98,8 @@ def _paper(folder: Path) -> list[tuple[str, str]]:
 
 def test_runs_are_made_once_and_results_say_which_seeds(root: Path, tmp_path: Path) -> None:
     table = load_table(root, "paper", "table1", "cpu")
-    queue = Queue([table], None, tmp_path / "runs")
+    queue = Queue([table], None, tmp_path / "runs", environment=ENVIRONMENT)
+    assert [job.seed for job in Queue([table], None, tmp_path / "runs", seeds=(1,)).jobs] == [1, 1]
     assert [(job.row.name, job.seed) for job in queue.jobs] == [
         ("float", 0), ("LSQ; 4 bits", 0), ("strata", 0), ("float", 1), ("LSQ; 4 bits", 1),
     ]  # fmt: skip
@@ -117,7 +118,7 @@ def test_runs_are_made_once_and_results_say_which_seeds(root: Path, tmp_path: Pa
     assert 0 < by_key["LSQ; 4 bits", "nonzero_weights@4"].mean < 100
     assert 0 < by_key["float", "nonzero_activations"].mean < 100
     assert by_key["float", "accuracy"].epochs == 2
-    write_results(table.folder / "results.csv", results, ENVIRONMENT)
+    write_results(table.folder / "results.csv", results)
     page = write_page(root, "paper").read_text()
     assert "| LSQ; 4 bits | accuracy@4 | 90.5 |" in page
     assert "0123456789ab" in (table.folder / "results.csv").read_text()

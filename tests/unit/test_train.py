@@ -267,3 +267,46 @@ def test_bf16_and_channels_last_train():
     config = TrainConfig(epochs=1, batch_size=8, amp="bf16", channels_last=True)
     for model in (network(), quantized()):
         assert all(0 <= value <= 1 for value in Trainer(model, config, loader(), loader(False)).fit().values())
+
+
+def fusable(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+    batch = loader().batch(0, 0)[0]
+    bs.quantize_(model, bs.recipes.strata(w=(1, 3)), batch, input=bs.Pixels((0.5,), (0.25,)))
+    bs.calibrate_(model, [batch])
+    return model
+
+
+def test_fused_steps_are_those_of_the_fused_network_and_resume_in_the_same_bits(tmp_path):
+    config = TrainConfig(**{**CONFIG.to_dict(), "fused": True})
+    whole, plain, by_hand, resumed = fusable(), fusable(), fusable(), fusable(9)
+    trainer = Trainer(whole, config, loader(), loader(False), tmp_path / "whole")
+    assert isinstance(trainer.wrapped, bs.FusedNetwork)
+    accuracy = trainer.fit()
+    Trainer(plain, CONFIG, loader(), loader(False)).fit()
+    Trainer(bs.fuse(by_hand), CONFIG, loader(), loader(False)).fit()
+    assert_same_weights(whole, by_hand)
+    for key, value in plain.state_dict().items():  # sums in another order, nothing else
+        if isinstance(value, Tensor):
+            assert torch.allclose(whole.state_dict()[key].double(), value.double(), atol=1e-3), key
+    interrupted(fusable(), config, tmp_path / "cut", 7)
+    assert Trainer(resumed, config, loader(), loader(False), tmp_path / "cut").fit() == accuracy
+    assert_same_weights(whole, resumed)
+
+
+def test_fused_training_without_anything_to_fuse_is_an_error():
+    config = TrainConfig(**{**CONFIG.to_dict(), "fused": True})
+    with pytest.raises(ValueError, match=r"^Trainer: fused=True is for a quantized network, and this one is float$"):
+        Trainer(network(), config, loader())
+    with pytest.raises(bs.FuseError):
+        Trainer(quantized(), config, loader())  # its convolutions have biases

@@ -75,6 +75,9 @@ class RunOptions:
     """Number format of forward passes in training; evaluation against the engine is always exact."""
     channels_last: bool = False
     """NHWC memory order in training."""
+    fused: bool = False
+    """Run steps of quantized training with convolutions in integer kernels (see fuse): faster, most of all with --amp
+    bf16, and less memory."""
     calibration_batches: int = 4
     """Training batches that set the first step sizes."""
     train_limit: int | None = None

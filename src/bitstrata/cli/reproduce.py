@@ -33,6 +33,8 @@ class Reproduce:
     """Directory of the tables' files."""
     runs: Path = Path("runs/reproduce")
     """Directory where runs are kept."""
+    seeds: tuple[int, ...] = ()
+    """Only these of the seeds that rows name; all by default."""
     cost: bool = False
     """Measure what the runs would take, and run nothing."""
     page: bool = False
@@ -63,11 +65,17 @@ class Reproduce:
         if self.cost:
             self._costs(tables)
             return
+        queue = reproduce.Queue(tables, self.root, self.runs, seeds=self.seeds or None, environment=environment())
+        queue.work(lambda text: print(text, flush=True), self._write)
         for table in tables:
-            reproduce.Queue([table], self.root, self.runs).work(lambda text: print(text, flush=True))
-            target = table.folder / "results.csv" if self.scale == "cpu" else self.runs / self._file(table)
-            reproduce.write_results(target, reproduce.collect(table, self.runs), environment())
-            print(f"wrote {target}", flush=True)
+            print(f"wrote {self._write(table)}", flush=True)
+
+    def _write(self, table: Table) -> Path:
+        from bitstrata import reproduce
+
+        target = table.folder / "results.csv" if self.scale == "cpu" else self.runs / self._file(table)
+        reproduce.write_results(target, reproduce.collect(table, self.runs))
+        return target
 
     def _file(self, table: Table) -> str:
         return f"{table.paper}-{table.name}-{self.scale}.csv"

@@ -37,6 +37,7 @@ def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
     if options.teacher and (fields["distill"] is None or recipe.integers):
         raise CommandError(f"--teacher {options.teacher}: recipe {recipe.name!r} as given here does not distil")
     fields["sampling"] = options.sampling or recipe.objective.sampling
+    fields["fused"] = options.fused
     return stage_config(options, **fields)
 
 

@@ -18,7 +18,7 @@ STEPS = 4  # timed, after one that warms up
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a row's runs (all seeds), on one core: what its own training takes, and a float network that it needs.
+    """Processor seconds of a row's runs (all seeds): its own training, and the float networks that it needs.
 
     float_key: rows of one float_key share their float networks, so these count once.
     """
@@ -59,15 +59,15 @@ def _row(row: Row, root: Path | None, folder: Path) -> Cost:
 
 
 def _step_seconds(run: Run, model: Any, settings: TrainConfig, data: Any) -> float:
-    """Seconds of a training step, the least of a few."""
+    """Processor seconds of a training step, the least of a few."""
     loader = run.loader(data, settings.batch_size)
     trainer = Trainer(model, settings, loader, None, None)
     model.train()
     times = []
     for number, (images, labels) in enumerate(loader.epoch(0)):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         trainer._step(images, labels)
-        times.append(time.perf_counter() - begun)
+        times.append(time.thread_time() - begun)
         if number == STEPS:
             break
     return min(times[1:] or times)

@@ -86,8 +86,17 @@ class Run:
         )
 
 
-def execute(config: Mapping[str, Any], root: Path | None, runs: Path, *, wait: bool = True) -> dict[str, float]:
+def execute(
+    config: Mapping[str, Any],
+    root: Path | None,
+    runs: Path,
+    *,
+    wait: bool = True,
+    environment: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
     """Run what is missing of a run and give its metrics, name -> value; a finished run is read from its folder.
+
+    environment: JSON values to keep with the result.
 
     Raises:
         MissingDataError: the data set is not there.
@@ -110,7 +119,9 @@ def execute(config: Mapping[str, Any], root: Path | None, runs: Path, *, wait: b
         batches = Loader(test, EVALUATION_BATCH, train=False)
         values = measure(wanted, model, batches)
     run.folder.mkdir(parents=True, exist_ok=True)
-    result = {"config": dict(config), "measured": wanted, "metrics": values, "seconds": time.monotonic() - begun}
+    took = time.monotonic() - begun
+    result: dict[str, Any] = {"config": dict(config), "measured": wanted, "metrics": values, "seconds": took}
+    result["environment"] = dict(environment or {})
     temporary = run.folder / "result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, run.folder / "result.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,28 +34,43 @@ class Queue:
     An interrupted run goes on from its checkpoint; a finished one is not repeated, in whatever table it was asked for.
 
     Args:
-        tables: in the order in which their runs are made; first seeds of all rows come before second seeds.
+        tables: in the order in which their runs are made; first seeds of all tables come before second seeds.
         root: folder of the data sets' files.
         runs: where runs are kept.
+        seeds: only these; None for all that the rows name.
+        environment: JSON values kept with each result: "commit", "cpu" and "cores" get into results.csv.
     """
 
-    def __init__(self, tables: list[Table], root: Path | None, runs: Path) -> None:
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        root: Path | None,
+        runs: Path,
+        *,
+        seeds: Container[int] | None = None,
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
         self.root = root
         self.runs = runs
-        self.jobs = [job for table in tables for job in _by_seed(table)]
+        self.environment = dict(environment or {})
+        self.jobs = [job for job in _by_seed(tables) if seeds is None or job.seed in seeds]
 
     def missing(self) -> list[Job]:
         """Jobs that have no result yet."""
         return [job for job in self.jobs if not self._done(job)]
 
-    def work(self, note: Callable[[str], None] = print) -> None:
-        """Make all missing runs; returns when none is missing, whoever made it.
+    def work(self, note: Callable[[str], None] = print, after: Callable[[Table], object] = lambda table: None) -> None:
+        """Make all missing runs; returns when none is missing, whoever made it. after: called with a run's table.
 
         Raises:
             MissingDataError, CheckpointError, FloatingPointError: of the run in hand, which stays missing.
         """
         while missing := self.missing():
-            made = [job for job in missing if self._try(job, note)]
+            made = 0
+            for job in missing:
+                if self._try(job, note):
+                    made += 1
+                    after(job.table)
             if not made:
                 time.sleep(PAUSE_S)
 
@@ -69,7 +84,7 @@ class Queue:
             torch_threads(job.config)
             begun = time.monotonic()
             try:
-                values = execute(job.config, self.root, self.runs, wait=False)
+                values = execute(job.config, self.root, self.runs, wait=False, environment=self.environment)
             except BusyError:
                 return False
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -84,6 +99,6 @@ class Queue:
         return done is not None and set(job.row.metrics) <= set(done["measured"])
 
 
-def _by_seed(table: Table) -> Iterator[Job]:
-    for seed in sorted({s for row in table.rows for s in row.seeds}):
-        yield from (Job(table, row, seed) for row in table.rows if seed in row.seeds)
+def _by_seed(tables: Sequence[Table]) -> Iterator[Job]:
+    for seed in sorted({s for table in tables for row in table.rows for s in row.seeds}):
+        yield from (Job(table, row, seed) for table in tables for row in table.rows if seed in row.seeds)

@@ -19,7 +19,10 @@ COLUMNS = ("row", "metric", "mean", "spread", "seeds", "epochs", "commit", "hard
 
 @dataclass(frozen=True)
 class Result:
-    """One line of results.csv. spread: standard deviation of the sample, None for one seed. seeds: those that ran."""
+    """One line of results.csv. spread: standard deviation of the sample, None for one seed. seeds: those that ran.
+
+    commits, hardware: of the runs, each once.
+    """
 
     row: str
     metric: str
@@ -27,6 +30,8 @@ class Result:
     spread: float | None
     seeds: tuple[int, ...]
     epochs: float
+    commits: tuple[str, ...] = ()
+    hardware: tuple[str, ...] = ()
 
 
 def collect(table: Table, runs: Path) -> list[Result]:
@@ -34,15 +39,20 @@ def collect(table: Table, runs: Path) -> list[Result]:
     results = []
     for row in table.rows:
         found: dict[str, dict[int, float]] = {}
+        places: list[Mapping[str, Any]] = []
         for seed in row.seeds:
-            done = finished(runs / digest(row.run(seed)))
-            for name, value in (done or {"metrics": {}})["metrics"].items():
+            done = finished(runs / digest(row.run(seed))) or {"metrics": {}}
+            places += [done["environment"]] if done.get("environment") else []
+            for name, value in done["metrics"].items():
                 if name.partition("@")[0] in {*row.metrics, "kept_mb"}:
                     found.setdefault(name, {})[seed] = float(value)
         epochs = epochs_of(row.config)
+        commits = tuple(dict.fromkeys((place["commit"] or "")[:12] for place in places))
+        hardware = tuple(dict.fromkeys(f"{place['cpu']}, {place['cores']} cores" for place in places))
         for name, values in found.items():
             spread = statistics.stdev(values.values()) if len(values) > 1 else None
-            results.append(Result(row.name, name, statistics.fmean(values.values()), spread, tuple(values), epochs))
+            mean = statistics.fmean(values.values())
+            results.append(Result(row.name, name, mean, spread, tuple(values), epochs, commits, hardware))
     return results
 
 
@@ -54,18 +64,17 @@ def epochs_of(config: Mapping[str, Any]) -> float:
     return float(config["train" if quantized else "float"].get("epochs", 0))
 
 
-def write_results(path: Path, results: list[Result], environment: Mapping[str, Any]) -> None:
-    """Write results.csv, whole or not at all. environment: needs "commit", "cpu" and "cores"."""
+def write_results(path: Path, results: list[Result]) -> None:
+    """Write results.csv, whole or not at all."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    hardware = f"{environment['cpu']}, {environment['cores']} cores"
     for r in results:
         spread = "" if r.spread is None else f"{r.spread:.3f}"
         seeds = " ".join(map(str, r.seeds))
-        commit = (environment["commit"] or "")[:12]
-        writer.writerow([r.row, r.metric, f"{r.mean:.3f}", spread, seeds, f"{r.epochs:g}", commit, hardware])
-    temporary = path.with_name(path.name + ".tmp")
+        places = (" ".join(r.commits), "; ".join(r.hardware))
+        writer.writerow([r.row, r.metric, f"{r.mean:.3f}", spread, seeds, f"{r.epochs:g}", *places])
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(out.getvalue(), encoding="utf-8")
     os.replace(temporary, path)
 

@@ -93,6 +93,8 @@ class TrainConfig:
     """bf16 runs forward passes under autocast."""
     channels_last: bool = False
     """Keep images and convolution weights in NHWC memory order."""
+    fused: bool = False
+    """Run the steps of a quantized network with `fuse`: on the CPU, in one process, convolutions in integer kernels."""
     clip_grad: float | None = None
     """Largest allowed norm of the whole gradient."""
     label_smoothing: float = 0.0

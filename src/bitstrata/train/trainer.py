@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from bitstrata.fused import fuse
+from bitstrata.prepare import precisions
 from bitstrata.train import checkpoint, snapshot
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.distributed import Distributed
@@ -60,6 +62,8 @@ class Trainer:
     or accelerate has launched several processes. Each of these then runs the same lines and takes its share of the
     loader's batches, which are of batch_size on each; statistics are of the joined batch, and the first alone writes
     files.
+
+    Raises ValueError for options that exclude each other; FuseError with fused=True for a network with nothing to fuse.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Trainer:
         self.reporter = reporter if self.ranks.is_first else quiet
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.wrapped = self.ranks.wrap(model)
+        self.wrapped = self._stepping(model)
         self.device = next(model.parameters()).device
         if teacher is not None and self.ranks.accelerator is not None:
             teacher.to(self.device)
@@ -112,6 +116,16 @@ class Trainer:
         self.tensorboard = None if tensorboard is None else Path(tensorboard)
         if self.tensorboard is not None:
             require_tensorboard()
+
+    def _stepping(self, model: nn.Module) -> nn.Module:
+        """What training steps run: the network itself, fused, or shared out over ranks."""
+        if not self.config.fused:
+            return self.ranks.wrap(model)
+        if not precisions(model):
+            raise ValueError("Trainer: fused=True is for a quantized network, and this one is float")
+        if self.ranks.accelerator is not None:
+            raise ValueError("Trainer: fused=True runs in one process, without accelerate or torchrun")
+        return fuse(model)
 
     @property
     def total_steps(self) -> int:
@@ -164,7 +178,7 @@ class Trainer:
         """The run's progress reporter, with TensorBoard's events and the clock in forward passes beside it."""
         self.clock.lap()
         with ExitStack() as stack:
-            stack.enter_context(self.clock.forward_of(self.model))
+            stack.enter_context(self.clock.forward_of(self.wrapped if self.config.fused else self.model))
             if self.tensorboard is not None and self.ranks.is_first:
                 stack.enter_context(self.log.also(TensorBoardLog(self.tensorboard, self.name, self.position.step)))
             yield stack.enter_context(self.reporter(self.name, self.total_steps, self.position.step))
@@ -241,7 +255,7 @@ class Trainer:
 
     def _steps(self, report: Reporter, epoch: int, start: int, random: dict[str, Any] | None) -> None:
         """Training steps from `start` to the end of the epoch."""
-        self.model.train()
+        self.wrapped.train()
         if random is not None and start == 0:
             set_randomness(self.model, random)
         with self.clock("data"):
