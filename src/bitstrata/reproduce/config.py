@@ -117,9 +117,13 @@ def load_table(root: Path, paper: str, name: str, scale: str) -> Table:
 def digest(config: Mapping[str, Any]) -> str:
     """16 hex digits of SHA-256 over what decides a run's result: runs that several tables ask for are the same run.
 
-    What is measured is no part of it, nor is what only decides how often something is written.
+    The recipe counts as it is now, with the training that it stands for. What is measured is no part of it, nor is
+    what only decides how often something is written.
     """
     kept = {k: v for k, v in config.items() if k != "metrics"}
+    if config.get("recipe", {}).get("name", "float") != "float":
+        recipe = recipe_of(config)
+        kept["resolved"] = [str(recipe), {k: str(v) for k, v in recipe.training.items()}]
     for part in ("train", "float"):
         if isinstance(kept.get(part), Mapping):
             kept[part] = {k: v for k, v in kept[part].items() if k not in SILENT}

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from bitstrata.fused import fuse
-from bitstrata.prepare import precisions
 from bitstrata.train import checkpoint, snapshot
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.distributed import Distributed
@@ -121,8 +120,6 @@ class Trainer:
         """What training steps run: the network itself, fused, or shared out over ranks."""
         if not self.config.fused:
             return self.ranks.wrap(model)
-        if not precisions(model):
-            raise ValueError("Trainer: fused=True is for a quantized network, and this one is float")
         if self.ranks.accelerator is not None:
             raise ValueError("Trainer: fused=True runs in one process, without accelerate or torchrun")
         return fuse(model)
