@@ -115,6 +115,10 @@ def test_a_resumed_run_has_the_record_of_an_undisturbed_one(tmp_path):
     assert "flips" in found[2]["layers"]
 
 
+def entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 def test_numbers_are_those_of_the_functions(tmp_path):
     model = network(strata(), dropout=0.0)
     seen: list[dict[str, Any]] = []
@@ -124,10 +128,7 @@ def test_numbers_are_those_of_the_functions(tmp_path):
             with bs.precision(moment.model, 2):
                 signals = layer_signals(moment.model, [moment.inputs])
                 ratios = nonzero_activations(moment.model, [moment.inputs])
-                rules = training_rules(
-                    moment.model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), (moment.inputs, moment.targets),
-                    training=True,
-                )  # fmt: skip
+                rules = training_rules(moment.model, entropy, (moment.inputs, moment.targets), training=True)
             seen.append({"signal": signals["3"], "R_a": ratios.pooled, "rules": rules})
 
         def due(self, step: int, total: int) -> bool:

@@ -75,6 +75,13 @@ class Live(Callback):
         """Mean wall time of a measurement in this process, by group; {} before the first one."""
         return {group: 1000 * seconds / self.measurements for group, seconds in self._seconds.items()}
 
+    @property
+    def cost(self) -> str:
+        """What it took in this process, in words."""
+        parts = ", ".join(f"{group} {ms:.1f}" for group, ms in self.milliseconds.items())
+        whole = sum(self.milliseconds.values())
+        return f"{self.measurements} measurements of {whole:.1f} ms ({parts})" if self.measurements else "none made"
+
     def begin(self, model: nn.Module, objective: Objective) -> None:
         self.wanted = check_what("Live", model, self.what)
         self._flips, self._since, self._saved = None, None, {}

@@ -11,8 +11,8 @@ class TensorBoardLog:
     """Writes the events of a stage as scalars under `directory`/`run`.
 
     Tags: loss/step/LEVEL, loss/epoch/LEVEL, accuracy/train/LEVEL, accuracy/eval/LEVEL ("4b", or "float"), lr,
-    images_per_s, seconds/PART, and of `diagnostics.Live` QUANTITY/KEY and QUANTITY/LAYER/KEY; accuracies are fractions, steps are the stage's optimizer steps. Raises
-    ModuleNotFoundError without tensorboard.
+    images_per_s, seconds/PART, and of `diagnostics.Live` QUANTITY/KEY and QUANTITY/LAYER/KEY; accuracies are fractions,
+    steps are the stage's optimizer steps. Raises ModuleNotFoundError without tensorboard.
 
     start: steps that are done; events of a previous process beyond them are marked as void, as a resumed stage
     repeats them.

@@ -56,12 +56,12 @@ class Trainer:
     all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
     has to be given the same one. out_dir: holds checkpoints (NAME.ckpt is the last one), metrics.jsonl and, for a
     quantized network, NAME.layers.json (grids and weight histograms as of the last epoch); None writes nothing.
-    reporter: `bitstrata.train.reporter`, which shows progress on stderr, `quiet`, or a function of (name, total
-    steps, steps done) that returns a `Reporter`. tensorboard: directory for TensorBoard's events, in a subdirectory
-    NAME; ModuleNotFoundError without tensorboard. callbacks: look on between steps, see `Callback`. accelerator: of accelerate; by default one is made where torchrun
-    or accelerate has launched several processes. Each of these then runs the same lines and takes its share of the
-    loader's batches, which are of batch_size on each; statistics are of the joined batch, and the first alone writes
-    files.
+    reporter: `bitstrata.train.reporter`, which shows progress on stderr, `quiet`, or a function of (name, total steps,
+    steps done) that returns a `Reporter`. tensorboard: directory for TensorBoard's events, in a subdirectory NAME;
+    ModuleNotFoundError without tensorboard. callbacks: look on between steps, see `Callback`. accelerator: of
+    accelerate; by default one is made where torchrun or accelerate has launched several processes. Each of these then
+    runs the same lines and takes its share of the loader's batches, which are of batch_size on each; statistics are of
+    the joined batch, and the first alone writes files.
     """
 
     def __init__(
