@@ -42,9 +42,12 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    across, down = width * columns, height * rows + 0.7
+    figure = Figure(figsize=(across, down))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    # Room in inches: a layout that matplotlib computes takes a hundred times as long where there are many axes.
+    place = {"left": 0.45 / across, "right": 1 - 0.1 / across, "bottom": 0.4 / down, "top": 1 - 0.6 / down}
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={**place, "hspace": 0.5, "wspace": 0.22})
     for axis in axes.ravel():
         axis.axis("off")
         axis.tick_params(labelsize=7)
@@ -54,6 +57,15 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
         return path
 
     return figure, axes, save
+
+
+def _headed(figure: Any, text: str) -> None:
+    figure.text(0.5, 1 - 0.15 / figure.get_figheight(), text, ha="center", va="center", fontsize=9)
+
+
+def _keyed(figure: Any, axis: Any) -> None:
+    """What the lines of all axes are, above them."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=8, fontsize=8, frameon=False)
 
 
 def _opened(axis: Any, title: str) -> Any:
@@ -89,7 +101,7 @@ def _weights(path: Path, views: Sequence[Mapping[str, Any]], levels: Sequence[st
             )
             axis.set_ylim(0, 1.08)
             axis.set_yticks([])
-    figure.suptitle("weights before quantization (grey), levels of the grid (dotted), share on each level", fontsize=9)
+    _headed(figure, "weights before quantization (grey), levels of the grid (dotted), share on each level")
     return save(path)
 
 
@@ -110,8 +122,14 @@ def _by_layer(path: Path, precisions: Mapping[str, Any], levels: Sequence[str]) 
         if VALUES[name].log and all(value > 0 for part in by_level.values() for value in part.values()):
             axis.set_yscale("log")
         axis.set_xlim(0.5, len(order) + 0.5)
-    figure.legend(*axes.ravel()[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize=8)
-    figure.supxlabel(f"layer, 1 ({order[0]}) to {len(order)} ({order[-1]})", fontsize=8)
+    _keyed(figure, axes.ravel()[0])
+    figure.text(
+        0.5,
+        0.08 / figure.get_figheight(),
+        f"layer, 1 ({order[0]}) to {len(order)} ({order[-1]})",
+        ha="center",
+        fontsize=8,
+    )
     return save(path)
 
 
@@ -143,28 +161,30 @@ def _over_time(directory: Path, stage: Stage, levels: Sequence[str]) -> list[Pat
         written.append(_layers_over_time(directory / "inspect-time.png", layers, names, levels))
     series = {name: found for name in WHOLE if (found := stage.series("diagnosis", f"whole.{name}"))}
     if series:
-        _, axes, save = _figure(1, len(series), 3.0, 2.2)
+        figure, axes, save = _figure(1, len(series), 3.0, 2.2)
         for axis, (name, by_level) in zip(axes[0], series.items(), strict=True):
             _opened(axis, WHOLE[name]).set_xlabel("epoch", fontsize=8)
             for bits, points in by_level.items():
                 axis.plot(
                     *zip(*points, strict=True), color=COLORS.get(bits, "#5d6875"), label=named(bits), linewidth=1.2
                 )
-            axis.legend(frameon=False, fontsize=7)
+        _keyed(figure, axes[0][0])
         written.append(save(directory / "inspect-precisions.png"))
     return written
 
 
 def _layers_over_time(path: Path, layers: Mapping[str, Any], names: Sequence[str], levels: Sequence[str]) -> Path:
-    """A row a value, a column a precision (of flips: a stratum), a line a layer (UniQ, figure 4)."""
+    """A row a value, a column a precision (of flips: a stratum, in as many rows), a line a layer (UniQ, figure 4)."""
     import matplotlib as mpl
 
     strata = sorted({key for tracks in layers.values() for key in tracks.get("flips", {})})
-    columns = {name: strata if name == "flips" else list(levels) for name in names}
-    figure, axes, save = _figure(len(names), max(map(len, columns.values())), 2.7, 1.7)
+    wide = max(len(levels), 3)
+    rows: list[tuple[str, Sequence[str]]] = [(name, levels) for name in names if name != "flips"]
+    rows += [("flips", strata[i : i + wide]) for i in range(0, len(strata), wide)]
+    figure, axes, save = _figure(len(rows), wide, 2.7, 1.7)
     tones = mpl.colormaps["viridis"]
-    for row, name in zip(axes, names, strict=True):
-        for axis, key in zip(row, columns[name], strict=False):
+    for row, (name, keys) in zip(axes, rows, strict=True):
+        for axis, key in zip(row, keys, strict=False):
             _opened(axis, f"{VALUES[name].title}\n{f'stratum {key}' if name == 'flips' else named(key)}")
             axis.title.set_fontsize(7)
             for i, tracks in enumerate(layers.values()):
@@ -174,5 +194,5 @@ def _layers_over_time(path: Path, layers: Mapping[str, Any], names: Sequence[str
                     axis.plot(*zip(*points, strict=True), color=tone, linewidth=0.9)
             if VALUES[name].log:
                 axis.set_yscale("log")
-    figure.suptitle("over epochs; a line a layer, the first one dark, the last one light", fontsize=9)
+    _headed(figure, "over epochs; a line a layer, the first one dark, the last one light")
     return save(path)

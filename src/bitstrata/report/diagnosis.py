@@ -23,7 +23,7 @@ VALUES = {
     "input_clipped": Value("inputs clipped", lambda v: f"{100 * v:.1f} %"),
     "weight_nonzero": Value("weights not zero, R_w", lambda v: f"{100 * v:.1f} %"),
     "input_nonzero": Value("inputs not zero, R_a", lambda v: f"{100 * v:.1f} %"),
-    "variance_ratio": Value("variance of the quantized weight to that of the weight", lambda v: f"{v:.3g}"),
+    "variance_ratio": Value("variance ratio, quantized to original weight", lambda v: f"{v:.3g}"),
     "gradient_variance": Value("variance of the weight's gradient", lambda v: f"{v:.2g}", log=True),
     "kappa1": Value("κ₁, shaded where rule II holds", lambda v: f"{v:.2g}", log=True, band=(0.1, 10.0)),
     "flips": Value("codes that changed, by stratum", lambda v: f"{100 * v:.2g} %"),
