@@ -11,6 +11,10 @@ import tyro
 from bitstrata.cli.common import environment, need_training, output, parse_bits, write_json
 
 
+WEIGHTS = ("layer", "dB", "step", "clipped", "not zero", "codes", "variance ratio", "gradient", "kappa_1")
+INPUTS = ("layer", "dB", "step", "deviation", "clipped", "not zero")
+
+
 @dataclass(frozen=True)
 class Inspect:
     """Print a run's layers at each precision: noise, steps, clipping, zeros, code use, variances; SAT's two training
@@ -51,11 +55,9 @@ class Inspect:
         for bits, one in found["precisions"].items():
             layers, signals = one["rules"]["layers"], one["signals"]
             weights = [(name, *_weight(parts["weight"], layers.get(name))) for name, parts in signals.items()]
-            head = ("layer", "dB", "step", "clipped", "not zero", "codes", "variance ratio", "gradient", "kappa_1")
-            console.print(_table(f"{bits} bits: weights", head, weights))
+            console.print(_table(f"{bits} bits: weights", WEIGHTS, weights))
             inputs = [(name, *_input(parts["input"])) for name, parts in signals.items()]
-            head = ("layer", "dB", "step", "deviation", "clipped", "not zero")
-            console.print(_table(f"{bits} bits: inputs of layers", head, inputs))
+            console.print(_table(f"{bits} bits: inputs of layers", INPUTS, inputs))
             zeros = ", ".join(f"{name} = {share:.1%}" for name, share in one["nonzero"].items())
             console.print(f"Not zero of all layers together: {zeros}")
             console.print(one["rules"]["text"], highlight=False)

@@ -117,8 +117,9 @@ def _by_layer(path: Path, precisions: Mapping[str, Any], levels: Sequence[str]) 
             x = [i for i, layer in enumerate(order, 1) if layer in points]
             y = [points[layer] for layer in order if layer in points]
             axis.plot(x, y, color=COLORS[bits], marker=MARKERS[bits], markersize=3, linewidth=1.2, label=named(bits))
-        if VALUES[name].band is not None:
-            axis.axhspan(*VALUES[name].band, color="#c9d1db", alpha=0.5, linewidth=0)
+        band = VALUES[name].band
+        if band is not None:
+            axis.axhspan(*band, color="#c9d1db", alpha=0.5, linewidth=0)
         if VALUES[name].log and all(value > 0 for part in by_level.values() for value in part.values()):
             axis.set_yscale("log")
         axis.set_xlim(0.5, len(order) + 0.5)

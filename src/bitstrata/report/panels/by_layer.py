@@ -59,7 +59,7 @@ def inspected(precisions: Any) -> ByLayer:
             whole = {**parts, "rules": rules.get(layer)}
             for name, (part, key) in PLACES.items():
                 number = (whole.get(part) or {}).get(key)
-                if is_number(number):
+                if isinstance(number, int | float) and is_number(number):
                     found.setdefault(name, {}).setdefault(bits, {})[layer] = number
     return found
 
@@ -67,9 +67,10 @@ def inspected(precisions: Any) -> ByLayer:
 def _of_run(run: Run, alone: bool) -> Markup:
     found, when = _found(run)
     order = list(dict.fromkeys(layer for by_level in found.values() for part in by_level.values() for layer in part))
-    number = {layer: i for i, layer in enumerate(order, 1)}
+    number = {layer: float(i) for i, layer in enumerate(order, 1)}
     levels = look.ordered({level for by_level in found.values() for level in by_level})
-    drawings, rows = [], []
+    drawings: list[Markup] = []
+    rows: list[tuple[str, ...]] = []
     for name in (name for name in PLACES if name in found):
         tracks = {
             level: sorted((number[layer], value) for layer, value in found[name][level].items())
@@ -77,7 +78,7 @@ def _of_run(run: Run, alone: bool) -> Markup:
         }
         drawings.append(small(VALUES[name], lines(tracks, name), (1, len(order)), f"layers 1 to {len(order)}"))
     for layer in order:
-        rows.append((f"{number[layer]}  {layer}",))
+        rows.append((f"{number[layer]:g}  {layer}",))
         for name in (name for name in PLACES if name in found):
             shown = [found[name].get(level, {}).get(layer) for level in levels]
             cells = ("–" if value is None else VALUES[name].form(value) for value in shown)
