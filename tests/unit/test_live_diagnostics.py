@@ -13,6 +13,7 @@ import bitstrata as bs
 from bitstrata.diagnostics import CodeFlips, Live, kept, layer_signals, measure, nonzero_activations, training_rules
 from bitstrata.diagnostics.measure import WHAT
 from bitstrata.objectives import min_norm_point
+from bitstrata.recipes.base import names
 from bitstrata.train import Callback, Moment, TrainConfig, Trainer, quiet
 from bitstrata.train.metrics import read, reproducible
 from bitstrata.train.tensorboard import scalars
@@ -276,7 +277,22 @@ def test_tensorboard_gets_a_scalar_of_every_number():
 
 def test_every_name_of_what_gives_its_values():
     found = measure(network(strata()), images()[0])
-    names = {name for what, values in WHAT.items() if what != "flips" for name in values}
-    assert set(found.layers) | set(found.whole) == names
+    expected = {name for what, values in WHAT.items() if what != "flips" for name in values}
+    assert set(found.layers) | set(found.whole) == expected
     assert set(found.layers["weight_sqnr"]) == {"1", "2", "4"}
     assert set(found.whole["moo_cosine"]) == {"2-1", "4-1", "4-2"}
+
+
+@pytest.mark.filterwarnings("ignore:quantize_")
+@pytest.mark.parametrize("name", sorted(set(names()) - {"shiftquant"}))
+def test_every_recipe_can_be_measured_and_is_left_as_it_was(name):
+    model = network(bs.recipes.get(name)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stream = torch.get_rng_state()
+    found = measure(model, images()[0])
+    assert set(found.layers["weight_step"]) == {str(p) for p in bs.precisions(model)}
+    assert {"weight_step", "input_sqnr", "kappa1", "gradient_variance"} <= set(found.layers)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())

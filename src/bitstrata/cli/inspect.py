@@ -10,7 +10,6 @@ import tyro
 
 from bitstrata.cli.common import environment, need_training, output, parse_bits, write_json
 
-
 WEIGHTS = ("layer", "dB", "step", "clipped", "not zero", "codes", "variance ratio", "gradient", "kappa_1")
 INPUTS = ("layer", "dB", "step", "deviation", "clipped", "not zero")
 
