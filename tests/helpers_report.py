@@ -31,8 +31,29 @@ def events(seed: int = 0, joint_epochs: int = 3) -> list[dict[str, Any]]:
             if stage == "joint":
                 steps = {str(b): {"weight": [0.1 / b + 0.01 * epoch], "input": [0.2]} for b in BITS}
                 found.append({**place, "event": "grids", "layers": {"stem": steps, "block.conv": steps}})
+                found += [diagnosis({**place, "step": 10 * epoch + step}, seed) for step in (0, 5)]
             found.append({**place, "event": "time", "steps": 10, "wall": 1.0, "seconds": PARTS})
     return found
+
+
+def diagnosis(place: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """A measurement while training; the stem is the same at every precision."""
+    t = 1 + place["step"] / 10 + 0.1 * seed
+
+    def table(base: float) -> dict[str, Any]:
+        return {str(b): {"stem": base * t, "block.conv": base * t / b} for b in BITS}
+
+    names = ("weight_sqnr", "input_sqnr", "weight_step", "input_step", "weight_deviation", "input_deviation")
+    shares = ("weight_clipped", "input_clipped", "weight_nonzero", "input_nonzero", "variance_ratio")
+    by_layer = {name: table(5.0) for name in names} | {name: table(0.1) for name in shares}
+    by_layer |= {"gradient_variance": table(1e-4), "kappa1": table(2.0)}
+    flips = {str(plane): {"stem": 0.01 * plane / t, "block.conv": 0.02 * plane / t} for plane in (1, 2, 3, 4)}
+    whole = {name: {str(b): t / b for b in BITS} for name in ("moo_norm", "kappa0")}
+    whole |= {name: {str(b): 0.2 * b for b in BITS} for name in ("moo_factor", "R_w", "R_a")}
+    whole["moo_cosine"] = {"2-1": 0.5, "4-1": 0.25 * t, "4-2": -0.125}
+    ms = {"signals": 30.0, "rules": 20.0, "moo": 9.0, "flips": 1.0}
+    layers = {**by_layer, **({"flips": flips} if place["step"] else {})}
+    return {**place, "event": "diagnosis", "layers": layers, "whole": whole, "ms": ms}
 
 
 def layers() -> dict[str, Any]:
@@ -91,9 +112,11 @@ def results(seed: int = 0) -> dict[str, Any]:
 
 SIGNAL = {"sqnr": 12.34, "step": 0.1, "deviation": 1.0, "clipped": 0.25, "nonzero": 0.5, "lo": 0, "counts": [1, 0, 3]}
 LAYERS = {"conv<1>": {"weight": SIGNAL, "input": None}, "fc": {"weight": {**SIGNAL, "sqnr": None}, "input": SIGNAL}}
-RULES = {"text": "Rule I holds\nRule II is broken", "layers": {"fc": {"kappa1": 3.456}, "conv<1>": {"kappa1": None}}}
+RULE = {"kappa1": 3.456, "ratio": 0.875, "gradient": 2e-5}
+RULES = {"text": "Rule I holds\nRule II is broken", "layers": {"fc": RULE, "conv<1>": {"kappa1": None}}}
 GEOMETRY = {"precisions": [1, 4], "losses": [2.0, 1.0], "norms": [0.5, 0.25], "factors": [0.75, 0.25]}
-INSPECTED = {"precisions": {"4": {"signals": LAYERS, "rules": RULES}}, "objectives": GEOMETRY}
+ZEROS = {"R_w": 0.625, "R_a": 0.375}
+INSPECTED = {"precisions": {"4": {"signals": LAYERS, "rules": RULES, "nonzero": ZEROS}}, "objectives": GEOMETRY}
 PLANNED = {"rows": [{"name": "plan-2bits", "bits": 2.0, "bytes": 2048, "accuracy": 0.875}, {"name": "broken"}]}
 
 

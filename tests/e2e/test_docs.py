@@ -88,17 +88,19 @@ def test_distributed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = blocks("training.md")
+    source, watched = blocks("training.md")
     threads = torch.get_num_threads()
     try:
         first = run(source, "training.md", {})
         again = run(source, "training.md", {})  # complete: it is opened, not repeated
+        run(watched, "training.md", dict(again))
     finally:
         torch.set_num_threads(threads)
     states = [names["model"].state_dict() for names in (first, again)]  # type: ignore[attr-defined]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == printed[1]
+    assert re.match(r"\d+ measurements of \S+ ms \(signals \S+, moo \S+, flips \S+\)$", printed[-1])
     assert {file.name for file in (tmp_path / "runs" / "digits").iterdir()} == {
         "train.ckpt", "train.1.ckpt", "train.best.ckpt", "train.layers.json", "metrics.jsonl"
     }  # fmt: skip

@@ -117,7 +117,7 @@ def press(driver: Any, *keys: str) -> Any:
 
 def shown(driver: Any) -> list[str]:
     """Headings of the layers that are to be seen."""
-    panes = driver.find_elements("css selector", ".pane h3")
+    panes = driver.find_elements("css selector", "#panes .pane h3")
     return [pane.text.replace("\n", " ") for pane in panes if pane.is_displayed()]
 
 
@@ -236,6 +236,23 @@ def test_arrow_keys_choose_layer_and_precision(driver, pages):
     assert shown(driver) == ["stem 2 bits"]
 
 
+def test_arrow_keys_choose_the_layer_that_is_shown_over_time(driver, pages):
+    show(driver, pages["one"], PHONE)
+    place = "#time-panes .pane.on"
+    assert driver.find_element("css selector", f"{place} h3").text.startswith("block.conv")  # the stem tells less
+    multiples = driver.find_elements("css selector", f"{place} .multiple")
+    assert len(multiples) == 14
+    for multiple in multiples:
+        drawing = multiple.find_element("css selector", "svg")
+        assert drawing.get_attribute("aria-label").count("Last values: ") == 1
+        assert 200 < drawing.size["width"] <= PHONE[0]
+    driver.execute_script("document.querySelector('form[data-panes=time-panes] select').focus()")
+    press(driver, "\ue013")  # up
+    assert driver.find_element("css selector", f"{place} h3").text.startswith("stem")
+    assert len(driver.find_elements("css selector", place)) == 1
+    assert shown(driver) == ["block.conv 4 bits"]  # the other selector has not moved
+
+
 def test_the_selector_knows_runs_and_what_they_lack(driver, pages):
     from selenium.webdriver.support.ui import Select
 
@@ -244,9 +261,9 @@ def test_the_selector_knows_runs_and_what_they_lack(driver, pages):
     assert [option.text for option in runs.options] == ["net-seed0", "net-seed1"]
     runs.select_by_visible_text("net-seed1")
     assert shown(driver) == ["block.conv 4 bits"]
-    assert len([p for p in driver.find_elements("css selector", ".pane[data-run='1']") if p.is_displayed()]) == 1
+    assert len([p for p in driver.find_elements("css selector", "#panes .pane[data-run='1']") if p.is_displayed()]) == 1
     driver.execute_script(
-        "for (const p of document.querySelectorAll(\".pane[data-precision='1']\")) p.dataset.precision = '9'"
+        "for (const p of document.querySelectorAll(\"#panes .pane[data-precision='1']\")) p.dataset.precision = '9'"
     )
     driver.find_element("css selector", "input[value='1']").click()
     assert shown(driver) == []
@@ -263,7 +280,8 @@ def test_without_scripts_all_layers_are_seen(driver, pages):
     finally:
         driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     seen = [page["strings"][i].strip() for i in page["documents"][0]["layout"]["text"] if i >= 0]
-    assert (seen.count("stem"), seen.count("block.conv")) == (3, 3)  # at 4, 2 and 1 bits; the selector is hidden
+    # At 4, 2 and 1 bits, and once over time; the selectors are hidden.
+    assert (seen.count("stem"), seen.count("block.conv")) == (4, 4)
 
 
 def test_motion_is_reduced_on_request(driver, pages):

@@ -216,6 +216,8 @@ def test_damaged_events_and_entries_are_left_out(tmp_path):
     run = write_run(tmp_path / "damaged")
     bad = ['{"run": "joint", "event": "epoch", "step": 5', '{"run": 1, "event": "eval", "step": 1, "epoch": 0}']
     bad += ['{"run": "joint", "event": "eval", "step": 1, "epoch": 0, "accuracy": {"4": NaN}}', "[]"]
+    bad += ['{"run": "joint", "event": "diagnosis", "step": 1, "epoch": 0, "whole": {}}']
+    bad += ['{"run": "joint", "event": "diagnosis", "step": 1, "epoch": 0, "layers": {"a": {"4": 2}}, "whole": {}}']
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write("\n".join(bad))
     broken = layers()
@@ -224,7 +226,7 @@ def test_damaged_events_and_entries_are_left_out(tmp_path):
     (run / "joint.layers.json").write_text(json.dumps(broken))
     found = read(run)
     assert found.events == events()
-    assert found.problems == ["metrics.jsonl: 4 of 27 lines cannot be read and are left out"]
+    assert found.problems == ["metrics.jsonl: 6 of 35 lines cannot be read and are left out"]
     assert {(view.layer, view.precision) for view in views(found)} >= {("block.conv", "4"), ("block.conv", "1")}
     assert "joint.layers.json: an entry is damaged and left out" in found.problems
     _, page = made(tmp_path, run)
@@ -354,8 +356,8 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 def test_panels_are_found_by_themselves(monkeypatch, tmp_path):
     assert TITLES == [
         "Results", "Accuracy against bytes", "Mixed precision", "Accuracy over time", "Loss over time",
-        "Grids and weights", "Signals and training rules", "Where the time goes", "Verification",
-        "Environment and options",
+        "Precisions over time", "Grids and weights", "Layers over time", "From layer to layer",
+        "Signals and training rules", "Where the time goes", "Verification", "Environment and options",
     ]  # fmt: skip
     (tmp_path / "extra_without.py").write_text("")
     from bitstrata.report import panels

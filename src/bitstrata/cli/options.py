@@ -10,7 +10,7 @@ from typing import Any, Literal
 FREE = frozenset(
     {
         "out", "root", "threads", "checkpoint_every", "log_every", "fresh", "isa", "keep", "on_nonfinite",
-        "allow_inexact", "quiet", "tensorboard",
+        "allow_inexact", "quiet", "tensorboard", "diagnose", "diagnose_every",
     }
 )  # fmt: skip
 
@@ -106,6 +106,11 @@ class RunOptions:
     """Show no progress; metrics.jsonl is written all the same."""
     tensorboard: Path | None = None
     """Also write TensorBoard's events under this directory; needs pip install "bitstrata[tensorboard]"."""
+    diagnose: str | None = None
+    """Measure the network while it trains quantized, as sqnr,steps,deviation,clipping,nonzero,flips,kappa,ratio,
+    gradient,moo or all; `bitstrata report` draws it. Training is the same to the bit."""
+    diagnose_every: int = 100
+    """Steps between these measurements."""
     fresh: bool = False
     """Start over although the output directory holds an unfinished or finished run."""
     allow_inexact: bool = False

@@ -35,7 +35,7 @@ from bitstrata.cli.common import (
 from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.saved import FROZEN
-from bitstrata.cli.stages import chain_stages, float_config, joint_config
+from bitstrata.cli.stages import chain_stages, diagnosis, float_config, joint_config
 from bitstrata.cli.train import Train
 from bitstrata.cli.weights import load_weights
 from bitstrata.data import Dataset, Loader
@@ -159,6 +159,7 @@ def check(options: RunOptions) -> tuple[int, ...]:
     """Check every option that can be checked without data; returns the bit-widths."""
     recipe = loading.make_recipe(options)
     joint_config(options, recipe)
+    diagnosis(options, recipe)
     chain_stages(options)
     if isinstance(options, Train):
         float_config(options)
@@ -216,14 +217,14 @@ def check_same_options(path: Path, saved: dict[str, Any], current: dict[str, Any
 
 
 def stage_trainer(
-    run: Run, model: nn.Module, config: TrainConfig, name: str, teacher: nn.Module | None = None
+    run: Run, model: nn.Module, config: TrainConfig, name: str, teacher: nn.Module | None = None, **looking: Any
 ) -> Trainer:
     """The trainer of a stage, on the run's data, directory and display."""
     options = run.options
     display = quiet if options.quiet else reporter
     return Trainer(
         model, config, run.loader(True), run.loader(False), run.out,
-        teacher=teacher, name=name, reporter=display, tensorboard=options.tensorboard,
+        teacher=teacher, name=name, reporter=display, tensorboard=options.tensorboard, **looking,
     )  # fmt: skip
 
 
@@ -242,9 +243,12 @@ def joint_stage(run: Run, model: nn.Module) -> dict[Level, float]:
     run.refusal = refusal(run, model)
     if run.refusal is not None and first_process():
         print(f"trains and evaluates, without an artifact: {run.refusal}", flush=True)
-    config = joint_config(run.options, loading.make_recipe(run.options))
-    trainer = stage_trainer(run, model, config, "joint", teacher=teacher)
+    recipe = loading.make_recipe(run.options)
+    live = diagnosis(run.options, recipe)
+    trainer = stage_trainer(run, model, joint_config(run.options, recipe), "joint", teacher, callbacks=live)
     run.timed("joint", lambda: trainer.fit(allow_inexact=run.options.allow_inexact))
+    if live and first_process():
+        print(f"diagnosis: {live[0].cost}", flush=True)
     model.cpu()
     if not integers(run):
         return float32_accuracies(run, model)

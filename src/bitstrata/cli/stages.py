@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bitstrata.cli import loading
-from bitstrata.cli.common import CommandError, parse_bits
+from bitstrata.cli.common import CommandError, choose, parse_bits
 from bitstrata.cli.options import RunOptions
 from bitstrata.cli.train import Train
+from bitstrata.diagnostics import Live
+from bitstrata.diagnostics.measure import WHAT
 from bitstrata.recipes import Recipe
 from bitstrata.train import TrainConfig
 
@@ -44,6 +46,22 @@ def joint_config(options: RunOptions, recipe: Recipe) -> TrainConfig:
 def float_config(options: Train) -> TrainConfig:
     """Training configuration of the float stage."""
     return stage_config(options, epochs=options.float_epochs, lr=options.float_lr, warmup=options.float_warmup)
+
+
+def diagnosis(options: RunOptions, recipe: Recipe) -> list[Live]:
+    """The callback of --diagnose, for a network of this recipe; none without the option."""
+    if options.diagnose is None:
+        return []
+    if options.diagnose_every < 1:
+        raise CommandError(f"--diagnose-every: must be at least 1 step, got {options.diagnose_every}")
+    if recipe.integers:
+        raise CommandError(f"--diagnose: recipe {recipe.name!r} trains in integers, which has no fake-quantized layers")
+    names = [name.strip() for name in options.diagnose.split(",")]
+    for name in names:
+        choose(name, [*WHAT, "all"], "--diagnose")
+    if "moo" in names and len(recipe.precisions) < 2:
+        raise CommandError("--diagnose moo: is about several precisions, and --bits names one")
+    return [Live(options.diagnose_every, None if "all" in names else names)]
 
 
 def chain_stages(options: RunOptions) -> list[tuple[Recipe, TrainConfig]]:

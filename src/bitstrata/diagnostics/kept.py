@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..prepare.integer_training import load_noise_state_, noise_state
+from ..quantizers.base import ActivationQuantizer
 
 
 @contextmanager
@@ -26,6 +27,7 @@ def kept(model: nn.Module, *, training: bool | None) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     modes = [(module, module.training) for module in model.modules()]
+    known = [(m, m.known_steps) for m in model.modules() if isinstance(m, ActivationQuantizer)]
     noise = noise_state(model)
     devices = sorted({p.device.index or 0 for p, _ in parameters if p.device.type == "cuda"})
     try:
@@ -43,6 +45,8 @@ def kept(model: nn.Module, *, training: bool | None) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer is not None and content is not None:
                     _put_back(buffer, content)
+        for quantizer, steps in known:
+            quantizer.known_steps = steps
         load_noise_state_(model, noise)
 
 

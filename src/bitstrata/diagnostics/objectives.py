@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from .kept import kept
 @dataclass(frozen=True)
 class ObjectiveGeometry:
     """precisions: ascending. losses, norms: of each, the norm of its gradient to the shared parameters. cosines: (n, n)
-    between those gradients. factors: of the shortest convex combination (multiple gradient descent)."""
+    between those gradients. factors: of the shortest convex combination (multiple gradient descent), NaN where
+    a gradient is not finite."""
 
     precisions: tuple[int, ...]
     losses: tuple[float, ...]
@@ -33,7 +35,7 @@ def objective_geometry(
     """Gradients of every precision's loss to the parameters that all share; the model is left as it was.
 
     Args:
-        loss: called with (model, batch) at each precision, gives one number as a tensor.
+        loss: called with (model, batch) at each precision, widest first, gives one number as a tensor.
         training: as for `gradient_variance`.
 
     Raises:
@@ -44,18 +46,20 @@ def objective_geometry(
         raise ValueError(f"objective_geometry: the model must be quantized for several precisions, it has {known}")
     owned = {id(q) for group in precision_parameters(model).values() for q in group}
     shared = [q for q in model.parameters() if q.requires_grad and id(q) not in owned]
-    losses, rows = [], []
+    losses: list[float] = []
+    rows: list[Tensor] = []
     with kept(model, training=training), torch.enable_grad():
-        for p in known:
+        for p in reversed(known):
             with precision(model, p):
                 value = loss(model, batch)
                 found = torch.autograd.grad(value, shared, allow_unused=True)
-            losses.append(float(value.detach()))
+            losses.insert(0, float(value.detach()))
             parts = [(torch.zeros_like(q) if g is None else g).flatten() for q, g in zip(shared, found, strict=True)]
-            rows.append(torch.cat(parts).double())
+            rows.insert(0, torch.cat(parts).double())
     gradients = torch.stack(rows)
     gram = gradients @ gradients.T
     norms = gram.diagonal().clamp_min(0).sqrt()
     cosines = gram / (norms[:, None] * norms[None, :]).clamp_min(torch.finfo(torch.float64).tiny)
-    factors = tuple(float(a) for a in min_norm_point(gram=gram))
+    finite = bool(torch.isfinite(gram).all())
+    factors = tuple(map(float, min_norm_point(gram=gram))) if finite else (math.nan,) * len(known)
     return ObjectiveGeometry(known, tuple(losses), tuple(norms.tolist()), cosines, factors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +155,28 @@ class CodeFlips:
             found[name] = tuple(float(((changed >> plane) & 1).double().mean()) for plane in planes)
         self._before = now
         return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Layer -> the offset codes of the last look, uint8, of the weight's shape."""
+        return {name: codes.to(torch.uint8) for name, (codes, _) in self._before.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take `state` for the last look.
+
+        Raises:
+            ValueError: other layers, or weights of another shape; nothing is changed.
+        """
+        mine = {name: tuple(codes.shape) for name, (codes, _) in self._before.items()}
+        given = {name: tuple(codes.shape) for name, codes in state.items()}
+        if given != mine:
+            odd = sorted(name for name in mine.keys() | given.keys() if mine.get(name) != given.get(name))
+            raise ValueError(
+                f"CodeFlips.load_state: the codes are of another network: {odd[0]!r} has the shape "
+                f"{given.get(odd[0])}, expected {mine.get(odd[0])}"
+            )
+        self._before = {
+            name: (state[name].to(codes.device, codes.dtype), bits) for name, (codes, bits) in self._before.items()
+        }
 
     @torch.no_grad()
     def _codes(self) -> dict[str, tuple[Tensor, int]]:

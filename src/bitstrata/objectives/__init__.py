@@ -2,7 +2,7 @@
 
 from .chain import ChainStage, warm_start_chain
 from .distill import DISTILLATIONS, cosine_distillation, kl_distillation
-from .joint import JointLoss, joint_backward
+from .joint import JointLoss, joint_backward, losses_of_a_step
 from .joint_loss import joint_loss
 from .losses import LOSSES, cross_entropy, make_loss, maqd
 from .mgd import min_norm_point
@@ -25,6 +25,7 @@ __all__ = [
     "joint_backward",
     "joint_loss",
     "kl_distillation",
+    "losses_of_a_step",
     "make_loss",
     "maqd",
     "min_norm_point",

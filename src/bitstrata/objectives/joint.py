@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..prepare.parameters import precision_parameters
 from ..prepare.precision import precision, precisions
 from ..prepare.step import weights_of_a_step
+from ..prepare.wrapped import refuse_wrapped
 from .distill import DISTILLATIONS, Distillation
 from .losses import Loss
 from .mgd import min_norm_point
@@ -179,6 +180,40 @@ class _Step:
         detached = logits.detach()
         self.guide.learned(detached)
         return total, detached
+
+
+def losses_of_a_step(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    loss: Loss = F.cross_entropy,
+    distill: str | Distillation | None = "cosine",
+    distill_weight: float = 1.0,
+    teacher: str | nn.Module = "next",
+    amp: torch.dtype | None = None,
+) -> Callable[[int], Tensor]:
+    """The losses that `joint_backward` differentiates, one at a time, with their graphs.
+
+    Args:
+        All: as `joint_backward` takes them.
+
+    Returns:
+        A function of a precision. A precision learns from those that it was called with before, so they come widest
+        first, each once.
+
+    Raises:
+        ValueError: an option out of its range, a wrapped model, or (the function) a loss without gradient.
+    """
+    refuse_wrapped("losses_of_a_step", model)
+    guide = _Guide(_distillation(distill), distill_weight, _checked_teacher(model, teacher, distill))
+    step = _Step(model, inputs, targets, loss, guide, amp, Ranks(model))
+
+    def at(p: int) -> Tensor:
+        with precision(model, p):
+            return step.forward(p)[0]
+
+    return at
 
 
 def _logits(output: object) -> Tensor:

@@ -269,6 +269,15 @@ class ActivationQuantizer(Quantizer):
             self.__dict__["_initialized_cache"] = flag
         return flag[self._slots[self.precision]]
 
+    @property
+    def known_steps(self) -> list[bool] | None:
+        """What is remembered of `initialized`, to be put back together with that buffer; None for nothing."""
+        return self.__dict__.get("_initialized_cache")
+
+    @known_steps.setter
+    def known_steps(self, value: list[bool] | None) -> None:
+        self.__dict__["_initialized_cache"] = value
+
     def require_initialized(self) -> None:
         """Raise RuntimeError if the current precision's step was never set."""
         if not self.is_initialized():

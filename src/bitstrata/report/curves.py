@@ -58,9 +58,12 @@ def render(
     what: str,
     form: Callable[[float], str],
     dress: Callable[[Any, float, float], None],
+    *,
+    beside: bool = False,
 ) -> Markup:
     """A figure for each group. what: the y axis; form: a value as text; dress: sets up the y axis, given the
-    axes and the least and largest of all values, so that figures can be compared.
+    axes and the least and largest of all values, so that figures can be compared. beside: other charts stand beside
+    these, and the axis of epochs begins with the first value.
     """
     found = [(group, curves(group, sources)) for group in groups(runs)]
     everything = [line for _, lines in found for line in lines]
@@ -69,18 +72,19 @@ def render(
     styles = {source.name: "dashed" if source.dashed else "solid" for source in used} if len(used) > 1 else None
     legend = look.key({look.named(level): look.of_level(level) for level in levels}, dashed=styles)
     right = max(max(line.x) for line in everything)
+    left = min(min(line.x) for line in everything) if beside else 0.0
     span = min(min(line.least) for line in everything), max(max(line.largest) for line in everything)
     figures = []
     for group, lines in found:
-        draw = _drawing(group, lines, lambda axes: dress(axes, *span), right)
-        picture = chart(_described(what, group, lines, form), draw, alone=len(found) == 1)
+        draw = _drawing(group, lines, lambda axes: dress(axes, *span), left, right)
+        picture = chart(_described(what, group, lines, form), draw, alone=len(found) == 1 and not beside)
         title = el("h3", group.label) if len(found) > 1 else Markup()
         figures.append(el("figure", title, picture, _numbers(group, lines, levels, form)))
     return el("div", legend, el("div", *figures, class_="figures"))
 
 
 def _drawing(
-    group: Group, lines: Sequence[Curve], dress: Callable[[Any], None], right: float
+    group: Group, lines: Sequence[Curve], dress: Callable[[Any], None], left: float, right: float
 ) -> Callable[[Any, bool], None]:
     def draw(axes: Any, narrow: bool) -> None:
         for line in lines:
@@ -94,9 +98,11 @@ def _drawing(
                 axes.fill_between(line.x, line.least, line.largest, color=tone, alpha=0.16, linewidth=0)
         dress(axes)
         axes.set_xlabel("epoch")
-        axes.set_xlim(0.0, 1.03 * right)
+        room = 0.03 * ((right - left) or 1.0)
+        axes.set_xlim(left - room if left else 0.0, right + room)
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5 if narrow else 9)
-        _mark_stages(axes, max((run.stages for run in group.runs), key=len))
+        stages = max((run.stages for run in group.runs), key=len)
+        _mark_stages(axes, [stage for stage in stages if stage.before >= left])
 
     return draw
 

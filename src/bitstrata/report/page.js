@@ -1,23 +1,20 @@
 "use strict";
-(() => {
-  const panes = [...document.querySelectorAll(".pane")];
-  if (!panes.length) return;
-  const run = document.getElementById("pick-run");
-  const layer = document.getElementById("pick-layer");
-  const precision = document.getElementById("pick-precision");
-  const none = document.getElementById("no-pane");
+for (const form of document.querySelectorAll(".picker")) {
+  const panes = [...document.getElementById(form.dataset.panes).querySelectorAll(".pane")];
+  const none = document.getElementById(form.dataset.none);
+  const controls = [...form.querySelectorAll("[data-key]")];
+  const chosen = (control) => (control.matches("select") ? control : control.querySelector(":checked")).value;
   const show = () => {
-    const wanted = [run ? run.value : "0", layer.value, precision.querySelector(":checked").value];
+    const wanted = controls.map((control) => [control.dataset.key, chosen(control)]);
     let found = false;
     for (const pane of panes) {
-      const data = pane.dataset;
-      const on = [data.run, data.layer, data.precision].every((value, i) => value === wanted[i]);
+      const on = wanted.every(([key, value]) => pane.dataset[key] === value);
       pane.classList.toggle("on", on);
       found = found || on;
     }
     none.hidden = found;
   };
-  for (const control of [run, layer, precision]) if (control) control.addEventListener("change", show);
-  layer.form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("change", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
   show();
-})();
+}

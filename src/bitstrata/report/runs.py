@@ -31,6 +31,8 @@ INCIDENTAL = frozenset(
         "keep",
         "on_nonfinite",
         "allow_inexact",
+        "diagnose",
+        "diagnose_every",
     }
 )
 
@@ -63,10 +65,13 @@ class Stage:
         return self.before + float(event["step"]) / max(self.epoch_steps, 1.0)
 
     def series(self, event: str, field_name: str) -> dict[str, list[Point]]:
-        """Level -> (epochs of the whole run, value), of a field that is keyed by level."""
+        """Level -> (epochs of the whole run, value), of a field that is keyed by level; "a.b" is field b of field a."""
         found: dict[str, list[Point]] = {}
         for e in self.of(event):
-            for level, value in e.get(field_name, {}).items():
+            of_levels: Mapping[str, Any] = e
+            for part in field_name.split("."):
+                of_levels = of_levels.get(part, {})
+            for level, value in of_levels.items():
                 found.setdefault(level, []).append((self.position(e), value))
         return found
 
@@ -266,4 +271,15 @@ def _event(line: bytes) -> dict[str, Any] | None:
         values = event.get(key, {})
         if not isinstance(values, dict) or not all(is_number(value) for value in values.values()):
             return None
-    return event
+    return event if event["event"] != "diagnosis" or _diagnosed(event) else None
+
+
+def _diagnosed(event: dict[str, Any]) -> bool:
+    """Whether a `diagnosis` event has the tables of numbers that it should have, of two and of three levels."""
+    return _numbers(event.get("whole"), 2) and _numbers(event.get("layers"), 3) and _numbers(event.get("ms", {}), 1)
+
+
+def _numbers(value: object, depth: int) -> bool:
+    if depth == 0:
+        return is_number(value)
+    return isinstance(value, dict) and all(_numbers(part, depth - 1) for part in value.values())

@@ -1,5 +1,6 @@
 """Training: `Trainer` for one stage, `evaluate` for its accuracy; a user's own loop needs neither."""
 
+from bitstrata.train.callback import Callback, Moment
 from bitstrata.train.chain import fit_chain
 from bitstrata.train.checkpoint import CheckpointError
 from bitstrata.train.config import Level, TrainConfig
@@ -9,8 +10,10 @@ from bitstrata.train.signals import TrainingStopped
 from bitstrata.train.trainer import Trainer
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "Level",
+    "Moment",
     "TrainConfig",
     "Trainer",
     "TrainingStopped",

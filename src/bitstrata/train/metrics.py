@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-#: What a repeated run does not repeat: events of this name, and this field of the others.
-TIMES, RATE = "time", "images_per_s"
+#: What a repeated run does not repeat: events of this name, and these fields of the others.
+TIMES, RATES = "time", frozenset({"images_per_s", "ms"})
 
 
 class EventSink(Protocol):
@@ -26,14 +26,15 @@ class MetricsLog:
     Lines: {"run", "event", "step", "epoch", ...}. Losses and accuracies are objects keyed by precision ("float" for a
     float network); accuracies are fractions. Events:
 
-    =====  =============================================================================================================
-    step   "lr", "loss" of one step, every `log_every` steps
-    epoch  "loss", "accuracy" on the training batches, "images_per_s"
-    eval   "accuracy" on the evaluation data
-    grids  "layers": layer -> precision -> step sizes (`snapshot.steps`), at the end of an epoch
-    time   "wall" seconds since the line before, "seconds" of each part (`timing.PARTS`) and the training "steps" they
-           are of. A checkpoint that is written after the line counts in the next one.
-    =====  =============================================================================================================
+    =========  =========================================================================================================
+    step       "lr", "loss" of one step, every `log_every` steps
+    epoch      "loss", "accuracy" on the training batches, "images_per_s"
+    eval       "accuracy" on the evaluation data
+    grids      "layers": layer -> precision -> step sizes (`snapshot.steps`), at the end of an epoch
+    time       "wall" seconds since the line before, "seconds" of each part (`timing.PARTS`) and the training "steps"
+               they are of. A checkpoint that is written after the line counts in the next one.
+    diagnosis  of `bitstrata.diagnostics.Live`, which has its fields: "layers", "whole", "since", "ms"
+    =========  =========================================================================================================
     """
 
     def __init__(self, path: Path | None, run: str) -> None:
@@ -119,4 +120,4 @@ def read(path: Path, run: str | None = None) -> list[dict[str, Any]]:
 
 def reproducible(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events without measured times: what an interrupted run and an uninterrupted one have in common."""
-    return [{k: v for k, v in event.items() if k != RATE} for event in events if event["event"] != TIMES]
+    return [{k: v for k, v in event.items() if k not in RATES} for event in events if event["event"] != TIMES]

@@ -11,8 +11,8 @@ class TensorBoardLog:
     """Writes the events of a stage as scalars under `directory`/`run`.
 
     Tags: loss/step/LEVEL, loss/epoch/LEVEL, accuracy/train/LEVEL, accuracy/eval/LEVEL ("4b", or "float"), lr,
-    images_per_s, seconds/PART; accuracies are fractions, steps are the stage's optimizer steps. Raises
-    ModuleNotFoundError without tensorboard.
+    images_per_s, seconds/PART, and of `diagnostics.Live` QUANTITY/KEY and QUANTITY/LAYER/KEY; accuracies are fractions,
+    steps are the stage's optimizer steps. Raises ModuleNotFoundError without tensorboard.
 
     start: steps that are done; events of a previous process beyond them are marked as void, as a resumed stage
     repeats them.
@@ -59,6 +59,18 @@ def scalars(event: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, float]
     for name in ("lr", "images_per_s"):
         if name in fields:
             yield name, fields[name]
+    if event == "diagnosis":
+        yield from _diagnosis(fields)
     if event == "time":
         for part, seconds in fields["seconds"].items():
             yield f"seconds/{part}", seconds
+
+
+def _diagnosis(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for quantity, by_key in fields["whole"].items():
+        for key, value in by_key.items():
+            yield f"{quantity}/{key}", value
+    for quantity, by_key in fields["layers"].items():
+        for key, of_layers in by_key.items():
+            for layer, value in of_layers.items():
+                yield f"{quantity}/{layer}/{key}", value

@@ -11,8 +11,9 @@ from torch import nn
 
 T = TypeVar("T")
 
-#: What an epoch consists of. "backward" is all of a step's loss and gradients but for the network's forward passes.
-PARTS = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "logging")
+#: What an epoch consists of. "backward" is all of a step's loss and gradients but for the network's forward passes;
+#: "diagnosis" is what callbacks take.
+PARTS = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "logging", "diagnosis")
 
 
 class Clock:

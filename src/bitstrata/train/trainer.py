@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bitstrata.fused import fuse
 from bitstrata.train import checkpoint, snapshot
+from bitstrata.train.callback import Callback, Callbacks, Moment
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.distributed import Distributed
 from bitstrata.train.evaluate import accuracies, count_correct, place
@@ -55,12 +57,12 @@ class Trainer:
     all precisions learn from, in the place of a wider precision; it is not trained and not saved, so a resumed run
     has to be given the same one. out_dir: holds checkpoints (NAME.ckpt is the last one), metrics.jsonl and, for a
     quantized network, NAME.layers.json (grids and weight histograms as of the last epoch); None writes nothing.
-    reporter: `bitstrata.train.reporter`, which shows progress on stderr, `quiet`, or a function of (name, total
-    steps, steps done) that returns a `Reporter`. tensorboard: directory for TensorBoard's events, in a subdirectory
-    NAME; ModuleNotFoundError without tensorboard. accelerator: of accelerate; by default one is made where torchrun
-    or accelerate has launched several processes. Each of these then runs the same lines and takes its share of the
-    loader's batches, which are of batch_size on each; statistics are of the joined batch, and the first alone writes
-    files.
+    reporter: `bitstrata.train.reporter`, which shows progress on stderr, `quiet`, or a function of (name, total steps,
+    steps done) that returns a `Reporter`. tensorboard: directory for TensorBoard's events, in a subdirectory NAME;
+    ModuleNotFoundError without tensorboard. callbacks: look on between steps, see `Callback`. accelerator: of
+    accelerate; by default one is made where torchrun or accelerate has launched several processes. Each of these then
+    runs the same lines and takes its share of the loader's batches, which are of batch_size on each; statistics are of
+    the joined batch, and the first alone writes files.
 
     Raises ValueError for options that exclude each other; FuseError with fused=True for a network with nothing to fuse.
     """
@@ -79,6 +81,7 @@ class Trainer:
         reporter: Callable[[str, int, int], Reporter] = reporter,
         accelerator: Accelerator | None = None,
         tensorboard: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.ranks = Distributed(accelerator)
         self.model = model
@@ -112,6 +115,7 @@ class Trainer:
         writes = self.ranks.is_first and self.out_dir is not None
         self.log = MetricsLog(cast(Path, self.out_dir) / "metrics.jsonl" if writes else None, name)
         self.clock = Clock()
+        self.callbacks = Callbacks(callbacks)
         self.tensorboard = None if tensorboard is None else Path(tensorboard)
         if self.tensorboard is not None:
             require_tensorboard()
@@ -157,6 +161,7 @@ class Trainer:
             return self._fit(resume, allow_inexact)
 
     def _fit(self, resume: bool, allow_inexact: bool) -> dict[Level, float]:
+        self.callbacks.begin(self.model, self.objective)
         random = self._begin(resume, allow_inexact)
         self.guard = Guard(self.model, self.config)
         accuracy: dict[Level, float] = {}
@@ -219,6 +224,7 @@ class Trainer:
         check_same_run(self.parts, path, state)
         check_same_execution(self.parts, path, state, allow_inexact)
         self.position = restore(self.parts, state)
+        self.callbacks.take_from(state)
         self.ranks.from_first(lambda: self.log.cut(state["metrics"]))
         return cast(dict[str, Any], self.ranks.mine(state["random"]))
 
@@ -262,8 +268,11 @@ class Trainer:
         begun, images_before = time.monotonic(), self.position.images
         for images, labels in self.clock.each("data", batches):
             seen = self.position.images
+            self._look(images, labels)
             losses = self._step(images, labels)
             step = self.position.step
+            if step == self.total_steps:
+                self._look(images, labels)
             with self.clock("logging"):
                 images_seen, accuracy = self.position.images - seen, self.position.accuracy()
                 report.step(step, epoch, images_seen, losses, lr=self._lr(), accuracy=accuracy)
@@ -281,6 +290,18 @@ class Trainer:
         rate = (self.position.images - images_before) / max(time.monotonic() - begun, 1e-9)
         means = self.position.means()
         self.log.write("epoch", step=self.position.step, epoch=epoch, images_per_s=round(rate, 1), **means)
+
+    def _look(self, images: Tensor, labels: Tensor) -> None:
+        """Callbacks that are due, on the first rank."""
+        at = self.position.step, self.position.epochs, self.total_steps
+        wanted = self.callbacks.due(at[0], at[2]) if self.ranks.is_first else []
+        if wanted:
+            with self.clock("diagnosis"), self.ranks.alone(self.model):
+                inputs = place(images, self.device, self.config.channels_last)
+                write = partial(self.log.write, step=at[0], epoch=at[1])
+                moment = Moment(self.model, inputs, labels.to(self.device), *at, self.objective, write)
+                for callback in wanted:
+                    callback.look(moment)
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[Level, float]:
         """One optimizer step; its losses, or {} where it was left out. Only finite numbers get to the weights."""
@@ -363,6 +384,7 @@ class Trainer:
             self.guard.check_weights(self.position.step)
             state, keeper = capture(self.parts, self.position, self.log.position()), self.keeper
             state["random"] = self.ranks.of_all(state["random"])
+            self.callbacks.add_to(state)
             with self.clock("checkpoint"):
                 self.ranks.from_first(lambda: keeper.save(state, best))
 

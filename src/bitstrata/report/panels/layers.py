@@ -59,11 +59,15 @@ def _selector(shown: Sequence[tuple[Run, list[View]]], precisions: Sequence[str]
         el("label", el("input", type="radio", name="precision", value=p, checked=p == start.precision), look.named(p))
         for p in precisions
     ]
-    choose_run = el("label", "Run", el("select", *runs, id="pick-run")) if len(runs) > 1 else Markup()
-    choose_layer = el("label", "Layer", el("select", *layers, id="pick-layer"))
-    choose_width = el("fieldset", el("legend", "Precision"), *widths, id="pick-precision")
+    choose_run = el("label", "Run", el("select", *runs, id="pick-run", data_key="run")) if len(runs) > 1 else Markup()
+    choose_layer = el("label", "Layer", el("select", *layers, id="pick-layer", data_key="layer"))
+    choose_width = el("fieldset", el("legend", "Precision"), *widths, id="pick-precision", data_key="precision")
     missing = el("p", "This run has no such layer at this precision.", id="no-pane", class_="note", hidden=True)
-    return join([el("form", choose_run, choose_layer, choose_width, class_="picker", autocomplete="off"), missing])
+    form = el(
+        "form", choose_run, choose_layer, choose_width,
+        class_="picker", autocomplete="off", data_panes="panes", data_none="no-pane",
+    )  # fmt: skip
+    return join([form, missing])
 
 
 def _pane(index: int, view: View, chosen: bool) -> Markup:

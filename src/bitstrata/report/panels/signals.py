@@ -9,7 +9,10 @@ from ..markup import Markup, details, el, join, table
 from ..registry import Panel
 from ..runs import Run, is_number, side_file
 
-HEAD = ("layer", "weight dB", "clipped", "not zero", "codes used", "input dB", "clipped", "not zero", "κ₁")
+HEAD = (
+    "layer", "weight dB", "clipped", "not zero", "codes used", "step", "variance ratio", "gradient variance", "κ₁",
+    "input dB", "input clipped", "input not zero", "input step", "input deviation",
+)  # fmt: skip
 
 
 def needs(run: Run) -> str | None:
@@ -31,10 +34,15 @@ def _of_run(run: Run, found: dict[str, Any]) -> Markup:
     for bits, one in sorted(found["precisions"].items(), key=lambda item: -int(item[0])):
         layers = one.get("rules", {}).get("layers", {})
         rows = [
-            (name, *_cells(parts["weight"], codes=True), *_cells(parts["input"], codes=False), _kappa(layers.get(name)))
+            (name, *_weight(parts["weight"], layers.get(name)), *_input(parts["input"]))
             for name, parts in one.get("signals", {}).items()
         ]
-        rules = el("p", *join_lines(str(one.get("rules", {}).get("text", ""))))
+        zeros = ", ".join(f"{name} {_number(share, '.1%')}" for name, share in one.get("nonzero", {}).items())
+        rules = el(
+            "p",
+            *([f"Not zero of all layers together: {zeros}.", el("br")] if zeros else []),
+            *join_lines(str(one.get("rules", {}).get("text", ""))),
+        )
         parts.append(details(f"{bits} bits", rules, table(f"{run.name}, {bits} bits", HEAD, rows, hidden_caption=True)))
     return join([*parts, _geometry(found.get("objectives"))])
 
@@ -44,16 +52,21 @@ def join_lines(value: str) -> list[Markup]:
     return [join((line, el("br"))) for line in value.splitlines()]
 
 
-def _cells(signal: dict[str, Any] | None, *, codes: bool) -> list[str]:
-    if signal is None:
-        return ["–"] * (4 if codes else 3)
+def _shares(signal: dict[str, Any]) -> list[str]:
+    return [_number(signal["sqnr"], ".1f"), _number(signal["clipped"], ".1%"), _number(signal["nonzero"], ".1%")]
+
+
+def _weight(signal: dict[str, Any], rule: dict[str, Any] | None) -> list[str]:
     used = sum(1 for count in signal["counts"] if count)
-    shown = [_number(signal["sqnr"], ".1f"), _number(signal["clipped"], ".1%"), _number(signal["nonzero"], ".1%")]
-    return [*shown, f"{used} of {len(signal['counts'])}"] if codes else shown
+    numbers = (_number((rule or {}).get(name), form) for name, form in (("ratio", ".3g"), ("gradient", ".2g")))
+    kappa = _number((rule or {}).get("kappa1"), ".2g")
+    return [*_shares(signal), f"{used} of {len(signal['counts'])}", _number(signal["step"], ".3g"), *numbers, kappa]
 
 
-def _kappa(layer: dict[str, Any] | None) -> str:
-    return _number(None if layer is None else layer.get("kappa1"), ".2g")
+def _input(signal: dict[str, Any] | None) -> list[str]:
+    if signal is None:
+        return ["–"] * 5
+    return [*_shares(signal), _number(signal["step"], ".3g"), _number(signal["deviation"], ".3g")]
 
 
 def _number(value: object, form: str) -> str:

@@ -11,8 +11,8 @@ from ..markup import Markup, details, el, join
 from ..registry import Panel
 from ..runs import Run, Stage, is_number
 
-PARTS = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "logging", "other")
-LOOKS = {part: look.of_number(i) for i, part in enumerate(PARTS)}
+PARTS = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "logging", "diagnosis", "other")
+LOOKS = {part: look.of_number(i) for i, part in enumerate(PARTS[:-1])} | {"other": look.of_level("other")}
 
 
 def needs(run: Run) -> str | None:
