@@ -2,12 +2,9 @@
 #include "avx512bf16.h"
 
 namespace bitstrata {
-
-extern const FloatProducts kGenericFloatProducts;
 namespace {
 
-const FloatProducts kProducts = {"avx512bf16",
-                                 [](const ConvShape& s) { return kGenericFloatProducts.input_gradient(s); }};
+const FloatProducts kProducts = {"avx512bf16", [](const ConvShape&) { return &kAvx512Bf16InputGradient; }};
 
 }  // namespace
 
