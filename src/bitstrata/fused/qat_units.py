@@ -191,7 +191,7 @@ class QatConvNorm(Unit):
         asked, trained = x.wanted or rule.parameter is not None, weight.quantized is not None
         kernel = weight.high.shape[2:]
         own = asked and takes_input_gradient(step.real, self.conv.groups, kernel)
-        of_input, of_weight = self._by_torch(step, x, rule, weight, gradient, (asked and not own, trained))
+        of_input, of_weight = self._by_torch(x, rule, weight, gradient, (asked and not own, trained))
         if asked:
             rows = self._input_rows(x, weight, gradient) if own else to_rows(of_input)
             if x.wanted:
@@ -214,7 +214,7 @@ class QatConvNorm(Unit):
         return out
 
     def _by_torch(
-        self, step: Step, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor, wanted: tuple[bool, bool]
+        self, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
         """What is wanted of the gradients of input and weight."""
         layer = self.conv
@@ -224,7 +224,7 @@ class QatConvNorm(Unit):
         of_input, of_weight, _ = torch.ops.aten.convolution_backward(
             gradient,
             to_map(codes, x.shape),
-            weight.real(step.real),
+            weight.real(x.dtype),
             None,
             layer.stride,
             layer.padding,
@@ -234,7 +234,7 @@ class QatConvNorm(Unit):
             layer.groups,
             (*wanted, False),
         )
-        step.pool.give(codes)
+        x.pool.give(codes)
         return of_input, of_weight
 
     @staticmethod
