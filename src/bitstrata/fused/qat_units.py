@@ -3,8 +3,9 @@
 A convolution of codes is exact in integers. Forward its sums are kept (in 16 bits where they fit), with the scale and
 offset that the batch normalization gives each channel; the next codes, and residual sums, are made of them in one pass,
 and again in the backward pass. There one pass
-sums up what the normalization and the quantizer's step need of the gradient, one writes the gradient of the sums, and
-torch convolves it with the codes, which floats of either width hold exactly.
+sums up what the normalization and the quantizer's step need of the gradient, one writes the gradient of the sums, which
+is multiplied with the integers of weight and codes, which floats of either width hold exactly: by the engine where it
+is faster (`qat_products`), else by torch.
 """
 
 from __future__ import annotations
