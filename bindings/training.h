@@ -16,3 +16,6 @@ void bind_fake_quantize(nanobind::module_& m);
 
 // Quantization-aware training on integer sums.
 void bind_qat(nanobind::module_& m);
+
+// Products of floats of its backward pass.
+void bind_qat_products(nanobind::module_& m);

@@ -9,6 +9,7 @@ namespace bitstrata {
 
 extern const Kernels kGenericKernels;
 extern const Limits kGenericLimits;
+extern const FloatProducts kGenericFloatProducts;
 #ifdef BITSTRATA_HAVE_AVX2
 extern const Kernels kAvx2Kernels;
 #endif
@@ -148,5 +149,10 @@ std::vector<const ConvKernel*> conv_kernels(const Kernels& row, const ConvShape&
 }
 
 const Limits& limits_of(const Kernels& row) { return row.limits != nullptr ? *row.limits() : kGenericLimits; }
+
+const FloatProducts& float_products_of(const Kernels& row) {
+  const FloatProducts* own = row.float_products != nullptr ? row.float_products() : nullptr;
+  return own != nullptr ? *own : kGenericFloatProducts;
+}
 
 }  // namespace bitstrata

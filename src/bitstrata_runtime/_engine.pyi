@@ -438,6 +438,22 @@ def qat_pass(
 ) -> float:
     """What passes, to `out`; the step's sum."""
 
+def float_products(isa: str) -> str:
+    """Name of the products of floats that an instruction set's row takes: "generic", or faster ones."""
+
+def qat_input_gradient(
+    g: Array,
+    high: Array,
+    low: Array | None,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+    out: Array,
+    isa: str,
+    threads: int,
+) -> None:
+    """A convolution's input gradient from g, bfloat16 as uint16 (N, H, W, C), to `out`; weights as of qat_integers."""
+
 def qat_max_pool(
     x: Array,
     scale: Array,

@@ -36,4 +36,7 @@ std::vector<const ConvKernel*> conv_kernels(const Kernels& row, const ConvShape&
 // What the row could do at best.
 const Limits& limits_of(const Kernels& row);
 
+// The row's products of floats.
+const FloatProducts& float_products_of(const Kernels& row);
+
 }  // namespace bitstrata

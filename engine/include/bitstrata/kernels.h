@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "bitstrata/float_kernels.h"
 #include "bitstrata/training.h"
 #include "bitstrata/types.h"
 
@@ -174,6 +175,8 @@ struct Kernels {
   // function, it is not known.
   const char* (*lacks)() = nullptr;
   const Limits* (*limits)() = nullptr;  // null: the generic row's
+  // Products of floats that this processor multiplies fast; null, or no function: the generic row's.
+  const FloatProducts* (*float_products)() = nullptr;
 };
 
 }  // namespace bitstrata

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "../avx512bf16/avx512bf16.h"
 #include "../avx512vpopcnt/avx512vpopcnt.h"
 #include "../common/pointwise.h"
 #include "results.h"
@@ -169,6 +170,9 @@ const Kernels kAvx512VnniKernels = {
     &kAvx512VnniProducts,
     lacks,
     [] { return &kAvx512VnniLimits; },
+#ifdef BITSTRATA_HAVE_AVX512BF16
+    avx512bf16_products,
+#endif
 };
 
 }  // namespace bitstrata

@@ -3,8 +3,9 @@
 A convolution of codes is exact in integers. Forward its sums are kept (in 16 bits where they fit), with the scale and
 offset that the batch normalization gives each channel; the next codes, and residual sums, are made of them in one pass,
 and again in the backward pass. There one pass
-sums up what the normalization and the quantizer's step need of the gradient, one writes the gradient of the sums, and
-torch convolves it with the codes, which floats of either width hold exactly.
+sums up what the normalization and the quantizer's step need of the gradient, one writes the gradient of the sums, which
+is multiplied with the integers of weight and codes, which floats of either width hold exactly: by the engine where it
+is faster (`qat_products`), else by torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer
 from .pool import Pool
 from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of
+from .qat_products import input_gradient, takes_input_gradient
 from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
 from .units import Step, Unit
 from .values import NotFiniteError, Plain, Shape
@@ -187,15 +189,43 @@ class QatConvNorm(Unit):
 
     def _products(self, step: Step, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor) -> None:
         """Gradients of input and weight, from that of the sums in units of the integer weights."""
-        layer = self.conv
         asked, trained = x.wanted or rule.parameter is not None, weight.quantized is not None
-        if not (asked or trained):
-            return
+        kernel = weight.high.shape[2:]
+        own = asked and takes_input_gradient(step.real, self.conv.groups, kernel)
+        of_input, of_weight = self._by_torch(x, rule, weight, gradient, (asked and not own, trained))
+        if asked:
+            rows = self._input_rows(x, weight, gradient) if own else to_rows(of_input)
+            if x.wanted:
+                x.arrived.append(Arrived(rows, rule, pooled=own, own=True))
+            else:
+                x.step_gradient(step, rows, rule)
+                if own:
+                    step.pool.give(rows)
+        if trained:
+            scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
+            self._to_parameters(step, weight, of_weight.float().mul_(scale))
+
+    def _input_rows(self, x: Activation, weight: IntegerWeight, gradient: Tensor) -> NDArray[Any]:
+        """The engine's gradient of the input, in memory of the pool."""
+        layer = self.conv
+        out = x.pool.take(x.rows, np.uint16)
+        n, _, h, w = gradient.shape
+        geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+        input_gradient(to_rows(gradient).reshape(n, h, w, -1), weight, geometry, out.reshape(x.shape))
+        return out
+
+    def _by_torch(
+        self, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """What is wanted of the gradients of input and weight."""
+        layer = self.conv
+        if not any(wanted):
+            return gradient, gradient
         codes = x.code_values(rule)
         of_input, of_weight, _ = torch.ops.aten.convolution_backward(
             gradient,
             to_map(codes, x.shape),
-            weight.real(step.real),
+            weight.real(x.dtype),
             None,
             layer.stride,
             layer.padding,
@@ -203,16 +233,10 @@ class QatConvNorm(Unit):
             False,
             (0, 0),
             layer.groups,
-            (asked, trained, False),
+            (*wanted, False),
         )
-        step.pool.give(codes)
-        if x.wanted:
-            x.arrived.append(Arrived(to_rows(of_input), rule, pooled=False, own=True))
-        elif asked:
-            x.step_gradient(step, to_rows(of_input), rule)
-        if trained:
-            scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
-            self._to_parameters(step, weight, of_weight.float().mul_(scale))
+        x.pool.give(codes)
+        return of_input, of_weight
 
     @staticmethod
     def _to_parameters(step: Step, weight: IntegerWeight, gradient: Tensor) -> None:
