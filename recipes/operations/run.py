@@ -2,8 +2,8 @@
 
     python recipes/operations/run.py --root DIR --json recipes/operations/results.json
 
-Each network is trained for a few steps (counts depend on training only through which weights are zero), lowered, packed
-and loaded again. A row is a network, a precision and a form of its plan: requantization as it is derived
+Each network is calibrated and trained for as many images as asked for (counts depend on training only through which
+weights are zero and how far sums can reach), lowered, packed and loaded again. A row is a network, a precision and a form of its plan: requantization as it is derived
 ("multiplication"), by thresholds ("comparison"), and by thresholds and tables ("table"). For every row the engine runs
 the test images on every instruction set, and every integer of every value is compared with the reference's.
 Networks that were finished before are not trained again.
@@ -28,7 +28,7 @@ import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.cli.common import environment, write_json
 from bitstrata.cli.loading import load_data
-from bitstrata.data import Dataset, Loader
+from bitstrata.data import Loader
 from bitstrata_runtime.artifact import Artifact
 from bitstrata_runtime.info import describe
 from bitstrata_runtime.operations import Operations, count
@@ -41,6 +41,7 @@ FORMS: dict[str, tuple[Callable[[Plan], Plan], ...]] = {
     "table": (lambda plan: runtime.as_thresholds(plan, 255), runtime.as_tables),
 }
 CHUNK = 50  # images that are compared at a time
+BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--images", type=int, default=1000, help="test images to compare")
     parser.add_argument("--by-definition", type=int, default=10, help="of these, images for the slow reference")
-    parser.add_argument("--train-limit", type=int, default=2560, help="training images of the one epoch")
+    parser.add_argument("--train-limit", type=int, default=2560, help="images of the one epoch; 0: calibrate only")
     parser.add_argument("--isas", nargs="+", help="instruction sets; default all that this machine has")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(given)
@@ -87,7 +88,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for name in args.only:
         artifact = args.out / f"{name}.strata"
         if not artifact.exists():
-            make(name, artifact, load_data("cifar10", args.root, "train", args.train_limit), args.seed)
+            make(name, artifact, args)
         for row in measured(name, artifact, images, args):
             rows.append(row)
             print(*(f"{key}={value:,}" if isinstance(value, int) else f"{key}={value}" for key, value in row.items()))
@@ -95,21 +96,25 @@ def main(given: Sequence[str] | None = None) -> None:
         write(args.json, rows, args)
 
 
-def make(name: str, artifact: Path, train: Dataset, seed: int) -> None:
-    """One epoch of quantized training from random weights, then `artifact`, whole or not at all."""
+def make(name: str, artifact: Path, args: argparse.Namespace) -> None:
+    """At most one epoch of quantized training from random weights, then `artifact`, whole or not at all."""
     network, begun = NETWORKS[name], time.process_time()
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     model = bs.zoo.create(network.model, classes=10, **network.options)
     recipe = network.recipe()
-    loader = Loader(train, 128, train=True, seed=seed, drop_last=True, prefetch=False)
-    examples = [loader.batch(0, step)[0] for step in range(min(2, len(loader)))]
+    train = load_data("cifar10", args.root, "train", max(args.train_limit, 2 * BATCH))
+    loader = Loader(train, BATCH, train=True, seed=args.seed, drop_last=True, prefetch=False)
+    examples = [loader.batch(0, step)[0] for step in range(2)]
     bs.quantize_(model, recipe, examples[0][:1], input=bs.Pixels(train.mean, train.std))
     bs.calibrate_(model, examples)
-    config = bs.TrainConfig.from_recipe(recipe, epochs=1, batch_size=128, lr=0.02, seed=seed, threads=1, warmup=0)
-    bs.Trainer(model, config, loader, name=name).fit()
+    if args.train_limit:
+        config = bs.TrainConfig.from_recipe(
+            recipe, epochs=1, batch_size=BATCH, lr=0.02, seed=args.seed, threads=1, warmup=0
+        )
+        bs.Trainer(model, config, loader, name=name).fit()
     artifact.parent.mkdir(parents=True, exist_ok=True)
     bs.pack(bs.lower(model.eval(), examples[0][:1]), artifact)
-    print(f"{name}: trained in {time.process_time() - begun:.0f} s of processor time", file=sys.stderr, flush=True)
+    print(f"{name}: made in {time.process_time() - begun:.0f} s of processor time", file=sys.stderr, flush=True)
 
 
 def measured(name: str, path: Path, images: NDArray[np.uint8], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -117,12 +122,12 @@ def measured(name: str, path: Path, images: NDArray[np.uint8], args: argparse.Na
     artifact = Artifact.open(path)
     sizes = {row.name: row.total for row in describe(artifact.manifest).precisions}
     for precision in artifact.precisions:
-        for form in NETWORKS[name].forms:
-            session = runtime.load(path, bits=precision, passes=FORMS[form])
-            total = sum(count(session.plan).values(), Operations())
-            found = compare(path, precision, form, images, args)
+        found = compare(path, precision, NETWORKS[name].forms, images, args)
+        for form, compared in found.items():
+            plan = runtime.load(path, bits=precision, executor="oracle", passes=FORMS[form]).plan
+            total = sum(count(plan).values(), Operations())
             row = {"network": name, "bits": precision, "requantization": form, **asdict(total)}
-            yield {**row, "bytes": sizes[str(precision)], "nonzero_weights": nonzero(session.plan), **found}
+            yield {**row, "bytes": sizes[str(precision)], "nonzero_weights": nonzero(plan), **compared}
 
 
 def nonzero(plan: Plan) -> float:
@@ -131,34 +136,44 @@ def nonzero(plan: Plan) -> float:
     return round(sum(np.count_nonzero(w) for w in weights) / sum(w.size for w in weights), 4)
 
 
-def compare(path: Path, bits: int, form: str, images: NDArray[np.uint8], args: argparse.Namespace) -> dict[str, Any]:
-    """Integers of the engine that differ from those of the reference on the plan *without* passes, over all values.
+def compare(
+    path: Path, bits: int, forms: Sequence[str], images: NDArray[np.uint8], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Form -> integers of the engine that differ from the reference's on the plan without passes, over all values.
 
-    The reference's convolutions are exact matrix products, and by definition for the
-    first images.
+    The reference's convolutions are exact matrix products, and by definition for the first images.
     """
     isas = tuple(args.isas or runtime.available_isas())
     if not isas:
         sys.exit("operations: the engine is not built here, so there is nothing to compare")
-    engines = [runtime.load(path, bits=bits, executor="engine", isa=isa, passes=FORMS[form]) for isa in isas]
+    engines = {
+        form: [runtime.load(path, bits=bits, executor="engine", isa=isa, passes=FORMS[form]) for isa in isas]
+        for form in forms
+    }
     plan = runtime.load(path, bits=bits, executor="oracle").plan
     oracle, definition = OracleExecutor(plan), ReferenceExecutor(plan)
-    values = mismatches = 0
+    result = {form: {"isas": ",".join(isas), "images": len(images), "compared": 0, "mismatches": 0} for form in forms}
     for begin in range(0, len(images), CHUNK):
         batch = images[begin : begin + CHUNK]
-        codes = engines[0].encode(batch)
+        codes = engines[forms[0]][0].encode(batch)
         expected = oracle.run_all(codes)
         first = max(0, min(len(batch), args.by_definition - begin))
-        if first:
-            exact = definition.run_all(codes[:first])
-            mismatches += sum(int((exact[key] != expected[key][:first]).sum()) for key in exact)
-        for engine in engines:
-            found = engine.run_all(batch)
-            if found.keys() != expected.keys():
-                sys.exit(f"operations: {path}: engine and reference name different values")
-            values += sum(array.size for array in found.values())
-            mismatches += sum(int((found[key] != expected[key]).sum()) for key in expected)
-    return {"images": len(images), "isas": ",".join(isas), "values_compared": values, "mismatches": mismatches}
+        if first and differing(definition.run_all(codes[:first]), {k: v[:first] for k, v in expected.items()}):
+            sys.exit(f"operations: {path}: the two forms of the reference differ")
+        for form in forms:
+            for engine in engines[form]:
+                found = engine.run_all(batch)
+                result[form]["compared"] += sum(array.size for array in found.values())
+                result[form]["mismatches"] += differing(found, expected)
+    return result
+
+
+def differing(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> int:
+    """How many integers differ; all values must be there."""
+    if found.keys() != expected.keys():
+        sys.exit(f"operations: values differ in name: {sorted(found.keys() ^ expected.keys())}")
+    wrong = [name for name in expected if not np.array_equal(found[name], expected[name])]
+    return sum(int((found[name] != expected[name]).sum()) for name in wrong)
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
