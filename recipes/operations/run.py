@@ -2,11 +2,11 @@
 
     python recipes/operations/run.py --root DIR --json recipes/operations/results.json
 
-Each network is calibrated and trained for as many images as asked for (counts depend on training only through which
-weights are zero and how far sums can reach), lowered, packed and loaded again. A row is a network, a precision and a form of its plan: requantization as it is derived
-("multiplication"), by thresholds ("comparison"), and by thresholds and tables ("table"). For every row the engine runs
-the test images on every instruction set, and every integer of every value is compared with the reference's.
-Networks that were finished before are not trained again.
+Each network is calibrated and trained for as many images as asked for (counts depend on training through zero weights
+alone), lowered, packed and loaded again. A row is a network, a precision and a form of its plan: requantization as it
+is derived ("multiplication"), by thresholds ("comparison"), and by thresholds and tables ("table"). For every row the
+engine runs the test images on every instruction set, and every integer of every value is compared with the reference's.
+Networks that were made before are not made again.
 """
 
 from __future__ import annotations
