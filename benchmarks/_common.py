@@ -101,12 +101,13 @@ class Row:
         return cls(**own, extra={name: value for name, value in columns.items() if name not in own})
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def parser(doc: str | None, *, rounds: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; without --rounds where nothing takes turns."""
     made = argparse.ArgumentParser(description=(doc or "").strip().partition("\n")[0])
     made.add_argument("--quick", action="store_true", help="the short form: fewer cases and repeats, under a minute")
     made.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine and versions to FILE")
-    made.add_argument("--rounds", type=int, help="turns of every contestant (default depends on --quick)")
+    if rounds:
+        made.add_argument("--rounds", type=int, help="turns of every contestant (default depends on --quick)")
     return made
 
 

@@ -3,8 +3,9 @@
     python benchmarks/inference.py --json benchmarks/results/inference.json
 
 For each ceiling (an instruction set of the engine) a process of its own runs ours at that instruction set and the peers
-held to it. Ours is `Session.run_raw` on uint8 pixels (N, C, H, W) as a user calls it: checks, conversion to NHWC, and
-all integer operations of the network. See benchmarks/README.md for what the peers are and how rows are read.
+held to it; under `generic` at the first batch size only, since that is slow. Ours is `Session.run_raw` on uint8 pixels
+(N, C, H, W) as a user calls it: checks, conversion to NHWC, and all integer operations of the network. See
+benchmarks/README.md for what the peers are and how rows are read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 import bitstrata_runtime as runtime
 
 QUICK, FULL = Effort(rounds=3, turn_s=0.01), Effort(rounds=7, turn_s=0.05)
+SLOW = Effort(rounds=3, turn_s=0.02)  # under the ceiling `generic`, where a run takes up to seconds
 Sessions = dict[str, runtime.Session]  # width -> session
 
 
@@ -73,10 +75,11 @@ def _run_at(arguments: argparse.Namespace) -> None:
 
 
 def _measured(prepared: Prepared, arguments: argparse.Namespace) -> Iterator[Row]:
+    batches = arguments.batches[:1] if arguments.at == "generic" else arguments.batches
     for threads in arguments.threads:
         options: dict[str, Any] = {"executor": "engine", "isa": arguments.at, "threads": threads}
         sessions = {width: prepared.session(width, **options) for width in arguments.bits}
-        for batch in arguments.batches:
+        for batch in batches:
             for width, session in sessions.items():
                 _verify(prepared, width, session, batch)
             yield from _group(
@@ -101,7 +104,7 @@ def _group(
     distances = check(peers, model, normalized(images))
     contestants = {f"ours {width}": clock(_run(session, images)) for width, session in sessions.items()}
     contestants |= {peer.name: clock(peer.run) for peer in peers}
-    times = interleave(contestants, effort(arguments, QUICK, FULL))
+    times = interleave(contestants, effort(arguments, *((SLOW, SLOW) if setting.isa == "generic" else (QUICK, FULL))))
     for width in sessions:
         for peer in peers:
             yield Row.of(

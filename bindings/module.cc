@@ -68,6 +68,13 @@ int thresholds(Graph& g, const std::string& name, int x, Array<int32_t, 2> after
                        static_cast<int64_t>(after.shape(1)), parse_dtype(dtype)});
 }
 
+int table(Graph& g, const std::string& name, int x, Array<int32_t, 2> entries, int32_t first,
+          const std::string& dtype) {
+  return g.table(name, x,
+                 {entries.data(), static_cast<int64_t>(entries.shape(0)), static_cast<int64_t>(entries.shape(1)), first,
+                  parse_dtype(dtype)});
+}
+
 int requant(Graph& g, const std::string& name, int x, Array<int32_t, 1> multiplier, Array<int64_t, 1> bias,
             Array<uint8_t, 1> shift, int64_t lo, int64_t hi, const std::string& dtype) {
   if (bias.shape(0) != multiplier.shape(0) || shift.shape(0) != multiplier.shape(0))
@@ -169,6 +176,7 @@ NB_MODULE(_engine, m) {
            "shift"_a.noconvert(), "lo"_a, "hi"_a, "dtype"_a)
       .def("thresholds", &thresholds, "name"_a, "x"_a, "after"_a.noconvert(), "sign"_a.noconvert(),
            "base"_a.noconvert(), "dtype"_a)
+      .def("table", &table, "name"_a, "x"_a, "entries"_a.noconvert(), "first"_a, "dtype"_a)
       .def("add", &Graph::add, "name"_a, "a"_a, "b"_a, "shift_a"_a, "shift_b"_a)
       .def("clip", &Graph::clip, "name"_a, "x"_a, "lo"_a, "hi"_a)
       .def(

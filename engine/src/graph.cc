@@ -101,6 +101,9 @@ int Graph::requant(const std::string& name, int x, const RequantParams& p) {
 int Graph::thresholds(const std::string& name, int x, const ThresholdParams& p) {
   return append(name, make_thresholds(name, operand(name, x), values(), p));
 }
+int Graph::table(const std::string& name, int x, const TableParams& p) {
+  return append(name, make_table(name, operand(name, x), values(), p));
+}
 int Graph::add(const std::string& name, int a, int b, int64_t shift_a, int64_t shift_b) {
   return append(name, make_add(kernels_, name, operand(name, a), operand(name, b), values(), shift_a, shift_b));
 }

@@ -76,6 +76,7 @@ struct Operand {
 Made make_conv(const Kernels&, const std::string& name, Operand x, int output, const ConvParams&);
 Made make_requant(const Kernels&, const std::string& name, Operand x, int output, const RequantParams&);
 Made make_thresholds(const std::string& name, Operand x, int output, const ThresholdParams&);
+Made make_table(const std::string& name, Operand x, int output, const TableParams&);
 Made make_add(const Kernels&, const std::string& name, Operand a, Operand b, int output, int64_t shift_a,
               int64_t shift_b);
 Made make_clip(const Kernels&, const std::string& name, Operand x, int output, int64_t lo, int64_t hi);

@@ -6,41 +6,62 @@
 namespace bitstrata {
 namespace {
 
-// Item: a pixel. Rows of thresholds are taken one after another, so that the inner loop runs along the channels.
+constexpr int64_t kBlock = 16;  // channels that are compared together: four registers, of the least that compilers use
+
+// Item: a pixel. Constants are in blocks of channels, those of a block one level after the other.
 class ThresholdsOp final : public Op {
  public:
   ThresholdsOp(const Value& x, const ThresholdParams& p, int input, int output)
-      : Op({input}, output),
-        pixels_(x.shape.pixels()),
-        channels_(p.channels),
-        levels_(p.levels),
-        after_(p.after, p.after + p.levels * p.channels),
-        sign_(p.sign, p.sign + p.channels),
-        base_(p.base, p.base + p.channels) {}
-
-  int64_t items(int, int64_t images) const override { return pixels_ * images; }
-  int64_t items_of_pixel() const override { return 1; }
-  int64_t cost() const override { return pixels_ * channels_ * levels_; }
-  int64_t constant_bytes() const override { return static_cast<int64_t>(after_.size() * 4 + base_.size() * 2); }
-  void run(int, const Frame& f, int64_t begin, int64_t end) const override {
-    const int32_t* x = reinterpret_cast<const int32_t*>(f.values[inputs[0]]) + begin * channels_;
-    uint8_t* out = f.values[output] + begin * channels_;
-    for (int64_t pixel = begin; pixel < end; ++pixel, x += channels_, out += channels_) {
-      std::copy(base_.begin(), base_.end(), out);
-      for (int64_t j = 0; j < levels_; ++j) pass(x, after_.data() + j * channels_, out);
+      : Op({input}, output), pixels_(x.shape.pixels()), channels_(p.channels), levels_(p.levels) {
+    const int64_t blocks = (channels_ + kBlock - 1) / kBlock;
+    after_.assign(blocks * levels_ * kBlock, highest(DType::i32));
+    falls_.assign(blocks * kBlock, 0);
+    base_.assign(blocks * kBlock, 0);
+    for (int64_t c = 0; c < channels_; ++c) {
+      falls_[c] = p.sign[c] < 0 ? -1 : 0;
+      base_[c] = p.base[c];
+      for (int64_t j = 0; j < levels_; ++j)
+        after_[(c / kBlock * levels_ + j) * kBlock + c % kBlock] = p.after[j * channels_ + c];
     }
   }
 
+  int64_t items(int, int64_t images) const override { return pixels_ * images; }
+  int64_t items_of_pixel() const override { return 1; }
+  int64_t cost() const override { return pixels_ * channels_ * (levels_ + 2) / 2; }
+  int64_t constant_bytes() const override {
+    return static_cast<int64_t>(after_.size() + falls_.size() + base_.size()) * 4;
+  }
+  void run(int, const Frame& f, int64_t begin, int64_t end) const override {
+    const int32_t* x = reinterpret_cast<const int32_t*>(f.values[inputs[0]]) + begin * channels_;
+    uint8_t* out = f.values[output] + begin * channels_;
+    for (int64_t pixel = begin; pixel < end; ++pixel, x += channels_, out += channels_)
+      for (int64_t c = 0; c < channels_; c += kBlock) {
+        if (c + kBlock <= channels_) {
+          block(x + c, c, out + c);
+          continue;
+        }
+        int32_t rest[kBlock] = {};
+        uint8_t codes[kBlock];
+        std::copy(x + c, x + channels_, rest);
+        block(rest, c, codes);
+        std::copy(codes, codes + channels_ - c, out + c);
+      }
+  }
+
  private:
-  // Codes are bytes: a signed code and its byte count alike, modulo 256.
-  void pass(const int32_t* x, const int32_t* after, uint8_t* out) const {
-    for (int64_t c = 0; c < channels_; ++c) out[c] = static_cast<uint8_t>(out[c] + (x[c] > after[c] ? sign_[c] : 0));
+  // Loops of one length, which compilers turn into vectors. Codes are bytes: a signed code and its byte are alike,
+  // modulo 256. Negated where the channel falls: (n ^ -1) - -1 = -n.
+  void block(const int32_t* x, int64_t c, uint8_t* out) const {
+    const int32_t* after = after_.data() + c * levels_;
+    int32_t passed[kBlock] = {};
+    for (int64_t j = 0; j < levels_; ++j, after += kBlock)
+      for (int64_t i = 0; i < kBlock; ++i) passed[i] += x[i] > after[i] ? 1 : 0;
+    for (int64_t i = 0; i < kBlock; ++i) passed[i] = base_[c + i] + (passed[i] ^ falls_[c + i]) - falls_[c + i];
+    for (int64_t i = 0; i < kBlock; ++i) out[i] = static_cast<uint8_t>(passed[i]);
   }
 
   int64_t pixels_, channels_, levels_;
-  std::vector<int32_t> after_;
-  std::vector<int8_t> sign_;
-  std::vector<uint8_t> base_;
+  std::vector<int32_t> after_, falls_, base_;  // falls: -1 or 0
 };
 
 }  // namespace

@@ -17,7 +17,7 @@ from bitstrata_runtime import available_isas
 from bitstrata_runtime.derive import Precision
 from bitstrata_runtime.plan import Conv, Plan, Requant
 from bitstrata_runtime.program import Program
-from bitstrata_runtime.session import Session
+from bitstrata_runtime.session import Pass, Session
 
 from .lowering.factors import weight_codes
 from .lowering.rounding import rounding_bounds, unrounded
@@ -149,6 +149,7 @@ def verify(
     *,
     at: Sequence[Precision] | None = None,
     isas: Sequence[str] | None = None,
+    passes: Sequence[Pass] = (),
 ) -> VerifyReport:
     """Compare model, reference executor and engine on `data`, layer by layer, at every precision.
 
@@ -164,6 +165,7 @@ def verify(
         at: precisions, plans or per-layer maps to verify; every precision by default. A plan needs the model with its
             normalizations re-estimated (`lowering.reestimated`).
         isas: instruction sets of the engine to check; all available by default.
+        passes: that the engine's plans go through, as of `bitstrata_runtime.load`; the reference's does not.
 
     Raises:
         ValueError: data of the wrong dtype or shape, or a layer the model does not have.
@@ -177,7 +179,8 @@ def verify(
             f"verify: the model has no quantized layer {missing[0]!r}; is it the one this program was lowered from?"
         )
     checked = tuple(available_isas() if isas is None else isas)
-    findings = [_compare(twin, program, x, choice, checked) for choice in (program.precisions if at is None else at)]
+    choices = program.precisions if at is None else at
+    findings = [_compare(twin, program, x, choice, checked, passes) for choice in choices]
     return VerifyReport(
         images=len(x),
         isas=checked,
@@ -213,7 +216,14 @@ class _Finding:
     top1_agreement: float
 
 
-def _compare(twin: nn.Module, program: Program, x: NDArray[Any], choice: Precision, isas: tuple[str, ...]) -> _Finding:
+def _compare(  # noqa: PLR0917
+    twin: nn.Module,
+    program: Program,
+    x: NDArray[Any],
+    choice: Precision,
+    isas: tuple[str, ...],
+    passes: Sequence[Pass],
+) -> _Finding:
     label = "map" if isinstance(choice, Mapping) else choice
     floats = program.input_kind != "pixels"
     images = x.reshape(len(x), *program.input_shape)
@@ -221,7 +231,7 @@ def _compare(twin: nn.Module, program: Program, x: NDArray[Any], choice: Precisi
     values = reference.run_all(images, floats=floats)
     mismatches = []
     for isa in isas:
-        engine = Session.from_program(program, choice, executor="engine", isa=isa)
+        engine = Session.from_program(program, choice, executor="engine", isa=isa, passes=passes)
         mismatches += _unequal(label, isa, values, engine.run_all(images, floats=floats))
     real = torch.as_tensor(x).double() if floats else _normalised(twin, program, x)
     with precision(twin, reference.precision_map), torch.no_grad():

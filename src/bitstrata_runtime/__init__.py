@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .derive import derive, headroom
 from .errors import ArtifactError, ProgramError
+from .lookup import as_tables
 from .plan import Plan
 from .profile import Profile, profile
 from .program import AffineInfo, Factors, Layer, Node, Program, Weights
@@ -36,6 +37,7 @@ __all__ = [
     "Snapshot",
     "Weights",
     "__version__",
+    "as_tables",
     "as_thresholds",
     "available_isas",
     "derive",

@@ -280,6 +280,11 @@ def _(op: p.Thresholds, graph: Any, inputs: list[int], dtype: str) -> int:
 
 
 @_append.register
+def _(op: p.Table, graph: Any, inputs: list[int], dtype: str) -> int:
+    return int(graph.table(op.name, *inputs, _array(op, "table", np.int32, 2), op.first, dtype))
+
+
+@_append.register
 def _(op: p.Add, graph: Any, inputs: list[int], dtype: str) -> int:
     return int(graph.add(op.name, *inputs, op.shift_a, op.shift_b))
 

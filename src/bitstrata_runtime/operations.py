@@ -1,4 +1,4 @@
-"""What a plan computes, counted: multiplications, additions, comparisons and shifts of one image."""
+"""What a plan computes, counted by kind for one image."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .plan import Add, Clip, Conv, MaxPool, Op, Plan, Requant, SumPool, Thresholds
+from .plan import Add, Clip, Conv, MaxPool, Op, Plan, Requant, SumPool, Table, Thresholds
 
 REPEATS = 4  # an input code of so many ones is added so many times instead of multiplied (sums of 2x2 single bits)
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Scalar operations of one image on int32 or narrower operands, but for requantization's 64-bit products."""
+    """Scalar operations of one image on int32 or narrower operands.
+
+    rescalings: requantizations of an element by a product of 64 bits, which are among the multiplications; lookups: of
+    an element in a table, whose index is among the additions.
+    """
 
     multiplications: int = 0
     additions: int = 0
     comparisons: int = 0
     shifts: int = 0
+    rescalings: int = 0
+    lookups: int = 0
 
     def __add__(self, other: Operations) -> Operations:
         return Operations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -41,9 +47,11 @@ def _of(plan: Plan, op: Op) -> Operations:
     if isinstance(op, Conv):
         return _conv(plan, op, math.prod(out.shape[:2]))
     if isinstance(op, Requant):
-        return Operations(elements, elements, 2 * elements, elements)
+        return Operations(elements, elements, 2 * elements, elements, rescalings=elements)
     if isinstance(op, Thresholds):
         return Operations(comparisons=elements * len(op.after), additions=elements * len(op.after))
+    if isinstance(op, Table):
+        return Operations(additions=elements, lookups=elements)
     if isinstance(op, Add):
         return Operations(additions=elements, shifts=elements * ((op.shift_a != 0) + (op.shift_b != 0)))
     if isinstance(op, Clip):

@@ -84,6 +84,18 @@ class Thresholds(Op):
 
 
 @dataclass(frozen=True)
+class Table(Op):
+    """out = table[min(max(x - first, 0), entries - 1), c]: a requantization by lookup.
+
+    x is i32. table: int32 (entries, C), within the result's dtype (u8, s8 or i32). Made of `Requant` by
+    `lookup.as_tables`, equal to it for every x within the input value's bounds.
+    """
+
+    table: NDArray[np.int32]
+    first: int
+
+
+@dataclass(frozen=True)
 class Add(Op):
     """out = align(a, shift_a) + align(b, shift_b).
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .intervals import align
-from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Thresholds, Value
+from .plan import Add, Clip, Conv, Flatten, MaxPool, Op, Pad, Plan, Requant, Slice, SumPool, Table, Thresholds, Value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -168,6 +168,12 @@ def _thresholds(op: Thresholds, x: Wide) -> Wide:
     return op.base.astype(np.int64) + op.sign * passed
 
 
+def _table(op: Table, x: Wide) -> Wide:
+    """Section 9: the entry of the channel's own column."""
+    index = np.clip(x - op.first, 0, len(op.table) - 1)
+    return np.take_along_axis(op.table.astype(np.int64), index.reshape(-1, x.shape[-1]), axis=0).reshape(x.shape)
+
+
 def _clip(op: Clip, x: Wide) -> Wide:
     return np.minimum(np.maximum(x, op.lo), op.hi)
 
@@ -204,6 +210,7 @@ _OPS: dict[type[Op], Callable[..., Wide]] = {
     Add: _add,
     Clip: _clip,
     Thresholds: _thresholds,
+    Table: _table,
     MaxPool: _maxpool,
     SumPool: _sumpool,
     Slice: _slice,

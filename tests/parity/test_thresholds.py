@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
+from helpers_passes import lowered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,22 +68,6 @@ def engine(plan: Plan, isa: str):  # type: ignore[no-untyped-def]
     from bitstrata_runtime.engine import EngineExecutor
 
     return EngineExecutor(plan, isa=isa)
-
-
-def lowered(recipe: bs.Recipe, name: str = "maqd_vgg", **options: int) -> tuple[runtime.Program, np.ndarray]:
-    torch.manual_seed(0)
-    model = bs.zoo.create(name, classes=10, in_channels=3, **options).train()
-    x = torch.rand(4, 3, 32, 32)
-    bs.quantize_(model, recipe, x[:1], input=bs.Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
-    bs.calibrate_(model, [(x - 0.5) / 0.25])
-    for module in model.modules():  # scales of both signs, and one of zero
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.nn.Parameter) and weight.dim() == 1 and len(weight) > 2:
-            with torch.no_grad():
-                weight[::3] *= -1
-                weight[1] = 0
-    program = bs.lower(model.eval(), x[:1])
-    return program, (x.numpy() * 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Random graphs on every instruction set and 1, 2, 3 threads: the reference's integers, on guarded memory.
 
-The long form prints what it ran, and writes it to the file that BITSTRATA_EXACTNESS names.
+The long form prints what it ran, and writes it to the file that BITSTRATA_EXACTNESS names. BITSTRATA_GRAPHS is how many
+graphs it draws.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from hypothesis import strategies as st
 from property.random_programs import choices, input_codes, programs
 
 import bitstrata_runtime as runtime
-from bitstrata_runtime import Plan, derive
+from bitstrata_runtime import Plan, as_tables, as_thresholds, derive
 from bitstrata_runtime.machine import cpu_name
 from bitstrata_runtime.plan import Conv
 from bitstrata_runtime.reference import ReferenceExecutor
 
 needs_engine = pytest.mark.skipif(not runtime.available_isas(), reason="the engine is not built")
 THREADS = (1, 2, 3)
-GRAPHS = 4000  # of the long form; hypothesis draws some of them several times
+GRAPHS = int(os.environ.get("BITSTRATA_GRAPHS", "4000"))  # of the long form; hypothesis draws some several times
 LEAST = 1000
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 SHORT = settings(max_examples=80, deadline=None, suppress_health_check=QUIET)
@@ -77,6 +78,8 @@ def cases(draw: Any) -> Case:
     program = draw(programs(wide=True))
     choice = draw(choices(program))
     plan = derive(program, choice)
+    for change in draw(st.sampled_from(((), (as_thresholds,), (as_thresholds, as_tables)))):
+        plan = change(plan)
     value, count = plan.values[plan.input], draw(st.sampled_from((1, 2, 3, 5, 8, 67)))
     return Case(plan, choice, input_codes(program, value.lo, value.hi, count, draw(st.integers(0, 2**32 - 1))))
 

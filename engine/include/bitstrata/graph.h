@@ -61,6 +61,14 @@ struct ThresholdParams {
   DType dtype;  // of the result
 };
 
+// out = table[min(max(x - first, 0), entries - 1)][c], of i32 to any type.
+struct TableParams {
+  const int32_t* table;  // (entries, channels), copied
+  int64_t entries, channels;
+  int32_t first;
+  DType dtype;  // of the result
+};
+
 struct PoolParams {
   Pair kernel, stride;
   Sides padding;
@@ -81,6 +89,7 @@ class Graph {
   int conv(const std::string& name, int x, const ConvParams& p);
   int requant(const std::string& name, int x, const RequantParams& p);
   int thresholds(const std::string& name, int x, const ThresholdParams& p);
+  int table(const std::string& name, int x, const TableParams& p);
   int add(const std::string& name, int a, int b, int64_t shift_a, int64_t shift_b);
   int clip(const std::string& name, int x, int64_t lo, int64_t hi);
   int max_pool(const std::string& name, int x, const PoolParams& p);

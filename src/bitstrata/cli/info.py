@@ -26,7 +26,7 @@ class Info:
     artifact: Annotated[Path, tyro.conf.Positional]
     """Artifact directory."""
     operations: bool = False
-    """Also count multiplications, additions, comparisons and shifts of an image at every precision; reads all."""
+    """Also count the operations of an image at every precision, by kind; reads all."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -54,12 +54,13 @@ class Info:
     def _operations(self, rows: list[dict[str, Any]]) -> None:
         from rich.table import Table
 
-        columns = ("precision", "requantization by", "multiplications", "additions", "comparisons", "shifts")
+        kinds = ("multiplications", "rescalings", "additions", "comparisons", "shifts", "lookups")
+        columns = ("precision", "requantization by", *kinds)
         table = Table(title="operations of one image", title_justify="left")
         for column in columns:
             table.add_column(column, justify="left" if column in columns[:2] else "right")
         for row in rows:
-            table.add_row(row["precision"], row["form"], *(f"{row[name]:,}" for name in columns[2:]))
+            table.add_row(row["precision"], row["form"], *(f"{row[name]:,}" for name in kinds))
         output().print(table)
 
     def _tables(self, program: Program, info: ArtifactInfo, macs: dict[str, int]) -> None:
@@ -100,15 +101,18 @@ class Info:
 
 
 def operations_of(artifact: Artifact) -> list[dict[str, Any]]:
-    """Operations of one image at every precision: with requantization by multiplication, and by comparison."""
+    """Operations of an image at every precision: requantization by multiplication, by comparison, then by table too."""
     from bitstrata_runtime.derive import derive
+    from bitstrata_runtime.lookup import as_tables
     from bitstrata_runtime.operations import Operations, count
     from bitstrata_runtime.thresholds import as_thresholds
 
     rows = []
     for precision in artifact.precisions:
         plan = derive(artifact.load(*artifact.needs(precision)), precision)
-        for form, shown in (("multiplication", plan), ("comparison", as_thresholds(plan, 255))):
+        compared = as_thresholds(plan, 255)
+        forms = {"multiplication": plan, "comparison": compared, "comparison, table": as_tables(compared)}
+        for form, shown in forms.items():
             total = sum(count(shown).values(), Operations())
             rows.append({"precision": str(precision), "form": form, **dataclasses.asdict(total)})
     return rows
