@@ -4,10 +4,12 @@
 namespace bitstrata {
 
 extern const FloatProducts kGenericFloatProducts;
+extern const FloatWeightGradKernel kAvx512Bf16WeightGrad;
 namespace {
 
 const FloatProducts kProducts = {"avx512bf16",
-                                 [](const ConvShape& s) { return kGenericFloatProducts.input_gradient(s); }};
+                                 [](const ConvShape& s) { return kGenericFloatProducts.input_gradient(s); },
+                                 [](const ConvShape&) { return &kAvx512Bf16WeightGrad; }};
 
 }  // namespace
 

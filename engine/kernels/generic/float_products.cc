@@ -65,7 +65,9 @@ constexpr InputGradientKernel kInputGradient = {"generic", packed_bytes, pack_pa
 
 }  // namespace
 
+extern const FloatWeightGradKernel kGenericFloatWeightGrad;
 extern const FloatProducts kGenericFloatProducts;
-const FloatProducts kGenericFloatProducts = {"generic", [](const ConvShape&) { return &kInputGradient; }};
+const FloatProducts kGenericFloatProducts = {"generic", [](const ConvShape&) { return &kInputGradient; },
+                                             [](const ConvShape&) { return &kGenericFloatWeightGrad; }};
 
 }  // namespace bitstrata
