@@ -14,9 +14,10 @@ using bitstrata::DType;
 using bitstrata::ProductShape;
 using Codes = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Pair = std::tuple<int64_t, int64_t>;
+using Range = std::tuple<int32_t, int32_t>;
 
 // Shapes of x (batch, in_h, in_w, in_c), g (batch, out_h, out_w, out_c) and out (out_c, in_c, kernel_h, kernel_w).
-void weight_gradient(Codes x, In<uint16_t, 4> g, In<float, 1> factor, Pair stride, Pair dilation, Pair padding,
+void weight_gradient(Codes x, Range range, In<uint16_t, 4> g, In<float, 1> factor, Pair stride, Pair dilation, Pair padding,
                      Out<float, 4> out, const std::string& isa, int threads) {
   const auto size = [](const auto& a, size_t d) { return static_cast<int64_t>(a.shape(d)); };
   ProductShape s{};
@@ -34,14 +35,16 @@ void weight_gradient(Codes x, In<uint16_t, 4> g, In<float, 1> factor, Pair strid
   const bool is_signed = x.dtype() == nb::dtype<int8_t>();
   if (!is_signed && x.dtype() != nb::dtype<uint8_t>()) fail("codes must be int8 or uint8");
   const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  const bitstrata::ProductCodes codes{x.data(), is_signed ? DType::s8 : DType::u8, std::get<0>(range),
+                                      std::get<1>(range)};
   nb::gil_scoped_release unlocked;
-  bitstrata::qat_weight_gradient(kernels, threads, s, x.data(), is_signed ? DType::s8 : DType::u8, g.data(),
+  bitstrata::qat_weight_gradient(kernels, threads, s, codes, g.data(),
                                  factor.data(), out.data());
 }
 
 }  // namespace
 
 void bind_qat_weight_gradient(nb::module_& m) {
-  m.def("qat_weight_gradient", &weight_gradient, "x"_a.noconvert(), "g"_a.noconvert(), "factor"_a.noconvert(),
+  m.def("qat_weight_gradient", &weight_gradient, "x"_a.noconvert(), "range"_a, "g"_a.noconvert(), "factor"_a.noconvert(),
         "stride"_a, "dilation"_a, "padding"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
 }

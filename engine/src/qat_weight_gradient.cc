@@ -24,9 +24,9 @@ using Part = Stretch<uint16_t>;
 
 class WeightGradient {
  public:
-  WeightGradient(const Kernels& kernels, int threads, const ProductShape& s, const void* x, DType x_dtype,
-                 const uint16_t* g)
-      : threads_(std::max(threads, 1)), own_(threads_), stretches_(stretches(s, x, x_dtype, g, 1)) {
+  WeightGradient(const Kernels& kernels, int threads, const ProductShape& s, const ProductCodes& x, const uint16_t* g)
+      : threads_(std::max(threads, 1)), own_(threads_), stretches_(stretches(s, x.data, x.dtype, g, 1)) {
+    for (Part& part : stretches_) part.shape.input_lo = x.lo, part.shape.input_hi = x.hi;
     shape_ = stretches_[0].shape;
     kernel_ = float_products_of(kernels).weight_grad(shape_);
     const int64_t bytes = kernel_->sums(shape_) * 4;
@@ -94,12 +94,13 @@ class WeightGradient {
 
 }  // namespace
 
-void qat_weight_gradient(const Kernels& kernels, int threads, const ProductShape& s, const void* x, DType x_dtype,
+void qat_weight_gradient(const Kernels& kernels, int threads, const ProductShape& s, const ProductCodes& x,
                          const uint16_t* g, const float* factor, float* out) {
   check_product(kOp, s);
   if (s.groups != 1) fail(kOp, "groups is " + str(s.groups) + ", must be 1");
-  if (x_dtype == DType::i32) fail(kOp, "codes are i32, must be u8 or s8");
-  WeightGradient(kernels, threads, s, x, x_dtype, g).run(factor, out);
+  check_codes(kOp, x, s.in_c);
+  if (x.shift != nullptr) fail(kOp, "codes have shifts");
+  WeightGradient(kernels, threads, s, x, g).run(factor, out);
 }
 
 }  // namespace bitstrata

@@ -379,6 +379,7 @@ def qat_convolution(
 
 def qat_weight_gradient(
     x: Array,
+    range: Pair,
     g: Array,
     factor: Array,
     stride: Pair,
@@ -390,7 +391,7 @@ def qat_weight_gradient(
 ) -> None:
     """Gradient of a convolution's weight times factor[o], float32 (out_c, in_c, kernel_h, kernel_w), to `out`.
 
-    x: codes (batch, in_h, in_w, in_c), int8 or uint8; g: (batch, out_h, out_w, out_c) bfloat16 as uint16.
+    x: codes (batch, in_h, in_w, in_c), int8 or uint8, which lie within `range`; g: (batch, out_h, out_w, out_c) bfloat16 as uint16.
     """
 
 def qat_codes(

@@ -20,12 +20,12 @@ def rows_of(values: Tensor) -> Array:
     return guarded_copy(values.bfloat16().view(torch.int16).numpy().view(np.uint16))
 
 
-def exact(x: Array, g: Tensor, shape: tuple[int, ...], stride: int, dilation: int, pad: int) -> Array:
+def exact(x: Array, g: Tensor, shape: tuple[int, ...], layout: tuple[int, int, int]) -> Array:
+    """Of stride, padding and dilation `layout`."""
     maps, weight = torch.from_numpy(x.astype(np.float64)).permute(0, 3, 1, 2), torch.zeros(shape, dtype=torch.float64)
-    arguments = ((stride, stride), (pad, pad), (dilation, dilation), False, (0, 0), 1, (False, True, False))
-    return torch.ops.aten.convolution_backward(g.double().permute(0, 3, 1, 2), maps, weight, None, *arguments)[
-        1
-    ].numpy()
+    arguments = (*((n, n) for n in layout), False, (0, 0), 1, (False, True, False))
+    of_result = g.double().permute(0, 3, 1, 2)
+    return torch.ops.aten.convolution_backward(of_result, maps, weight, None, *arguments)[1].numpy()
 
 
 class Case:
@@ -59,7 +59,7 @@ class Case:
         return out
 
     def expected(self, x: Array, g: Tensor) -> Array:
-        return exact(x, g, self.weight, self.stride, self.dilation, self.pad)
+        return exact(x, g, self.weight, (self.stride, self.pad, self.dilation))
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -101,19 +101,16 @@ def test_bad_arguments_are_named() -> None:
     x, g = np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 5), np.uint16)
     one, out = np.ones(5, np.float32), np.zeros((5, 3, 3, 3), np.float32)
 
-    def run(
-        x: Array = x, g: Array = g, factor: Array = one, stride: int = 1, out: Array = out, threads: int = 1
-    ) -> None:
-        _engine.qat_weight_gradient(x, g, factor, (stride, stride), (1, 1), (1, 1), out, "", threads)
-
-    run()
+    good = {"x": x, "g": g, "factor": one, "stride": (1, 1), "dilation": (1, 1), "padding": (1, 1), "out": out}
+    good |= {"isa": "", "threads": 1}
+    _engine.qat_weight_gradient(**good)  # type: ignore[arg-type]
     for message, bad in (
         ("threads must be at least 1, got 0", {"threads": 0}),
         ("different batches", {"x": x[:1]}),
         ("weight does not fit", {"out": out[:4]}),
         ("factor must have one element", {"factor": one[:2]}),
         ("codes must be int8 or uint8", {"x": x.astype(np.int16)}),
-        ("qat_weight_gradient.*output height", {"stride": 2}),
+        ("qat_weight_gradient.*output height", {"stride": (2, 2)}),
     ):
         with pytest.raises(ValueError, match=message):
-            run(**bad)  # type: ignore[arg-type]
+            _engine.qat_weight_gradient(**{**good, **bad})  # type: ignore[arg-type]
