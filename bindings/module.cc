@@ -140,7 +140,7 @@ NB_MODULE(_engine, m) {
   bind_layer_norm(m);
   bind_fake_quantize(m);
   bind_qat(m);
-  bind_qat_weight_gradient(m);
+  bind_qat_products(m);
   m.def("channels_last", &channels_last, "x"_a.noconvert());
   m.def("available_isas", &bitstrata::available_isas);
   m.def("emulated_isas", &bitstrata::emulated_isas);

@@ -17,5 +17,5 @@ void bind_fake_quantize(nanobind::module_& m);
 // Quantization-aware training on integer sums.
 void bind_qat(nanobind::module_& m);
 
-// Its weight gradient.
-void bind_qat_weight_gradient(nanobind::module_& m);
+// Products of floats of its backward pass.
+void bind_qat_products(nanobind::module_& m);

@@ -1,8 +1,7 @@
 // The weight gradient in floats: the batch is cut into shares of blocks, and output channels into slices, by the shape
 // alone; threads take one share of one slice after the other, and shares are added in their order.
-#include "bitstrata/qat_weight_gradient.h"
-
 #include "bitstrata/dispatch.h"
+#include "bitstrata/qat_products.h"
 #include "parallel.h"
 #include "products.h"
 #include "weight_grad_stretch.h"
@@ -46,31 +45,25 @@ class WeightGradient {
   void run(const float* factor, float* out) {
     parallel_for(threads_, shares_ * slices_, 1, [&](int64_t begin, int64_t end) {
       const int i = own_.take();
-      for (int64_t task = begin; task < end; ++task)
-        add(task / slices_, task % slices_ * kSliceOuts, own_[i].get(kScratch, 0));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % slices_ * kSliceOuts, last = std::min(first + kSliceOuts, shape_.out_c);
+        add(task / slices_, first, last, own_[i].get(kScratch, 0));
+        if (shares_ == 1) finish(first, last, factor, out);  // while the sums are in the cache
+      }
       own_.give(i);
     });
-    const int64_t row = shape_.in_c * shape_.kernel_h * shape_.kernel_w;
-    const int64_t grain = std::max<int64_t>(1, 16384 / (kReadTogether * row));
-    parallel_for(threads_, (shape_.out_c + kReadTogether - 1) / kReadTogether, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kReadTogether, last = std::min(first + kReadTogether, shape_.out_c);
-        float* rows = out + first * row;
-        for (int64_t share = 0; share < shares_; ++share)
-          kernel_->read(shape_, sums(share), {first, last, 0, shape_.in_c}, rows, row, share == 0);
-        for (int64_t o = first; o < last; ++o, rows += row)
-          for (int64_t n = 0; n < row; ++n) rows[n] *= factor[o];
-      }
+    if (shares_ == 1) return;
+    parallel_for(threads_, (shape_.out_c + kReadTogether - 1) / kReadTogether, 1, [&](int64_t begin, int64_t end) {
+      finish(begin * kReadTogether, std::min(end * kReadTogether, shape_.out_c), factor, out);
     });
   }
 
  private:
   float* sums(int64_t share) const { return reinterpret_cast<float*>(sums_ + share * share_bytes_); }
 
-  // A share of all blocks, for the slice of output channels from `out_begin`.
-  void add(int64_t share, int64_t out_begin, uint8_t* scratch) const {
+  // A share of all blocks, for output channels [out_begin, out_end).
+  void add(int64_t share, int64_t out_begin, int64_t out_end, uint8_t* scratch) const {
     const int64_t first = share * blocks_ / shares_, last = (share + 1) * blocks_ / shares_;
-    const int64_t out_end = std::min(out_begin + kSliceOuts, shape_.out_c);
     int64_t at = 0;
     for (const Part& part : stretches_) {
       const int64_t count = part.blocks();
@@ -80,6 +73,19 @@ class WeightGradient {
                      sums(share), b == first);
       }
       at += count;
+    }
+  }
+
+  // The results of output channels [out_begin, out_end).
+  void finish(int64_t out_begin, int64_t out_end, const float* factor, float* out) const {
+    const int64_t row = shape_.in_c * shape_.kernel_h * shape_.kernel_w;
+    for (int64_t first = out_begin; first < out_end; first += kReadTogether) {
+      const int64_t last = std::min(first + kReadTogether, out_end);
+      float* rows = out + first * row;
+      for (int64_t share = 0; share < shares_; ++share)
+        kernel_->read(shape_, sums(share), {first, last, 0, shape_.in_c}, rows, row, share == 0);
+      for (int64_t o = first; o < last; ++o, rows += row)
+        for (int64_t n = 0; n < row; ++n) rows[n] *= factor[o];
     }
   }
 

@@ -8,6 +8,7 @@
 
 #include "bitstrata/dispatch.h"
 #include "conv_check.h"
+#include "input_gradient_test.h"
 #include "low_bit_test.h"
 #include "tiles_test.h"
 #include "weight_grad_test.h"
@@ -239,6 +240,7 @@ int run_all(const std::vector<std::string>& isas) {
     test_convs(row);
     test_large_convs(row);
     test_weight_grads(row);
+    test_input_gradients(row);
     uint64_t seed = 0;
     for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65})
       for (Edge edge : {Edge::end, Edge::begin}) {

@@ -391,7 +391,8 @@ def qat_weight_gradient(
 ) -> None:
     """Gradient of a convolution's weight times factor[o], float32 (out_c, in_c, kernel_h, kernel_w), to `out`.
 
-    x: codes (batch, in_h, in_w, in_c), int8 or uint8, which lie within `range`; g: (batch, out_h, out_w, out_c) bfloat16 as uint16.
+    x: codes (batch, in_h, in_w, in_c), int8 or uint8, which lie within `range`; g: (batch, out_h, out_w, out_c)
+    bfloat16 as uint16.
     """
 
 def qat_codes(
@@ -454,6 +455,22 @@ def qat_pass(
     threads: int,
 ) -> float:
     """What passes, to `out`; the step's sum."""
+
+def float_products(isa: str) -> str:
+    """Name of the products of floats that an instruction set's row takes: "generic", or faster ones."""
+
+def qat_input_gradient(
+    g: Array,
+    high: Array,
+    low: Array | None,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+    out: Array,
+    isa: str,
+    threads: int,
+) -> None:
+    """A convolution's input gradient from g, bfloat16 as uint16 (N, H, W, C), to `out`; weights as of qat_integers."""
 
 def qat_max_pool(
     x: Array,

@@ -2,8 +2,8 @@
 //
 // One `FloatProducts` table exists for each instruction set that multiplies such floats; a row of the dispatch table
 // (kernels.h) names its own, and rows without one use the portable table. bfloat16 is kept as uint16, channels are
-// innermost. Sums are float32 in the kernel's own order, which depends on the convolution's shape alone; where all
-// partial sums are integers below 2^24, every kernel computes the same.
+// innermost. Sums are float32 or wider, in the kernel's own order, which depends on the convolution's shape alone;
+// where all partial sums are integers below 2^24, every kernel computes the same. Numbers below 2^-126 may count as 0.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@ struct WeightBlock;
 
 // One way to compute the gradient of a convolution's input from that of its output: out = transposed convolution of g
 // with integer weights. Shapes are those of the forward convolution; of `mul`, `add`, bounds and input_dtype nothing is
-// read, padding is 0, and there is one group.
+// read, padding is 0, there is one group, and
+// at most 128 taps.
 struct InputGradientKernel {
   const char* name;
   int64_t (*packed_bytes)(const ConvShape&);

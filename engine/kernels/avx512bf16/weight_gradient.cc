@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "../common/weight_grad_lanes.h"
+#include "avx512bf16.h"
 
 namespace bitstrata {
 namespace {
@@ -46,7 +47,6 @@ struct Bf16 {
 
 }  // namespace
 
-extern const FloatWeightGradKernel kAvx512Bf16WeightGrad;
 const FloatWeightGradKernel kAvx512Bf16WeightGrad = LanesWeightGrad<Bf16, uint16_t, float>::kernel("avx512bf16");
 
 }  // namespace bitstrata

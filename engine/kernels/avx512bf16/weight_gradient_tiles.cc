@@ -1,4 +1,4 @@
-// The weight gradient of kernels of width 3, four products for six: the minimal filtering algorithm F(3, 2) of Winograd
+// The weight gradient of kernels of 3x3, four products for six: the minimal filtering algorithm F(3, 2) of Winograd
 // (Arithmetic Complexity of Computations, 1980) along rows, with AVX-512 BF16.
 //
 // Two neighbouring gradients g0, g1 and the four codes d0..d3 that they meet are a tile. Its three taps d0 g0 + d1 g1,
@@ -14,12 +14,12 @@
 #include <cstring>
 
 #include "../common/unroll.h"
-#include "bitstrata/kernels.h"
+#include "avx512bf16.h"
 
 namespace bitstrata {
 namespace {
 
-constexpr int kLanes = 16, kOuts = 8, kRows = 3, kProducts = 4;
+constexpr int kLanes = 16, kOuts = 8, kRows = 3, kTaps = 9, kProducts = 4;
 constexpr int64_t kTile = 4;  // output positions of a step, which are two tiles
 constexpr int64_t kVectorBytes = 64, kGradientBytes = kOuts * 4, kBlock = kOuts * kLanes;
 
@@ -29,11 +29,11 @@ struct Plan {
   Plan(const ConvShape& s, int64_t images, int64_t rows)
       : vectors((s.in_c + kLanes - 1) / kLanes),
         panels((s.out_c + kOuts - 1) / kOuts),
-        panel_sums(kProducts * s.kernel_h * kBlock),
+        panel_sums(kProducts * kRows * kBlock),
         sums(vectors * panels * panel_sums),
         steps((s.out_w + kTile - 1) / kTile),
         positions(steps * kTile),
-        in_rows(rows + s.kernel_h - 1),
+        in_rows(rows + kRows - 1),
         x_image(in_rows * steps),
         g_image(rows * steps),
         x_product(images * x_image),
@@ -51,7 +51,12 @@ int64_t scratch_bytes(const ConvShape& s, int64_t images, int64_t rows) { return
 
 struct Call {
   Call(const ConvShape& s, const FloatWeightGradBlock& b, uint8_t* scratch)
-      : s(s), b(b), plan(s, b.images, b.row_end - b.row_begin), xs(scratch), gs(xs + plan.g_at), row(xs + plan.row_at) {}
+      : s(s),
+        b(b),
+        plan(s, b.images, b.row_end - b.row_begin),
+        xs(scratch),
+        gs(xs + plan.g_at),
+        row(xs + plan.row_at) {}
   const ConvShape& s;
   const FloatWeightGradBlock& b;
   Plan plan;
@@ -63,9 +68,7 @@ BITSTRATA_INLINE __m256i load_codes(const uint8_t* from, bool is_signed) {
   return is_signed ? _mm256_cvtepi8_epi16(codes) : _mm256_cvtepu8_epi16(codes);
 }
 // Of these floats' bits the lower 16 are 0.
-BITSTRATA_INLINE __m512i floats(__m256i x) {
-  return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x)));
-}
+BITSTRATA_INLINE __m512i floats(__m256i x) { return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x))); }
 BITSTRATA_INLINE void store_pair(uint8_t* to, __m256i first, __m256i second) {
   _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(floats(first), 16), floats(second)));
 }
@@ -113,9 +116,7 @@ void pack_codes(const Call& c, const uint8_t* x) {
     }
 }
 
-BITSTRATA_INLINE __m256 wide(__m128i x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
+BITSTRATA_INLINE __m256 wide(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 BITSTRATA_INLINE __m128i narrow(__m256 x) { return (__m128i)_mm256_cvtneps_pbh(x); }
 BITSTRATA_INLINE void store_outs(uint8_t* to, __m128i first, __m128i second) {
   _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(first, second));
@@ -156,86 +157,78 @@ void pack_gradient(const Call& c, const uint16_t* g, int64_t panel_begin, int64_
     }
 }
 
-// One product of a vector with a panel, for `kCount` kernel rows from ky on.
-template <int kCount>
-void block(const Call& c, int64_t vector, int64_t panel, int64_t product, int64_t ky, float* sums, bool fresh) {
+// One product of a vector with a panel, for all kernel rows.
+void block(const Call& c, int64_t vector, int64_t panel, int64_t product, float* sums, bool fresh) {
   const Plan& p = c.plan;
   const int64_t next = p.steps * kVectorBytes;
-  const uint8_t* x = c.xs + ((vector * kProducts + product) * p.x_product + ky * p.steps) * kVectorBytes;
+  const uint8_t* x = c.xs + (vector * kProducts + product) * p.x_product * kVectorBytes;
   const uint8_t* g = c.gs + (panel * kProducts + product) * p.g_product * kGradientBytes;
-  __m512 sum[kOuts][kCount];
-  each<kOuts>([&](auto o) { each<kCount>([&](auto r) { sum[o][r] = _mm512_setzero_ps(); }); });
+  __m512 sum[kOuts][kRows];
+  each<kOuts>([&](auto o) { each<kRows>([&](auto r) { sum[o][r] = _mm512_setzero_ps(); }); });
   for (int64_t image = 0; image < c.b.images; ++image) {
     const uint8_t *codes = x + image * p.x_image * kVectorBytes, *gradient = g + image * p.g_image * kGradientBytes;
     for (int64_t step = 0; step < p.g_image; ++step, codes += kVectorBytes, gradient += kGradientBytes) {
-      __m512 a[kCount];
-      each<kCount>([&](auto r) { a[r] = _mm512_load_ps(codes + r * next); });
+      __m512 a[kRows];
+      each<kRows>([&](auto r) { a[r] = _mm512_load_ps(codes + r * next); });
       each<kOuts>([&](auto o) {
         float two;
         std::memcpy(&two, gradient + o * 4, 4);
         const __m512 b = _mm512_set1_ps(two);
-        each<kCount>([&](auto r) { sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)a[r], (__m512bh)b); });
+        each<kRows>([&](auto r) { sum[o][r] = _mm512_dpbf16_ps(sum[o][r], (__m512bh)a[r], (__m512bh)b); });
       });
     }
   }
-  float* to = sums + (vector * p.panels + panel) * p.panel_sums + (product * c.s.kernel_h + ky) * kBlock;
+  float* to = sums + (vector * p.panels + panel) * p.panel_sums + product * kRows * kBlock;
   each<kOuts>([&](auto o) {
-    each<kCount>([&](auto r) {
+    each<kRows>([&](auto r) {
       float* at = to + r * kBlock + o * kLanes;
       _mm512_storeu_ps(at, fresh ? sum[o][r] : _mm512_add_ps(_mm512_loadu_ps(at), sum[o][r]));
     });
   });
 }
 
-using BlockFn = void (*)(const Call&, int64_t, int64_t, int64_t, int64_t, float*, bool);
-
 void add(const ConvShape& s, const void* x, const uint16_t* g, const FloatWeightGradBlock& b, void* scratch,
          float* sums, bool fresh) {
-  constexpr BlockFn kBlocks[kRows] = {block<1>, block<2>, block<3>};
   const Call c(s, b, static_cast<uint8_t*>(scratch));
   const int64_t begin = b.out_begin / kOuts, end = (b.out_end + kOuts - 1) / kOuts;
   pack_codes(c, static_cast<const uint8_t*>(x));
   pack_gradient(c, g, begin, end);
   for (int64_t vector = 0; vector < c.plan.vectors; ++vector)
     for (int64_t product = 0; product < kProducts; ++product)
-      for (int64_t panel = begin; panel < end; ++panel)
-        for (int64_t ky = 0; ky < s.kernel_h; ky += kRows)
-          kBlocks[std::min<int64_t>(s.kernel_h - ky, kRows) - 1](c, vector, panel, product, ky, sums, fresh);
+      for (int64_t panel = begin; panel < end; ++panel) block(c, vector, panel, product, sums, fresh);
 }
 
-// The taps of one kernel row, kLanes input channels and one output: of the sums of products `next` elements apart.
-void read_taps(const float* from, int64_t next, float (*taps)[kLanes]) {
+// The weights of kLanes input channels and one output, in their order; from: the sums of product 0 and kernel row 0.
+void read_weights(const float* from, float* to) {
+  alignas(64) float taps[kTaps][kLanes];
   const __m512 half = _mm512_set1_ps(0.5f);
-  const __m512 m1 = _mm512_mul_ps(_mm512_loadu_ps(from + next), half),
-               m2 = _mm512_mul_ps(_mm512_loadu_ps(from + 2 * next), half), both = _mm512_add_ps(m1, m2);
-  _mm512_storeu_ps(taps[0], _mm512_add_ps(_mm512_loadu_ps(from), both));
-  _mm512_storeu_ps(taps[1], _mm512_sub_ps(m1, m2));
-  _mm512_storeu_ps(taps[2], _mm512_add_ps(both, _mm512_loadu_ps(from + 3 * next)));
+  each<kRows>([&](auto ky) {
+    const auto product = [&](int m) { return _mm512_loadu_ps(from + (m * kRows + ky) * kBlock); };
+    const __m512 m1 = _mm512_mul_ps(product(1), half), m2 = _mm512_mul_ps(product(2), half),
+                 both = _mm512_add_ps(m1, m2);
+    _mm512_store_ps(taps[ky * 3], _mm512_add_ps(product(0), both));
+    _mm512_store_ps(taps[ky * 3 + 1], _mm512_sub_ps(m1, m2));
+    _mm512_store_ps(taps[ky * 3 + 2], _mm512_add_ps(both, product(3)));
+  });
+  for (int i = 0; i < kLanes; ++i, to += kTaps) each<kTaps>([&](auto tap) { to[tap] = taps[tap][i]; });
 }
 
 void read(const ConvShape& s, const float* sums, const WeightBlock& b, float* rows, int64_t pitch, bool fresh) {
   const Plan p(s, 1, 1);
-  const int64_t taps = s.kernel_h * 3;
-  float found[3][kLanes];
+  float found[kLanes * kTaps];
   for (int64_t o = b.out_begin; o < b.out_end; ++o, rows += pitch)
     for (int64_t v = b.in_begin / kLanes; v * kLanes < b.in_end; ++v) {
-      const float* from = sums + (v * p.panels + o / kOuts) * p.panel_sums + o % kOuts * kLanes;
+      read_weights(sums + (v * p.panels + o / kOuts) * p.panel_sums + o % kOuts * kLanes, found);
       const int64_t first = std::max(v * kLanes, b.in_begin), last = std::min((v + 1) * kLanes, b.in_end);
-      for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-        read_taps(from + ky * kBlock, s.kernel_h * kBlock, found);
-        for (int64_t i = first; i < last; ++i)
-          for (int64_t kx = 0; kx < 3; ++kx) {
-            float& to = rows[(i - b.in_begin) * taps + ky * 3 + kx];
-            const float tap = found[kx][i - v * kLanes];
-            to = fresh ? tap : to + tap;
-          }
-      }
+      const float* from = found + (first - v * kLanes) * kTaps;
+      float* to = rows + (first - b.in_begin) * kTaps;
+      const int64_t count = (last - first) * kTaps;
+      for (int64_t n = 0; n < count; ++n) to[n] = fresh ? from[n] : to[n] + from[n];
     }
 }
 
 }  // namespace
 
-extern const FloatWeightGradKernel kAvx512Bf16TilesWeightGrad;
 const FloatWeightGradKernel kAvx512Bf16TilesWeightGrad = {"avx512bf16-tiles", kOuts, sums, scratch_bytes, add, read};
 
 }  // namespace bitstrata

@@ -1,0 +1,205 @@
+// The gradient of a convolution's input, as the convolution of its phases by tiles of pixels: nothing is copied per
+// tap. Sums run over taps, blocks of channels and pairs in this order, whatever the tile.
+#include "avx512bf16.h"
+#include "gradient_plan.h"
+#include "gradient_tile.h"
+
+namespace bitstrata {
+namespace {
+
+constexpr int64_t kMostTaps = 128;  // which the caller checks
+
+// Widths of tiles; a row takes those that cover it in the fewest steps, the last one set back to end with the row.
+constexpr int kWidths[] = {1, 2, 3, 4, 7, 8, 11, 14, 16};
+constexpr int kWidest[] = {16, 14};  // by vectors: what registers hold
+
+using RunTile = void (*)(const Tile&);
+template <int kLanes, int kCount, int kPairs>
+RunTile tile_of(int width) {
+  switch (width) {
+    case 1:
+      return run_tile<kLanes, 1, kCount, kPairs>;
+    case 2:
+      return run_tile<kLanes, 2, kCount, kPairs>;
+    case 3:
+      return run_tile<kLanes, 3, kCount, kPairs>;
+    case 4:
+      return run_tile<kLanes, 4, kCount, kPairs>;
+    case 7:
+      return run_tile<kLanes, 7, kCount, kPairs>;
+    case 8:
+      return run_tile<kLanes, 8, kCount, kPairs>;
+    case 11:
+      return run_tile<kLanes, 11, kCount, kPairs>;
+    case 14:
+      return run_tile<kLanes, 14, kCount, kPairs>;
+    default:
+      return run_tile < kLanes, kCount == 1 ? 16 : 14, kCount, kPairs > ;
+  }
+}
+
+template <int kPairs>
+RunTile tile_of(int64_t lanes, int64_t count, int width) {
+  if (lanes == 4) return tile_of<4, 1, kPairs>(width);
+  if (lanes == 8) return tile_of<8, 1, kPairs>(width);
+  return count == 1 ? tile_of<16, 1, kPairs>(width) : tile_of<16, 2, kPairs>(width);
+}
+
+// The width for rows of so many pixels: a tile costs its sums, at least as many as hide their latency, and its start.
+int width_of(int64_t pixels, int64_t count) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int width : kWidths) {
+    if (width > pixels || width > kWidest[count - 1]) break;
+    const int64_t sums = width * count;
+    const int64_t cost = (pixels + width - 1) / width * ((sums > 8 ? sums : 8) + 1);
+    if (cost <= least) best = width, least = cost;
+  }
+  return best;
+}
+
+int64_t packed_bytes(const ConvShape& s) {
+  const GradientPlan p(s);
+  return p.vectors * p.vector_bytes();
+}
+
+int64_t pack_parts(const ConvShape& s) { return (GradientPlan(s).vectors + kVectors - 1) / kVectors; }
+
+// Sixteen integers as floats.
+__m512i sixteen(const int8_t* high, const int8_t* low, __mmask16 mask) {
+  __m512i x = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, high));
+  if (low != nullptr)
+    x = _mm512_add_epi32(_mm512_slli_epi32(x, 1), _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, low)));
+  return _mm512_castps_si512(_mm512_cvtepi32_ps(x));
+}
+
+// `count` integers from element `even` on, and from `odd` on, as pairs of bfloat16 in a word. odd < 0: zeros.
+void pair_words(const int8_t* high, const int8_t* low, int64_t even, int64_t odd, int64_t count, uint32_t* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << smaller(16, count - i)) - 1);
+    const auto at = [&](int64_t first) {
+      return sixteen(high + first + i, low == nullptr ? low : low + first + i, mask);
+    };
+    const __m512i lower = _mm512_srli_epi32(at(even), 16);
+    _mm512_mask_storeu_epi32(to + i, mask, odd < 0 ? lower : _mm512_or_si512(lower, at(odd)));
+  }
+}
+
+// Packed: for each part [tap][block][step][vector][lane][pair of the step][2], with as many pairs in a step as fill the
+// vector.
+void pack(const ConvShape& s, const int8_t* high, const int8_t* low, void* packed, int64_t part) {
+  const GradientPlan p(s);
+  const int64_t first = part * kVectors, count = smaller(kVectors, p.vectors - first);
+  const int64_t taps = s.kernel_h * s.kernel_w, channels = smaller(count * p.lanes, s.in_c - first * p.lanes);
+  const int64_t together = 16 / p.lanes, row = count * p.lanes * together, pitch = p.weight_tap(count) / 4;
+  uint32_t* to = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(packed) + first * p.vector_bytes());
+  uint32_t words[kVectors * 16 * kMostTaps];
+  for (int64_t pair = 0; pair < p.blocks * p.pairs; ++pair) {
+    const int64_t even = (2 * pair * s.in_c + first * p.lanes) * taps, odd = even + s.in_c * taps;
+    const int64_t used = 2 * pair < s.out_c ? channels : 0;
+    pair_words(high, low, even, 2 * pair + 1 < s.out_c ? odd : -1, used * taps, words);
+    uint32_t* at = to + pair / together * row + pair % together;
+    for (int64_t tap = 0; tap < taps; ++tap, at += pitch) {
+      for (int64_t c = 0; c < used; ++c) at[c * together] = words[c * taps + tap];
+      for (int64_t c = used; c < count * p.lanes; ++c) at[c * together] = 0;
+    }
+  }
+}
+
+int64_t scratch_bytes(const ConvShape& s, int64_t rows) {
+  const GradientPlan p(s);
+  return (p.row_count(0, rows) + 1) * p.row_bytes();
+}
+
+// Pixels of g, each cut into the blocks' channels.
+void stage_pixels(const GradientPlan& p, const uint16_t* g, int64_t first, int64_t count, uint8_t* to) {
+  const int64_t bytes = p.pixel_bytes(), whole = p.s.out_c * 2 / bytes, rest = p.s.out_c * 2 - whole * bytes;
+  for (int64_t block = 0; block < p.blocks; ++block) {
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(g + first * p.s.out_c) + block * bytes;
+    uint8_t* at = to + block * p.block_bytes();
+    if (block == whole)
+      for (int64_t i = 0; i < count; ++i, from += p.s.out_c * 2, at += bytes) {
+        std::memcpy(at, from, static_cast<size_t>(rest));
+        std::memset(at + rest, 0, static_cast<size_t>(bytes - rest));
+      }
+    else if (bytes == 32)
+      for (int64_t i = 0; i < count; ++i, from += p.s.out_c * 2, at += 32) std::memcpy(at, from, 32);
+    else
+      for (int64_t i = 0; i < count; ++i, from += p.s.out_c * 2, at += 16) std::memcpy(at, from, 16);
+  }
+}
+
+// Rows [first, first + count) of g, zeros outside of it.
+void stage(const GradientPlan& p, const uint16_t* g, int64_t first, int64_t count, uint8_t* to) {
+  const int64_t inside = smaller(p.s.out_w, p.width - p.left);
+  for (int64_t row = first; row < first + count; ++row, to += p.row_bytes()) {
+    if (row < 0 || row >= p.s.out_h || inside <= 0) {
+      std::memset(to, 0, static_cast<size_t>(p.row_bytes()));
+      continue;
+    }
+    const int64_t left = p.left * p.pixel_bytes(), right = (p.width - p.left - inside) * p.pixel_bytes();
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      uint8_t* at = to + block * p.block_bytes();
+      std::memset(at, 0, static_cast<size_t>(left));
+      std::memset(at + p.block_bytes() - right, 0, static_cast<size_t>(right));
+    }
+    stage_pixels(p, g, row * p.s.out_w, inside, to + left);
+  }
+}
+
+// The taps of a row and a phase of its columns; returns how many.
+int64_t taps_of(const GradientPlan& p, const AxisPhase& y, int64_t j, const AxisPhase& x, const uint8_t* staged,
+                int64_t first_row, const uint8_t* weights, int64_t count, Tap* taps) {
+  Tap* to = taps;
+  for (int64_t a = 0; a < y.taps; ++a) {
+    const uint8_t* row = staged + (j + y.offset - a * y.step - first_row) * p.row_bytes();
+    for (int64_t b = 0; b < x.taps; ++b) {
+      const int64_t tap = (y.first_tap + a * y.tap_step) * p.s.kernel_w + x.first_tap + b * x.tap_step;
+      *to++ = {row + (p.left + x.offset - b * x.step) * p.pixel_bytes(), weights + tap * p.weight_tap(count)};
+    }
+  }
+  return to - taps;
+}
+
+// A row's pixels of one phase and of `count` vectors.
+void run_phase(const GradientPlan& p, Tile tile, int64_t pixels, int64_t count) {
+  const int width = width_of(pixels, count);
+  const RunTile run = p.pairs == 8 ? tile_of<8>(p.lanes, count, width) : tile_of<4>(p.lanes, count, width);
+  uint16_t* const out = tile.out;
+  for (int64_t done = 0; done < pixels; done += width) {
+    const int64_t at = smaller(done, pixels - width);
+    tile.skip = at * p.pixel_bytes();
+    tile.out = out + at * tile.out_pitch;
+    run(tile);
+  }
+}
+
+void run(const ConvShape& s, const void* packed, const uint16_t* g, void* scratch, uint16_t* out, int64_t row_begin,
+         int64_t row_end) {
+  const GradientPlan p(s);
+  uint8_t* staged = static_cast<uint8_t*>(scratch);
+  const int64_t first_row = p.first_row(row_begin);
+  stage(p, g, first_row, p.row_count(row_begin, row_end), staged);
+  Tap taps[kMostTaps];
+  for (int64_t first = 0; first < p.vectors; first += kVectors) {
+    const int64_t count = smaller(kVectors, p.vectors - first);
+    const uint8_t* weights = static_cast<const uint8_t*>(packed) + first * p.vector_bytes();
+    const int64_t last = smaller(p.lanes, s.in_c - (first + count - 1) * p.lanes);
+    for (int64_t y = row_begin; y < row_end; ++y) {
+      const AxisPhase rows = p.rows(y % s.stride_h);
+      for (int64_t x = 0; x < smaller(s.stride_w, s.in_w); ++x) {
+        const AxisPhase columns = p.columns(x);
+        const int64_t n = taps_of(p, rows, y / s.stride_h, columns, staged, first_row, weights, count, taps);
+        uint16_t* to = out + (y * s.in_w + x) * s.in_c + first * p.lanes;
+        run_phase(p, {taps, n, p.blocks, p.block_bytes(), 0, to, s.stride_w * s.in_c, (1u << last) - 1}, columns.count,
+                  count);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const InputGradientKernel kAvx512Bf16InputGradient = {"avx512bf16", packed_bytes, pack_parts, pack, scratch_bytes, run};
+
+}  // namespace bitstrata
