@@ -95,21 +95,38 @@ BITSTRATA_INLINE void add_block(const uint8_t* g, const uint8_t* w, __m512 (&sum
   });
 }
 
-// Whole vectors are stored without a mask, which takes longer.
+// The first lanes of a vector, one to four.
+BITSTRATA_INLINE void store_few(uint16_t* to, __m128i x, uint32_t mask) {
+  const int64_t lanes = _mm_cvtsi128_si64(x), third = lanes >> 32;
+  if (mask == 0xF) {
+    std::memcpy(to, &lanes, 8);
+    return;
+  }
+  std::memcpy(to, &lanes, mask == 1 ? 2 : 4);
+  if (mask == 7) std::memcpy(to + 2, &third, 2);
+}
+
+// The sums of one pixel. Stores with a mask take longest, and are left to what is neither a whole vector nor a short
+// one.
+template <int kLanes>
+BITSTRATA_INLINE void store_lanes(uint16_t* to, __m512 sums, uint32_t mask) {
+  const __m256i x = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(Lanes<kLanes>::total(sums)));
+  if (kLanes == 4)
+    store_few(to, _mm256_castsi256_si128(x), mask);
+  else if (kLanes == 8 && mask == 0xFF)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(x));
+  else if (kLanes == 16 && mask == 0xFFFF)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x);
+  else
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), x);
+}
+
 template <int kLanes, int kPixels, int kVectors>
 BITSTRATA_INLINE void store(const Tile& t, const __m512 (&sums)[kPixels][kVectors]) {
   each<kVectors>([&](auto v) BITSTRATA_BODY {
-    uint16_t* to = t.out + v * 16;
-    const bool whole = v + 1 < kVectors || t.mask == 0xFFFF;
-    each<kPixels>([&](auto p) BITSTRATA_BODY {
-      const __m256i x = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(Lanes<kLanes>::total(sums[p][v])));
-      if (kLanes == 16 && whole)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + p * t.out_pitch), x);
-      else if (kLanes == 8 && t.mask == 0xFF)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + p * t.out_pitch), _mm256_castsi256_si128(x));
-      else
-        _mm256_mask_storeu_epi16(to + p * t.out_pitch, static_cast<__mmask16>(t.mask), x);
-    });
+    const uint32_t mask = v + 1 < kVectors ? 0xFFFF : t.mask;
+    each<kPixels>([&](auto p)
+                      BITSTRATA_BODY { store_lanes<kLanes>(t.out + v * 16 + p * t.out_pitch, sums[p][v], mask); });
   });
 }
 

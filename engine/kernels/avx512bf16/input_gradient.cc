@@ -8,6 +8,7 @@ namespace bitstrata {
 namespace {
 
 constexpr int64_t kMostTaps = 128;  // which the caller checks
+constexpr int64_t kPhases = 4;      // of columns, which take turns within a row
 
 // Widths of tiles; a row takes those that cover it in the fewest steps, the last one set back to end with the row.
 constexpr int kWidths[] = {1, 2, 3, 4, 7, 8, 11, 14, 16};
@@ -147,54 +148,81 @@ void stage(const GradientPlan& p, const uint16_t* g, int64_t first, int64_t coun
   }
 }
 
-// The taps of a row and a phase of its columns; returns how many.
-int64_t taps_of(const GradientPlan& p, const AxisPhase& y, int64_t j, const AxisPhase& x, const uint8_t* staged,
-                int64_t first_row, const uint8_t* weights, int64_t count, Tap* taps) {
+// What tiles of some vectors of input channels read: g from row first_row on, and the weights.
+struct Part {
+  const uint8_t* staged;
+  int64_t first_row;
+  const uint8_t* weights;
+  int64_t first, count;  // vectors
+};
+
+// The taps of a phase of the rows, at its row j, and of one of the columns; returns how many.
+int64_t taps_of(const GradientPlan& p, const AxisPhase& y, int64_t j, const AxisPhase& x, const Part& part, Tap* taps) {
   Tap* to = taps;
   for (int64_t a = 0; a < y.taps; ++a) {
-    const uint8_t* row = staged + (j + y.offset - a * y.step - first_row) * p.row_bytes();
+    const uint8_t* row = part.staged + (j + y.offset - a * y.step - part.first_row) * p.row_bytes();
     for (int64_t b = 0; b < x.taps; ++b) {
       const int64_t tap = (y.first_tap + a * y.tap_step) * p.s.kernel_w + x.first_tap + b * x.tap_step;
-      *to++ = {row + (p.left + x.offset - b * x.step) * p.pixel_bytes(), weights + tap * p.weight_tap(count)};
+      *to++ = {row + (p.left + x.offset - b * x.step) * p.pixel_bytes(), part.weights + tap * p.weight_tap(part.count)};
     }
   }
   return to - taps;
 }
 
-// A row's pixels of one phase and of `count` vectors.
-void run_phase(const GradientPlan& p, Tile tile, int64_t pixels, int64_t count) {
-  const int width = width_of(pixels, count);
-  const RunTile run = p.pairs == 8 ? tile_of<8>(p.lanes, count, width) : tile_of<4>(p.lanes, count, width);
-  uint16_t* const out = tile.out;
-  for (int64_t done = 0; done < pixels; done += width) {
-    const int64_t at = smaller(done, pixels - width);
-    tile.skip = at * p.pixel_bytes();
-    tile.out = out + at * tile.out_pitch;
-    run(tile);
+// A phase of the columns: tiles of `width` of its pixels.
+struct Columns {
+  Tile tile;
+  RunTile run;
+  int64_t width, pixels;
+
+  // `later`: bytes from the taps' row to this one's.
+  void run_row(const GradientPlan& p, int64_t later, uint16_t* out) {
+    for (int64_t done = 0; done < pixels; done += width) {
+      const int64_t at = smaller(done, pixels - width);
+      tile.skip = later + at * p.pixel_bytes();
+      tile.out = out + at * tile.out_pitch;
+      run(tile);
+    }
   }
+};
+
+// Rows y, y + stride, ... below row_end, of columns of the phases [x_begin, x_end), at most kPhases.
+void run_phases(const GradientPlan& p, const Part& part, int64_t y, int64_t row_end, int64_t x_begin, int64_t x_end,
+                uint16_t* out) {
+  const ConvShape& s = p.s;
+  const AxisPhase rows = p.rows(y % s.stride_h);
+  const int64_t lanes = smaller(p.lanes, s.in_c - (part.first + part.count - 1) * p.lanes);
+  Tap taps[kMostTaps];  // each belongs to one phase
+  Tap* next = taps;
+  Columns phases[kPhases];
+  for (int64_t x = x_begin; x < x_end; ++x) {
+    const AxisPhase columns = p.columns(x);
+    const int64_t n = taps_of(p, rows, y / s.stride_h, columns, part, next);
+    const int width = width_of(columns.count, part.count);
+    phases[x - x_begin] = {
+        {next, n, p.blocks, p.block_bytes(), 0, nullptr, s.stride_w * s.in_c, (1u << lanes) - 1},
+        p.pairs == 8 ? tile_of<8>(p.lanes, part.count, width) : tile_of<4>(p.lanes, part.count, width),
+        width,
+        columns.count};
+    next += n;
+  }
+  for (int64_t later = 0; y < row_end; y += s.stride_h, later += p.row_bytes())
+    for (int64_t x = x_begin; x < x_end; ++x)
+      phases[x - x_begin].run_row(p, later, out + (y * s.in_w + x) * s.in_c + part.first * p.lanes);
 }
 
 void run(const ConvShape& s, const void* packed, const uint16_t* g, void* scratch, uint16_t* out, int64_t row_begin,
          int64_t row_end) {
   const GradientPlan p(s);
   uint8_t* staged = static_cast<uint8_t*>(scratch);
-  const int64_t first_row = p.first_row(row_begin);
+  const int64_t first_row = p.first_row(row_begin), columns = smaller(s.stride_w, s.in_w);
   stage(p, g, first_row, p.row_count(row_begin, row_end), staged);
-  Tap taps[kMostTaps];
   for (int64_t first = 0; first < p.vectors; first += kVectors) {
-    const int64_t count = smaller(kVectors, p.vectors - first);
-    const uint8_t* weights = static_cast<const uint8_t*>(packed) + first * p.vector_bytes();
-    const int64_t last = smaller(p.lanes, s.in_c - (first + count - 1) * p.lanes);
-    for (int64_t y = row_begin; y < row_end; ++y) {
-      const AxisPhase rows = p.rows(y % s.stride_h);
-      for (int64_t x = 0; x < smaller(s.stride_w, s.in_w); ++x) {
-        const AxisPhase columns = p.columns(x);
-        const int64_t n = taps_of(p, rows, y / s.stride_h, columns, staged, first_row, weights, count, taps);
-        uint16_t* to = out + (y * s.in_w + x) * s.in_c + first * p.lanes;
-        run_phase(p, {taps, n, p.blocks, p.block_bytes(), 0, to, s.stride_w * s.in_c, (1u << last) - 1}, columns.count,
-                  count);
-      }
-    }
+    const Part part{staged, first_row, static_cast<const uint8_t*>(packed) + first * p.vector_bytes(), first,
+                    smaller(kVectors, p.vectors - first)};
+    for (int64_t y = row_begin; y < smaller(row_begin + s.stride_h, row_end); ++y)
+      for (int64_t x = 0; x < columns; x += kPhases)
+        run_phases(p, part, y, row_end, x, smaller(x + kPhases, columns), out);
   }
 }
 
