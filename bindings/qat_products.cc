@@ -10,8 +10,11 @@ using namespace bindings;
 
 namespace {
 
+using bitstrata::DType;
 using bitstrata::ProductShape;
+using Codes = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Pair = std::tuple<int64_t, int64_t>;
+using Range = std::tuple<int32_t, int32_t>;
 
 // The convolution that reads `in` and has the result `out`, NHWC both.
 template <typename In, typename Out, typename Weight>
@@ -43,6 +46,21 @@ void input_gradient(In<uint16_t, 4> g, In<int8_t, 4> high, std::optional<In<int8
                                 out.data());
 }
 
+// x: codes within `range`; g: bfloat16 as uint16.
+void weight_gradient(Codes x, Range range, In<uint16_t, 4> g, In<float, 1> factor, Pair stride, Pair dilation,
+                     Pair padding, Out<float, 4> out, const std::string& isa, int threads) {
+  if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
+  const ProductShape s = shape_of(x, g, out, stride, dilation, padding);
+  if (factor.shape(0) != g.shape(3)) fail("factor must have one element for each output channel");
+  const bool is_signed = x.dtype() == nb::dtype<int8_t>();
+  if (!is_signed && x.dtype() != nb::dtype<uint8_t>()) fail("codes must be int8 or uint8");
+  const bitstrata::ProductCodes codes{x.data(), is_signed ? DType::s8 : DType::u8, std::get<0>(range),
+                                      std::get<1>(range)};
+  const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  bitstrata::qat_weight_gradient(kernels, threads, s, codes, g.data(), factor.data(), out.data());
+}
+
 }  // namespace
 
 void bind_qat_products(nb::module_& m) {
@@ -52,4 +70,6 @@ void bind_qat_products(nb::module_& m) {
       "isa"_a);
   m.def("qat_input_gradient", &input_gradient, "g"_a.noconvert(), "high"_a.noconvert(), "low"_a.noconvert().none(),
         "stride"_a, "dilation"_a, "padding"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("qat_weight_gradient", &weight_gradient, "x"_a.noconvert(), "range"_a, "g"_a.noconvert(),
+        "factor"_a.noconvert(), "stride"_a, "dilation"_a, "padding"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
 }

@@ -7,6 +7,7 @@
 #include "bitstrata/products.h"
 #include "parallel.h"
 #include "products.h"
+#include "weight_grad_stretch.h"
 #include "workspace.h"
 
 namespace bitstrata {
@@ -14,46 +15,9 @@ namespace {
 
 enum Own { kScratch, kSums, kRows };
 
-constexpr int64_t kBlockPixels = 512;  // summed at a time, so that what the kernel makes of them stays in the cache
-constexpr int64_t kLeastPixels = 128;  // of a block, where threads would else have none
 constexpr int64_t kReadTogether = 8;   // output channels, whose sums kernels keep together
 constexpr int64_t kReadWeights = 512;  // of each, so that their sums stay in the L1 cache
 constexpr int64_t kReadChannels = 16;  // input channels come in multiples of these: those of a vector of sums
-constexpr int64_t kMergedWidth = 64;   // pixels of a row, where pixels are not neighbours of each other
-
-ConvShape conv_shape(const ProductShape& s, DType x_dtype) {
-  ConvShape c{};
-  c.in_h = s.in_h, c.in_w = s.in_w, c.in_c = s.in_c;
-  c.out_h = s.out_h, c.out_w = s.out_w, c.out_c = s.out_c;
-  c.kernel_h = s.kernel_h, c.kernel_w = s.kernel_w;
-  c.stride_h = s.stride_h, c.stride_w = s.stride_w;
-  c.dilation_h = s.dilation_h, c.dilation_w = s.dilation_w;
-  c.pad_top = s.pad_top, c.pad_left = s.pad_left;
-  c.groups = s.groups;
-  c.mul = 1;
-  c.input_dtype = x_dtype;
-  return c;
-}
-
-// Equal images, and how they are cut into blocks.
-struct Stretch {
-  ConvShape shape;
-  int64_t images;
-  const uint8_t* x;
-  const int8_t* g;
-  int64_t rows, together;  // of an image, and images, in a block
-
-  Stretch(const ConvShape& s, int64_t images, const uint8_t* x, const int8_t* g, int threads)
-      : shape(s), images(images), x(x), g(g) {
-    const int64_t all = images * s.out_h * s.out_w;
-    const int64_t pixels = std::clamp((all + threads - 1) / threads, kLeastPixels, kBlockPixels);
-    rows = std::clamp<int64_t>(pixels / s.out_w, 1, s.out_h);
-    together = rows < s.out_h ? 1 : std::clamp<int64_t>(pixels / (s.out_h * s.out_w), 1, images);
-  }
-  int64_t blocks_of_image() const { return (shape.out_h + rows - 1) / rows; }
-  int64_t blocks() const { return (images + together - 1) / together * blocks_of_image(); }
-  int64_t block_pixels() const { return together * rows * shape.out_w; }
-};
 
 // The sums of one thread.
 struct Sums {
@@ -63,31 +27,21 @@ struct Sums {
 
 class WeightGrad {
  public:
+  using Part = Stretch<int8_t>;
+
   WeightGrad(const Kernels& kernels, int threads, const ProductShape& s, const int8_t* g, const void* x, DType x_dtype,
              const WeightGradResult& result)
-      : kernels_(kernels), threads_(std::max(threads, 1)), result_(result), own_(threads_) {
-    const uint8_t* from = static_cast<const uint8_t*>(x);
-    ConvShape c = conv_shape(s, x_dtype);
-    if (s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.in_h == s.out_h &&
-        s.in_w == s.out_w && s.pad_top == 0 && s.pad_left == 0) {
-      const int64_t pixels = s.batch * s.in_h * s.in_w, width = std::min(pixels, kMergedWidth), done = pixels / width;
-      c.in_h = c.out_h = done;
-      c.in_w = c.out_w = width;
-      stretches_.emplace_back(c, 1, from, g, threads_);
-      if (pixels % width != 0) {
-        c.in_h = c.out_h = 1;
-        c.in_w = c.out_w = pixels % width;
-        stretches_.emplace_back(c, 1, from + done * width * s.in_c, g + done * width * s.out_c, threads_);
-      }
-    } else {
-      stretches_.emplace_back(c, s.batch, from, g, threads_);
-    }
+      : kernels_(kernels),
+        threads_(std::max(threads, 1)),
+        result_(result),
+        own_(threads_),
+        stretches_(stretches(s, x, x_dtype, g, threads_)) {
     shape_ = stretches_[0].shape;
     kernel_ = kernels.products->weight_grad(shape_);
     taps_ = s.kernel_h * s.kernel_w;
     row_ = s.group_in() * taps_;
     most_pixels_ = INT32_MAX / (128 * (x_dtype == DType::u8 ? 255 : 128));
-    for (const Stretch& part : stretches_)
+    for (const Part& part : stretches_)
       if (part.block_pixels() > most_pixels_)
         fail("conv_weight_grad", "output width is " + str(part.shape.out_w) + ", sums of rows longer than " +
                                      str(most_pixels_) + " may leave int32");
@@ -99,7 +53,7 @@ class WeightGrad {
     sums_.resize(static_cast<size_t>(threads_));
     for (int i = 0; i < threads_; ++i) {
       int64_t scratch = 0;
-      for (const Stretch& part : stretches_)
+      for (const Part& part : stretches_)
         scratch = std::max(scratch, kernel_->scratch_bytes(part.shape, part.together, part.rows));
       own_[i].get(kScratch, scratch);
       own_[i].get(kSums, kernel_->sums(shape_) * 4);
@@ -112,7 +66,7 @@ class WeightGrad {
   }
 
   void run() {
-    for (const Stretch& part : stretches_)
+    for (const Part& part : stretches_)
       parallel_for(threads_, part.blocks(), 1, [&](int64_t begin, int64_t end) {
         const int i = own_.take();
         for (int64_t block = begin; block < end; ++block) add(part, block, i);
@@ -135,20 +89,17 @@ class WeightGrad {
   }
 
  private:
-  void add(const Stretch& part, int64_t block, int i) {
+  void add(const Part& part, int64_t block, int i) {
     Sums& mine = sums_[static_cast<size_t>(i)];
     if (mine.pixels + part.block_pixels() > most_pixels_) flush(&mine);
     const bool fresh = mine.data == nullptr;
     if (fresh) mine.data = reinterpret_cast<int32_t*>(own_[i].get(kSums, 0));
     const ConvShape& s = part.shape;
-    const int64_t image = block / part.blocks_of_image() * part.together;
-    const int64_t begin = block % part.blocks_of_image() * part.rows, end = std::min(begin + part.rows, s.out_h);
-    const int64_t images = std::min(part.together, part.images - image);
-    fetch_ahead(part.x + (image * s.in_h + begin * s.stride_h) * s.in_w * s.in_c,
-                images * (end - begin) * s.stride_h * s.in_w * s.in_c);
-    fetch_ahead(part.g + (image * s.out_h + begin) * s.out_w * s.out_c, images * (end - begin) * s.out_w * s.out_c);
-    kernel_->add(s, part.x + image * s.in_h * s.in_w * s.in_c, part.g + image * s.out_h * s.out_w * s.out_c, images,
-                 begin, end, own_[i].get(kScratch, 0), mine.data, fresh);
+    const StretchBlock<int8_t> at(part, block);
+    fetch_ahead(at.x + at.begin * s.stride_h * s.in_w * s.in_c,
+                at.images * (at.end - at.begin) * s.stride_h * s.in_w * s.in_c);
+    fetch_ahead(at.g + at.begin * s.out_w * s.out_c, at.images * (at.end - at.begin) * s.out_w * s.out_c);
+    kernel_->add(s, at.x, at.g, at.images, at.begin, at.end, own_[i].get(kScratch, 0), mine.data, fresh);
     mine.pixels += part.block_pixels();
   }
 
@@ -202,7 +153,7 @@ class WeightGrad {
   int threads_;
   WeightGradResult result_;
   Workspaces own_;
-  std::vector<Stretch> stretches_;
+  std::vector<Part> stretches_;
   ConvShape shape_{};
   const WeightGradKernel* kernel_ = nullptr;
   int64_t taps_ = 0, row_ = 0, most_pixels_ = 0;
@@ -223,7 +174,7 @@ void conv_weight_grad(const Kernels& kernels, int threads, const ProductShape& s
 }
 
 const char* weight_grad_kernel(const Kernels& kernels, const ProductShape& s, DType x_dtype) {
-  return kernels.products->weight_grad(conv_shape(s, x_dtype))->name;
+  return kernels.products->weight_grad(weight_grad_shape(s, x_dtype))->name;
 }
 
 }  // namespace bitstrata

@@ -387,6 +387,24 @@ def qat_convolution(
 ) -> tuple[bool, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Sums to `out`, int16 or int32: (whether all fit into 16 bits, (mean, variance) of each channel)."""
 
+def qat_weight_gradient(
+    x: Array,
+    range: Pair,
+    g: Array,
+    factor: Array,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+    out: Array,
+    isa: str,
+    threads: int,
+) -> None:
+    """Gradient of a convolution's weight times factor[o], float32 (out_c, in_c, kernel_h, kernel_w), to `out`.
+
+    x: codes (batch, in_h, in_w, in_c), int8 or uint8, which lie within `range`; g: (batch, out_h, out_w, out_c)
+    bfloat16 as uint16.
+    """
+
 def qat_codes(
     x: Array, scale: Array, offset: Array, rectified: bool, levels: Levels, out: Array, isa: str, threads: int
 ) -> None:

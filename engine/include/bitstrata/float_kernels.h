@@ -11,6 +11,7 @@
 namespace bitstrata {
 
 struct ConvShape;
+struct WeightBlock;
 
 // One way to compute the gradient of a convolution's input from that of its output: out = transposed convolution of g
 // with integer weights. Shapes are those of the forward convolution; of `mul`, `add`, bounds and input_dtype nothing is
@@ -30,9 +31,34 @@ struct InputGradientKernel {
               int64_t row_end);
 };
 
+// Output rows [row_begin, row_end) of each of so many images, and output channels [out_begin, out_end).
+struct FloatWeightGradBlock {
+  int64_t images, row_begin, row_end, out_begin, out_end;
+};
+
+// One way to sum what every weight of a convolution of codes multiplied: over images and output positions, gradient
+// times code. Shapes are those of the forward convolution; of `mul`, `add`, bounds and pad codes nothing is read,
+// padding is 0, and there is one group. Sums are kept in the kernel's own order, those of each output channel apart
+// from all others; what `add` sums up in one call is added to them. The processor may take denormal gradients, sums and
+// products for 0.
+struct FloatWeightGradKernel {
+  const char* name;
+  int64_t outs;                       // out_begin of a block is a multiple of this
+  int64_t (*sums)(const ConvShape&);  // how many
+  // Of `add`, aligned to 64, for so many images and output rows of each.
+  int64_t (*scratch_bytes)(const ConvShape&, int64_t images, int64_t rows);
+  // x: (images, in_h, in_w, in_c) codes of input_dtype; g: (images, out_h, out_w, out_c) bfloat16; sums: aligned to 64.
+  // fresh: sums of the block's output channels are not set yet, and count as 0.
+  void (*add)(const ConvShape&, const void* x, const uint16_t* g, const FloatWeightGradBlock&, void* scratch,
+              float* sums, bool fresh);
+  // Adds the sums of a block of weights to rows, as WeightGradKernel::read.
+  void (*read)(const ConvShape&, const float* sums, const WeightBlock&, float* rows, int64_t pitch, bool fresh);
+};
+
 struct FloatProducts {
   const char* name;
   const InputGradientKernel* (*input_gradient)(const ConvShape&);
+  const FloatWeightGradKernel* (*weight_grad)(const ConvShape&);
 };
 
 }  // namespace bitstrata

@@ -4,7 +4,24 @@
 namespace bitstrata {
 namespace {
 
-const FloatProducts kProducts = {"avx512bf16", [](const ConvShape&) { return &kAvx512Bf16InputGradient; }};
+// Whether tiles of two gradients and four codes are computed in fewer products, lanes and positions that are padding
+// included, with codes whose sums bfloat16 holds.
+bool by_tiles(const ConvShape& s) {
+  if (s.kernel_h != 3 || s.kernel_w != 3 || s.stride_h != 1 || s.stride_w != 1 || s.dilation_h != 1 ||
+      s.dilation_w != 1)
+    return false;
+  if (s.input_lo < -128 || s.input_hi > 128) return false;
+  const int64_t tiles = (s.out_w + 3) / 4 * 4 * ((s.in_c + 15) / 16);
+  const int64_t direct = (s.out_w + 1) / 2 * ((3 * s.in_c + 15) / 16);
+  return tiles * 9 <= direct * 8;  // transforming tiles takes some time
+}
+
+const FloatWeightGradKernel* pick_weight_grad(const ConvShape& s) {
+  return by_tiles(s) ? &kAvx512Bf16TilesWeightGrad : &kAvx512Bf16WeightGrad;
+}
+
+const FloatProducts kProducts = {"avx512bf16", [](const ConvShape&) { return &kAvx512Bf16InputGradient; },
+                                 pick_weight_grad};
 
 }  // namespace
 

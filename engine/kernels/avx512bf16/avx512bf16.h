@@ -10,5 +10,6 @@ namespace bitstrata {
 const FloatProducts* avx512bf16_products();
 
 extern const InputGradientKernel kAvx512Bf16InputGradient;
+extern const FloatWeightGradKernel kAvx512Bf16WeightGrad, kAvx512Bf16TilesWeightGrad;
 
 }  // namespace bitstrata

@@ -9,15 +9,20 @@
 // gradient moves along the columns not at all and along the rows whole rows at a time, one packed copy of the input
 // serves all taps.
 //
+// Gradients are bytes with int32 sums, or two bytes wide with float32 sums. Floats of one call are summed from 0 and
+// then added to what is there, so that no sum has more terms one after the other than a call has steps.
+//
 // `Isa` has: Vector; kLanes, kStep, kOuts, kVectors; kOffset: what is added to codes of the type kOffsetOf;
-//   zero(), load(int32_t*), store(int32_t*, Vector), load_packed(void*), broadcast(const void* four_bytes);
+//   zero(), load(Sum*), store(Sum*, Vector), load_packed(void*), broadcast(const void* four_bytes);
 //   multiply(sum, codes, broadcast gradient); pack_codes(from, pitch, is_signed, to): a vector from kStep positions
-//   `pitch` bytes apart; pack_gradient(from, pitch, to): kOuts groups of four bytes;
-//   add_outs(packed, count, int32_t[kOuts]): the sums of `count` packed gradients (only if kOffset).
+//   `pitch` bytes apart; pack_gradient(from, pitch, to): kOuts groups of four bytes, pitch in gradients;
+//   add_outs(packed, count, int32_t[kOuts]): the sums of `count` packed gradients (only if kOffset);
+//   add(sum, sum) (only for floats).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "bitstrata/kernels.h"
 #include "unroll.h"
@@ -26,10 +31,11 @@
 namespace bitstrata {
 namespace {
 
-template <typename Isa>
+template <typename Isa, typename Gradient = int8_t, typename Sum = int32_t>
 struct LanesWeightGrad {
+  static constexpr bool kFloat = std::is_floating_point_v<Sum>;
   static constexpr int kLanes = Isa::kLanes, kStep = Isa::kStep, kOuts = Isa::kOuts, kVectors = Isa::kVectors;
-  static constexpr int64_t kVectorBytes = kLanes * 4, kGradientBytes = kOuts * 4;
+  static constexpr int64_t kGradient = sizeof(Gradient), kVectorBytes = kLanes * 4, kGradientBytes = kOuts * 4;
   using Vector = typename Isa::Vector;
 
   static int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -37,7 +43,7 @@ struct LanesWeightGrad {
   static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
   // Sums are, in each group, [vector][panel of outputs][kernel row][output][lane]; then what takes off the offset:
-  // [group][kernel row][output]. Vectors are multiplied in sets of nearly equal size.
+  // [group][kernel row][output], none without an offset. Vectors are multiplied in sets of nearly equal size.
   struct Layout {
     explicit Layout(const ConvShape& s)
         : elements(s.kernel_w * s.group_in()),
@@ -48,7 +54,7 @@ struct LanesWeightGrad {
           vector_sums(panels * panel_sums),
           group_sums(vectors * vector_sums),
           corrections_at(s.groups * group_sums),
-          corrections(s.kernel_h * panels * kOuts),
+          corrections(Isa::kOffset == 0 ? 0 : s.kernel_h * panels * kOuts),
           sums(corrections_at + s.groups * corrections) {}
     int64_t first_vector(int64_t set) const { return set * vectors / sets; }
     int64_t elements, vectors, sets, panels;
@@ -73,7 +79,7 @@ struct LanesWeightGrad {
           g_at(up(l.vectors * x_vector * kVectorBytes, 64)),
           row_at(up(g_at + l.panels * g_panel * kGradientBytes, 64)),
           row_bytes(most(most(positions * pitch + l.vectors * kLanes, s.padded_w() * s.in_c),
-                         positions * s.group_out() + l.panels * kOuts)),
+                         (positions * s.group_out() + l.panels * kOuts) * kGradient)),
           bytes(row_at + row_bytes + 64) {}
     int64_t steps, positions, in_rows, per_remainder;
     int64_t x_image, x_vector, g_image, g_panel;  // distances, in vectors or gradients
@@ -89,13 +95,17 @@ struct LanesWeightGrad {
 
   // One call of `add`.
   struct Call {
-    Call(const ConvShape& s, int64_t images, int64_t row_begin, int64_t row_end, uint8_t* scratch)
+    // Of each group's panels of outputs, [panel_begin, panel_end).
+    Call(const ConvShape& s, int64_t images, int64_t row_begin, int64_t row_end, uint8_t* scratch, int64_t panel_begin,
+         int64_t panel_end)
         : s(s),
           layout(s),
           packed(s, layout, images, row_end - row_begin),
           images(images),
           begin(row_begin),
           end(row_end),
+          panel_begin(panel_begin),
+          panel_end(least(panel_end, layout.panels)),
           xs(scratch),
           gs(scratch + packed.g_at),
           row(scratch + packed.row_at) {}
@@ -106,7 +116,7 @@ struct LanesWeightGrad {
     const ConvShape& s;
     Layout layout;
     Packed packed;
-    int64_t images, begin, end;
+    int64_t images, begin, end, panel_begin, panel_end;
     uint8_t *xs, *gs, *row;
   };
 
@@ -161,32 +171,37 @@ struct LanesWeightGrad {
     return false;
   }
 
-  static void pack_gradient(const Call& c, const int8_t* g, int64_t group, int32_t* corrections) {
+  static void pack_gradient(const Call& c, const Gradient* g, int64_t group) {
     const ConvShape& s = c.s;
     const int64_t outs = s.group_out(), padded_outs = c.layout.panels * kOuts;
     for (int64_t image = 0; image < c.images; ++image)
       for (int64_t y = c.begin; y < c.end; ++y) {
-        const int8_t* from = g + (image * s.out_h + y) * s.out_w * s.out_c + group * outs;
-        const uint8_t* row = reinterpret_cast<const uint8_t*>(from);
+        const Gradient *from = g + (image * s.out_h + y) * s.out_w * s.out_c + group * outs, *row = from;
         if (s.groups > 1 || outs % kOuts != 0 || s.out_w % kStep != 0) {
           for (int64_t x = 0; x < (s.groups > 1 ? s.out_w : 0); ++x)
-            std::memcpy(c.row + x * outs, from + x * s.out_c, static_cast<size_t>(outs));
-          if (s.groups == 1) std::memcpy(c.row, from, static_cast<size_t>(s.out_w * outs));
-          std::memset(c.row + s.out_w * outs, 0,
-                      static_cast<size_t>((c.packed.positions - s.out_w) * outs + padded_outs - outs));
-          row = c.row;
+            std::memcpy(c.row + x * outs * kGradient, from + x * s.out_c, static_cast<size_t>(outs * kGradient));
+          if (s.groups == 1) std::memcpy(c.row, from, static_cast<size_t>(s.out_w * outs * kGradient));
+          std::memset(c.row + s.out_w * outs * kGradient, 0,
+                      static_cast<size_t>(((c.packed.positions - s.out_w) * outs + padded_outs - outs) * kGradient));
+          row = reinterpret_cast<const Gradient*>(c.row);
         }
         uint8_t* to = c.gs + (image * c.packed.g_image + (y - c.begin) * c.packed.steps) * kGradientBytes;
-        for (int64_t panel = 0; panel < c.layout.panels; ++panel, to += c.packed.g_panel * kGradientBytes) {
+        for (int64_t panel = c.panel_begin; panel < c.panel_end; ++panel)
           for (int64_t step = 0; step < c.packed.steps; ++step)
-            Isa::pack_gradient(row + step * kStep * outs + panel * kOuts, outs, to + step * kGradientBytes);
-        }
+            Isa::pack_gradient(reinterpret_cast<const uint8_t*>(row + step * kStep * outs + panel * kOuts), outs,
+                               to + (panel * c.packed.g_panel + step) * kGradientBytes);
       }
-    if (Isa::kOffset == 0 || s.input_dtype != Isa::kOffsetOf) return;
-    for (int64_t image = 0; image < c.images; ++image)
-      for (int64_t panel = 0; panel < c.layout.panels; ++panel)
-        correct(c, c.gs + (image * c.packed.g_image + panel * c.packed.g_panel) * kGradientBytes,
-                corrections + panel * kOuts);
+  }
+
+  // Takes off what the offset of the input adds, with the packed gradient of a group.
+  static void correct_all(const Call& c, Sum* corrections) {
+    if constexpr (Isa::kOffset != 0) {
+      if (c.s.input_dtype != Isa::kOffsetOf) return;
+      for (int64_t image = 0; image < c.images; ++image)
+        for (int64_t panel = c.panel_begin; panel < c.panel_end; ++panel)
+          correct(c, c.gs + (image * c.packed.g_image + panel * c.packed.g_panel) * kGradientBytes,
+                  corrections + panel * kOuts);
+    }
   }
 
   // Adds factor times the gradient of output rows [from, to); packed: that of all rows of an image and a panel.
@@ -227,7 +242,7 @@ struct LanesWeightGrad {
 
   // The block of kV vectors from `first` with a panel and a kernel row.
   template <int kV>
-  static void block(const Call& c, int64_t first, int64_t panel, int64_t ky, int32_t* sums, bool fresh) {
+  static void block(const Call& c, int64_t first, int64_t panel, int64_t ky, Sum* sums, bool fresh) {
     const ConvShape& s = c.s;
     const Rows met = met_rows(c, ky);
     const int64_t from = met.begin < met.end ? met.begin : c.begin;
@@ -239,7 +254,7 @@ struct LanesWeightGrad {
     const int64_t next = c.layout.vector_sums;
     Vector sum[kOuts][kV];
     each<kOuts>([&](auto i) {
-      each<kV>([&](auto v) { sum[i][v] = fresh ? Isa::zero() : Isa::load(sums + v * next + i * kLanes); });
+      each<kV>([&](auto v) { sum[i][v] = fresh || kFloat ? Isa::zero() : Isa::load(sums + v * next + i * kLanes); });
     });
     for (int64_t image = 0; image < c.images; ++image) {
       const uint8_t *codes = x + image * c.packed.x_image * kVectorBytes,
@@ -253,72 +268,90 @@ struct LanesWeightGrad {
         });
       }
     }
-    each<kOuts>([&](auto i) { each<kV>([&](auto v) { Isa::store(sums + v * next + i * kLanes, sum[i][v]); }); });
+    each<kOuts>([&](auto i) {
+      each<kV>([&](auto v) {
+        Sum* to = sums + v * next + i * kLanes;
+        if constexpr (kFloat) sum[i][v] = fresh ? sum[i][v] : Isa::add(Isa::load(to), sum[i][v]);
+        Isa::store(to, sum[i][v]);
+      });
+    });
   }
 
-  using BlockFn = void (*)(const Call&, int64_t, int64_t, int64_t, int32_t*, bool);
+  using BlockFn = void (*)(const Call&, int64_t, int64_t, int64_t, Sum*, bool);
 
-  static void add(const ConvShape& s, const void* x, const int8_t* g, int64_t images, int64_t row_begin,
-                  int64_t row_end, void* scratch, int32_t* sums, bool fresh) {
+  static void add_panels(const Call& c, const void* x, const Gradient* g, Sum* sums, bool fresh) {
     constexpr BlockFn kBlocks[3] = {block<1>, block<2>, block < kVectors == 3 ? 3 : 1 > };
-    const Call c(s, images, row_begin, row_end, static_cast<uint8_t*>(scratch));
     const Layout& l = c.layout;
-    if (fresh) std::memset(sums + l.corrections_at, 0, static_cast<size_t>(l.sums - l.corrections_at) * 4);
-    for (int64_t group = 0; group < s.groups; ++group) {
+    for (int64_t group = 0; group < c.s.groups; ++group) {
       pack_codes(c, static_cast<const uint8_t*>(x), group);
-      pack_gradient(c, g, group, sums + l.corrections_at + group * l.corrections);
+      pack_gradient(c, g, group);
+      correct_all(c, sums + l.corrections_at + group * l.corrections);
       for (int64_t set = 0; set < l.sets; ++set) {
         const int64_t first = l.first_vector(set), count = l.first_vector(set + 1) - first;
-        int32_t* to = sums + group * l.group_sums + first * l.vector_sums;
-        for (int64_t panel = 0; panel < l.panels; ++panel, to += l.panel_sums)
-          for (int64_t ky = 0; ky < s.kernel_h; ++ky)
-            kBlocks[count - 1](c, first, panel, ky, to + ky * kOuts * kLanes, fresh);
+        Sum* to = sums + group * l.group_sums + first * l.vector_sums;
+        for (int64_t panel = c.panel_begin; panel < c.panel_end; ++panel)
+          for (int64_t ky = 0; ky < c.s.kernel_h; ++ky)
+            kBlocks[count - 1](c, first, panel, ky, to + panel * l.panel_sums + ky * kOuts * kLanes, fresh);
       }
     }
   }
 
+  static void add(const ConvShape& s, const void* x, const Gradient* g, int64_t images, int64_t row_begin,
+                  int64_t row_end, void* scratch, Sum* sums, bool fresh) {
+    const Call c(s, images, row_begin, row_end, static_cast<uint8_t*>(scratch), 0, INT64_MAX);
+    if (fresh)
+      std::memset(sums + c.layout.corrections_at, 0, static_cast<size_t>(c.layout.sums - c.layout.corrections_at) * 4);
+    add_panels(c, x, g, sums, fresh);
+  }
+
+  // The same for output channels [out_begin, out_end) of one group; out_begin: a multiple of kOuts.
+  static void add_outs(const ConvShape& s, const void* x, const Gradient* g, const FloatWeightGradBlock& b,
+                       void* scratch, Sum* sums, bool fresh) {
+    const int64_t panel_end = (b.out_end + kOuts - 1) / kOuts;
+    const Call c(s, b.images, b.row_begin, b.row_end, static_cast<uint8_t*>(scratch), b.out_begin / kOuts, panel_end);
+    add_panels(c, x, g, sums, fresh);
+  }
+
   // Sums of successive lanes to places kTaps (0: `taps`) elements apart.
-  template <bool kFresh, int kTaps, typename Sum>
-  static void read_lanes(const int32_t* from, uint32_t correction, int64_t count, int64_t taps, Sum* to) {
+  template <bool kFresh, int kTaps, typename To>
+  static void read_lanes(const Sum* from, Sum correction, int64_t count, int64_t taps, To* to) {
     const int64_t step = kTaps != 0 ? kTaps : taps;
     for (int64_t n = 0; n < count; ++n) {
-      const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(from[n]) + correction);
+      const Sum sum = Isa::kOffset == 0 ? from[n] : added(from[n], correction);
       to[n * step] = kFresh ? sum : added(to[n * step], sum);
     }
   }
 
   // Outputs of one panel of a group, which b counts from the group's first. A few channels with all their taps at a
   // time: those of one output lie together in its row, those of one vector together in the sums.
-  template <bool kFresh, int kTaps, typename Sum>
-  static void read_panel(const ConvShape& s, const Layout& l, const int32_t* sums, int64_t group, const WeightBlock& b,
-                         Sum* rows, int64_t pitch) {
+  template <bool kFresh, int kTaps, typename To>
+  static void read_panel(const ConvShape& s, const Layout& l, const Sum* sums, int64_t group, const WeightBlock& b,
+                         To* rows, int64_t pitch) {
     const int64_t panel = b.out_begin / kOuts, outs = b.out_end - b.out_begin;
     const int64_t ins = s.group_in(), taps = s.kernel_h * s.kernel_w;
-    const int32_t* corrections = sums + l.corrections_at + group * l.corrections + b.out_begin;
-    const int32_t* of_panel = sums + group * l.group_sums + panel * l.panel_sums + b.out_begin % kOuts * kLanes;
+    const Sum* corrections = sums + l.corrections_at + group * l.corrections + b.out_begin;
+    const Sum* of_panel = sums + group * l.group_sums + panel * l.panel_sums + b.out_begin % kOuts * kLanes;
     const int64_t ahead = l.vector_sums * (taps == 1 ? 4 : 1);  // vectors are too far apart to be fetched unasked
     for (int64_t channel = b.in_begin; channel < b.in_end; channel += kLanes)
       for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
         const int64_t first = kx * ins + b.in_begin, last = kx * ins + least(channel + kLanes, b.in_end);
         for (int64_t e = kx * ins + channel, run; e < last; e += run) {
           run = least(last, up(e + 1, kLanes)) - e;  // within one vector
-          const int32_t* of_vector = of_panel + e / kLanes * l.vector_sums + e % kLanes;
+          const Sum* of_vector = of_panel + e / kLanes * l.vector_sums + e % kLanes;
           for (int64_t ky = 0; ky < s.kernel_h; ++ky)
             for (int64_t o = 0; o < outs; ++o) {
               __builtin_prefetch(of_vector + (ky * kOuts + o) * kLanes + ahead);
               read_lanes<kFresh, kTaps>(of_vector + (ky * kOuts + o) * kLanes,
-                                        static_cast<uint32_t>(corrections[ky * l.panels * kOuts + o]), run, taps,
+                                        Isa::kOffset == 0 ? Sum(0) : corrections[ky * l.panels * kOuts + o], run, taps,
                                         rows + o * pitch + ((e - first) * s.kernel_h + ky) * s.kernel_w + kx);
             }
         }
       }
   }
 
-  template <typename Sum>
-  static void read(const ConvShape& s, const int32_t* sums, const WeightBlock& b, Sum* rows, int64_t pitch,
-                   bool fresh) {
-    using ReadFn =
-        void (*)(const ConvShape&, const Layout&, const int32_t*, int64_t, const WeightBlock&, Sum*, int64_t);
+  template <typename To>
+  static void read(const ConvShape& s, const Sum* sums, const WeightBlock& b, To* rows, int64_t pitch, bool fresh) {
+    using ReadFn = void (*)(const ConvShape&, const Layout&, const Sum*, int64_t, const WeightBlock&, To*, int64_t);
     constexpr ReadFn kReads[2][3] = {{read_panel<false, 0>, read_panel<false, 1>, read_panel<false, 9>},
                                      {read_panel<true, 0>, read_panel<true, 1>, read_panel<true, 9>}};
     const Layout l(s);
@@ -332,8 +365,11 @@ struct LanesWeightGrad {
     }
   }
 
-  static constexpr WeightGradKernel kernel(const char* name) {
-    return {name, sums, scratch_bytes, add, read<int64_t>, read<int32_t>};
+  static constexpr auto kernel(const char* name) {
+    if constexpr (kFloat)
+      return FloatWeightGradKernel{name, kOuts, sums, scratch_bytes, add_outs, read<float>};
+    else
+      return WeightGradKernel{name, sums, scratch_bytes, add, read<int64_t>, read<int32_t>};
   }
 };
 

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bitstrata_runtime import _engine
 
 from ..integer.convolution import Geometry
 from ..integer.engine_codes import FASTEST
-from .qat_codes import IntegerWeight
+from .qat_codes import IntegerWeight, Rule
 
 MOST_TAPS = 128  # of a kernel, as the engine takes it
+LEAST_INPUTS = 8  # channels; with fewer, most of what the engine multiplies for a weight gradient is padding
 
 
 def multiplies_fast() -> bool:
@@ -59,3 +61,32 @@ def input_gradient(
         FASTEST,
         torch.get_num_threads(),
     )
+
+
+def takes_weight_gradient(real: torch.dtype, groups: int, inputs: int) -> bool:
+    """Whether `weight_gradient` is for a convolution with so many input channels, and faster than torch.
+
+    What `takes_input_gradient` leaves to torch is left to it here too; so are few input channels.
+    """
+    return real == torch.bfloat16 and groups == 1 and inputs >= LEAST_INPUTS and multiplies_fast()
+
+
+def weight_gradient(
+    gradient: NDArray[np.uint16], codes: NDArray[Any], rule: Rule, weight: IntegerWeight, geometry: Geometry
+) -> Tensor:
+    """The gradient of a convolution's weight, float32 (out channels, in channels, height, width).
+
+    Args:
+        gradient: of the convolution's result in units of the integer weights, bfloat16 (N, height, width, out
+            channels).
+        codes: int8 or uint8 (N, height, width, in channels), made by `rule`.
+        weight: its shape and units are read.
+        geometry: of one group.
+    """
+    planar: dict[str, Any] = geometry.planar(2)
+    out = np.empty(weight.high.shape, np.float32)
+    factor = (rule.step / weight.unit).astype(np.float32)
+    layout = planar["stride"], planar["dilation"], planar["padding"]
+    threads = torch.get_num_threads()
+    _engine.qat_weight_gradient(codes, (rule.lo, rule.hi), gradient, factor, *layout, out, FASTEST, threads)
+    return torch.from_numpy(out)

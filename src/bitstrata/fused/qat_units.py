@@ -27,7 +27,7 @@ from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer
 from .pool import Pool
 from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of
-from .qat_products import input_gradient, takes_input_gradient
+from .qat_products import input_gradient, takes_input_gradient, takes_weight_gradient, weight_gradient
 from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
 from .units import Step, Unit
 from .values import NotFiniteError, Plain, Shape
@@ -192,7 +192,8 @@ class QatConvNorm(Unit):
         asked, trained = x.wanted or rule.parameter is not None, weight.quantized is not None
         kernel = weight.high.shape[2:]
         own = asked and takes_input_gradient(step.real, self.conv.groups, kernel)
-        of_input, of_weight = self._by_torch(x, rule, weight, gradient, (asked and not own, trained))
+        own_weight = trained and takes_weight_gradient(step.real, self.conv.groups, x.shape[3])
+        of_input, of_weight = self._by_torch(x, rule, weight, gradient, (asked and not own, trained and not own_weight))
         if asked:
             rows = self._input_rows(x, weight, gradient) if own else to_rows(of_input)
             if x.wanted:
@@ -201,17 +202,28 @@ class QatConvNorm(Unit):
                 x.step_gradient(step, rows, rule)
                 if own:
                     step.pool.give(rows)
-        if trained:
+        if own_weight:
+            of_weight = weight_gradient(self._channels_last(gradient), x.codes(rule), rule, weight, self._geometry())
+        elif trained:
             scale = torch.from_numpy((rule.step / weight.unit).astype(np.float32)).view(-1, 1, 1, 1)
-            self._to_parameters(step, weight, of_weight.float().mul_(scale))
+            of_weight = of_weight.float().mul_(scale)
+        if trained:
+            self._to_parameters(step, weight, of_weight)
+
+    def _geometry(self) -> Geometry:
+        layer = self.conv
+        return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    @staticmethod
+    def _channels_last(maps: Tensor) -> NDArray[Any]:
+        """(N, C, H, W) as (N, H, W, C): the same memory if channels are last in it."""
+        n, c, h, w = maps.shape
+        return to_rows(maps).reshape(n, h, w, c)
 
     def _input_rows(self, x: Activation, weight: IntegerWeight, gradient: Tensor) -> NDArray[Any]:
         """The engine's gradient of the input, in memory of the pool."""
-        layer = self.conv
         out = x.pool.take(x.rows, np.uint16)
-        n, _, h, w = gradient.shape
-        geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-        input_gradient(to_rows(gradient).reshape(n, h, w, -1), weight, geometry, out.reshape(x.shape))
+        input_gradient(self._channels_last(gradient), weight, self._geometry(), out.reshape(x.shape))
         return out
 
     def _by_torch(
