@@ -64,7 +64,7 @@ class FusedNetwork(nn.Module):
         self._graph = trace(model)
         self._quantized = any(isinstance(part, QuantizedLayer) for part in self._parts)
         if recompute is not None and not self._quantized:
-            raise ValueError(f"fuse: recompute={recompute} is for models after quantize_; training in integers has none")
+            raise ValueError(f"fuse: recompute={recompute} is for models after quantize_, not for training in integers")
         repeated = RECOMPUTE if recompute is None else recompute
         planner = QatPlanner(model, self._graph, repeated) if self._quantized else Planner(model, self._graph)
         self._units = planner.plan()
