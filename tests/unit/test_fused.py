@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitstrata as bs
-from bitstrata.fused.pool import Pool
 from bitstrata.prepare.integer_training import noise_state
 
 
@@ -213,22 +211,6 @@ def test_the_memory_of_a_step_serves_the_next():
         step(fused, torch.randn(2, 3, 12, 12), torch.tensor([0, 1]))
         waiting.append(fused._pool.nbytes)
     assert waiting[1] == waiting[2] == waiting[3] > 0
-
-
-def test_pool():
-    pool = Pool()
-    a = pool.take((3, 5), np.float32)
-    block = a.base
-    pool.give(a)
-    assert pool.take((9,), np.int8).base is not block  # far too large for it
-    b = pool.take((4, 8), np.uint8)
-    assert b.base is block
-    pool.share(b, 2)
-    assert not pool.sole(b)
-    pool.give(b)
-    assert pool.nbytes == 0
-    pool.give(b.reshape(32))
-    assert pool.nbytes == 60
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -23,6 +23,8 @@ from .qat_values import from_torch as wrap
 from .units import Step, Unit
 from .values import Flow, NotFiniteError, from_torch
 
+RECOMPUTE = 160  # products of a sum: few, so that keeping it costs more than it would to make it again
+
 
 class FusedNetwork(nn.Module):
     """What `fuse` makes: trains `model`, whose parameters and buffers it uses, and is otherwise the same function.
@@ -42,7 +44,8 @@ class FusedNetwork(nn.Module):
 
     After `quantize_` (quantization-aware training): a convolution is computed in the integer codes of its input and its
     weight, at the precision that the model has at the call, exactly; batch statistics come from these integers. Kept
-    for the backward pass are integer sums (16 bits), or nothing where they are made again, and residual sums as floats.
+    for the backward pass are integer sums (16 bits), or nothing where they are made again (see `recompute` of `fuse`),
+    and residual sums as floats.
     The gradients are those of the fake-quantized formula. Floats are bfloat16 where torch.autocast("cpu",
     torch.bfloat16) is active at the call: residual sums and the gradients of activations are rounded to it once, and
     torch's own operations run under autocast; otherwise all is float32. All but the products of the backward pass,
@@ -54,13 +57,16 @@ class FusedNetwork(nn.Module):
         fused: names of the convolutions in fused units.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recompute: int | None = None) -> None:
         super().__init__()
         self.model = model
         self._parts = tuple(model.modules())
         self._graph = trace(model)
         self._quantized = any(isinstance(part, QuantizedLayer) for part in self._parts)
-        planner = QatPlanner(model, self._graph) if self._quantized else Planner(model, self._graph)
+        if recompute is not None and not self._quantized:
+            raise ValueError(f"fuse: recompute={recompute} is for models after quantize_, not for training in integers")
+        repeated = RECOMPUTE if recompute is None else recompute
+        planner = QatPlanner(model, self._graph, repeated) if self._quantized else Planner(model, self._graph)
         self._units = planner.plan()
         self._input = next(n for n in self._graph.nodes if n.op == "placeholder").name
         output = next(n for n in self._graph.nodes if n.op == "output").args[0]
@@ -207,19 +213,27 @@ class _Step(torch.autograd.Function):
         return gx, None, None, *(step.gradients.get(id(p)) for p in ctx.parameters)
 
 
-def fuse(model: nn.Module) -> FusedNetwork:
+def fuse(model: nn.Module, *, recompute: int | None = None) -> FusedNetwork:
     """A network whose training step has convolutions, normalizations and rectifiers fused; see `FusedNetwork`.
 
     Args:
         model: after `integer_`, or after `quantize_`, on the CPU. It is used, not copied or changed.
+        recompute: after `quantize_`, memory for time: a convolution whose sums have at most so many products (input
+            channels of a group times the kernel's size) is computed again in the backward pass, of which the result
+            is the same to the bit; the sums of others are kept. 0 repeats none. Default RECOMPUTE.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or recompute no integer.
+        ValueError: recompute is negative, or the model trains in integers, where it means nothing.
         FuseError: a forward pass that cannot be traced (it depends on values), or of several tensors; nothing to fuse.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
-    return FusedNetwork(model)
+    if recompute is not None and (isinstance(recompute, bool) or not isinstance(recompute, int)):
+        raise TypeError(f"fuse: recompute must be a number of products, got {recompute!r}")
+    if recompute is not None and recompute < 0:
+        raise ValueError(f"fuse: recompute must be at least 0, got {recompute}")
+    return FusedNetwork(model, recompute)
 
 
 __all__ = ["FusedNetwork", "NotFiniteError", "fuse"]

@@ -34,6 +34,11 @@ class QatPlanner(Planner):
         "convolution (QuantConv2d without bias, codes on both sides, code 0 for 0 in its input) that only a "
         "BatchNorm2d reads; make it one with quantize_(model, recipe, example), on the CPU"
     )
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, repeated: int = 0) -> None:
+        super().__init__(model, graph)
+        self.repeated = repeated  # sums of at most so many products are made again in the backward pass
+
     _max_pool_unit = QatMaxPool
     _join_unit = QatJoin
 
@@ -73,5 +78,7 @@ class QatPlanner(Planner):
         self._done.update(n for n in (conv, norm, last) if n is not None)
         self.fused.append(str(conv.target))
         self.units.append(
-            QatConvNorm((source.name,), result.name, layer, normalization, str(conv.target), last is not None)
+            QatConvNorm(
+                (source.name,), result.name, layer, normalization, str(conv.target), last is not None, self.repeated
+            )
         )

@@ -11,6 +11,7 @@ is faster (`qat_products`), else by torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -31,6 +32,8 @@ from .qat_products import input_gradient, takes_input_gradient, takes_weight_gra
 from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows
 from .units import Step, Unit
 from .values import NotFiniteError, Plain, Shape
+
+DEEPEST = 2  # convolutions one after the other that are repeated: those of a residual block
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class QatConvNorm(Unit):
     norm: nn.Module
     name: str  # of the convolution
     rectified: bool
+    repeated: int = 0  # sums of at most so many products are made again in the backward pass
     wide: set[int] = field(default_factory=set)  # precisions at which sums have not fit into 16 bits
 
     def level(self) -> nn.BatchNorm2d:
@@ -105,6 +109,8 @@ class QatConvNorm(Unit):
             scale=scale,
             offset=offset,
             rectified=self.rectified,
+            remake=partial(self._again, x, rule, weight, shape, data.dtype) if self._repeats(x) else None,
+            depth=x.depth + 1 if self._repeats(x) else 0,
         )
         step.env[self.result] = value
         pending = Pending(x, rule, weight, value, norm, batch)
@@ -117,30 +123,45 @@ class QatConvNorm(Unit):
             raise NotFiniteError(f"{self.name}: its input contains NaN or infinity")
 
     def _sums(self, x: Activation, rule: Rule, weight: IntegerWeight, shape: Shape) -> tuple[NDArray[Any], Any]:
-        layer = self.conv
-        planar = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).planar(2)
-        codes, precision = x.codes(rule), layer.precision
+        precision = self.conv.precision
         while True:
-            dtype = np.int32 if precision in self.wide else np.int16
-            out = x.pool.take(shape, dtype)
-            fits, moments = _engine.qat_convolution(
-                codes,
-                (rule.lo, rule.hi),
-                weight.high,
-                weight.low,
-                planar["stride"],
-                planar["dilation"],
-                planar["padding"],
-                layer.groups,
-                out,
-                True,
-                FASTEST,
-                torch.get_num_threads(),
-            )
+            out = x.pool.take(shape, np.int32 if precision in self.wide else np.int16)
+            fits, moments = self._convolve(x, rule, weight, out)
             if fits or precision in self.wide:
                 return out.reshape(-1, shape[3]), moments
             x.pool.give(out)
             self.wide.add(precision)
+
+    def _repeats(self, x: Activation) -> bool:
+        """Whether the sums are sooner made again than kept; not through a whole network without anything kept."""
+        return self.conv.weight[0].numel() <= self.repeated and x.depth < DEEPEST
+
+    def _again(self, x: Activation, rule: Rule, weight: IntegerWeight, shape: Shape, dtype: Any) -> NDArray[Any]:
+        """The sums of the forward pass: of integers, so the same."""
+        out = x.pool.take(shape, dtype)
+        self._convolve(x, rule, weight, out)
+        x.drop_codes()
+        return out.reshape(-1, shape[3])
+
+    def _convolve(self, x: Activation, rule: Rule, weight: IntegerWeight, out: NDArray[Any]) -> tuple[bool, Any]:
+        """Sums into `out`. Returns whether they fit, and their mean and variance a channel."""
+        layer = self.conv
+        planar = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).planar(2)
+        found: tuple[bool, Any] = _engine.qat_convolution(
+            x.codes(rule),
+            (rule.lo, rule.hi),
+            weight.high,
+            weight.low,
+            planar["stride"],
+            planar["dilation"],
+            planar["padding"],
+            layer.groups,
+            out,
+            True,
+            FASTEST,
+            torch.get_num_threads(),
+        )
+        return found
 
     @staticmethod
     def _normalize(
@@ -279,7 +300,9 @@ class QatJoin(Unit):
         def make() -> NDArray[Any]:
             return normed.values(other.real(), rectified=self.rectified)
 
-        value = Activation(make(), normed.shape, step.pool, step.real, rectified=self.rectified, remake=make)
+        # made again only of what is there: convolutions of a whole network would be repeated for its last sum
+        again = make if normed.depth == other.depth == 0 else None
+        value = Activation(make(), normed.shape, step.pool, step.real, rectified=self.rectified, remake=again)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value))
 

@@ -86,6 +86,7 @@ class Activation(Flow):
         real: dtype of floats and gradients that are made of it.
         pooled: the pool lent `data`, and gets it back.
         remake: makes `data` anew, in memory of the pool; then it is dropped between forward and backward pass.
+        depth: convolutions that `remake` repeats, one after the other.
 
     Attributes:
         arrived: gradients of the backward pass. wanted: whether anybody asks for them.
@@ -104,8 +105,9 @@ class Activation(Flow):
         rectified: bool = False,
         pooled: bool = True,
         remake: Callable[[], NDArray[Any]] | None = None,
+        depth: int = 0,
     ) -> None:
-        self.shape, self.pool, self.dtype = shape, pool, real
+        self.shape, self.pool, self.dtype, self.depth = shape, pool, real, depth
         self.scale = np.ones(shape[3]) if scale is None else scale
         self.offset = np.zeros(shape[3]) if offset is None else offset
         self.rectified, self.wanted, self.foreign = rectified, True, not pooled
@@ -202,19 +204,20 @@ class Activation(Flow):
         if self._real is not None and self._real_pooled:
             self.pool.give(self._real)
         self._real = None
-        self._drop_codes()
+        self.drop_codes()
         if self._remake is not None:
             self._drop_data()
 
     def release(self) -> None:
         """All that reads it has run, backward pass included."""
-        self._drop_codes()
+        self.drop_codes()
         self._drop_data()
         for one in self.arrived:
             self._give(one)
         self.arrived.clear()
 
-    def _drop_codes(self) -> None:
+    def drop_codes(self) -> None:
+        """The codes go; they are made again where somebody asks."""
         for codes in self._codes.values():
             self.pool.give(codes)
         self._codes.clear()
