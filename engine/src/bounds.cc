@@ -15,9 +15,9 @@ struct Signed {
   void add(const ConvShape& s, const int8_t* codes, int64_t count) {
     int32_t above = 0, below = 0;  // a loop that compilers vectorize
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t weight = s.mul * codes[i] + s.add;
-      above += std::max(weight, 0);
-      below += std::min(weight, 0);
+      const int16_t weight = static_cast<int16_t>(s.mul * codes[i] + s.add);
+      above += std::max<int16_t>(weight, 0);
+      below += std::min<int16_t>(weight, 0);
     }
     positive += above, negative += below;
   }
