@@ -48,7 +48,8 @@ void Graph::tile_bytes(int64_t bytes) {
 Operand Graph::operand(const std::string& name, int index) const {
   if (index < 0 || index >= values())
     fail(name, "input value " + str(index) + " does not exist yet, the graph has " + str(values()));
-  return {index, values_[static_cast<size_t>(index)]};
+  const size_t i = static_cast<size_t>(index);
+  return {index, values_[i], i == 0 ? nullptr : ops_[i - 1].get()};
 }
 
 OpWork Graph::work(int index) const {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bitstrata/graph.h"
+#include "bounds.h"
 
 namespace bitstrata {
 
@@ -21,7 +22,7 @@ struct Frame {
 // A requantization, as far as others can take it over.
 struct Part {
   enum Kind { other, rescale, codes } kind = other;
-  const RequantArgs* requant = nullptr;  // rescale: from i32 to i32; codes: to 8 bits, all channels in the 32-bit form
+  const RequantArgs* requant = nullptr;  // rescale: from i32 to i32; codes: to 8 bits, all channels low or all high
 };
 
 class Op {
@@ -47,6 +48,8 @@ class Op {
   virtual int64_t operations() const { return cost(); }
   virtual int64_t read_bytes(int64_t input_bytes) const { return input_bytes; }
   virtual const PeakLoop* peak() const { return nullptr; }
+  // Of each channel of the result, if more is proved than the Value says; else empty.
+  virtual std::vector<Bounds> bounds() const { return {}; }
 
   // What the operation is to those that may run it together with others.
   virtual Part part() const { return {}; }
@@ -66,10 +69,11 @@ struct Made {
   Value result;
 };
 
-// An operand: its index and what is known of it.
+// An operand: its index, what is known of it, and the operation whose result it is (null: the graph's input).
 struct Operand {
   int index;
   const Value& value;
+  const Op* op;
 };
 
 // `output` is the index the result will have.

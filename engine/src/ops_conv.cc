@@ -16,7 +16,8 @@ bool is_linear(const ConvShape& s) {
 
 class ConvOp final : public Op {
  public:
-  ConvOp(const ConvKernel& kernel, const PeakLoop& peak, const ConvShape& shape, const ConvParams& p, int x, int output)
+  ConvOp(const ConvKernel& kernel, const PeakLoop& peak, const ConvShape& shape, const ConvParams& p, bool bounds,
+         int x, int output)
       : Op({x}, output),
         kernel_(kernel),
         shape_(shape),
@@ -26,6 +27,7 @@ class ConvOp final : public Op {
         packed_bytes_(kernel.packed_bytes(shape)),
         packed_(packed_bytes_),
         peak_(kernel.peak != nullptr ? kernel.peak : &peak) {
+    if (bounds) bounds_ = sum_bounds(shape, p.codes);
     kernel_.pack(shape_, p.codes, p.pad_code, packed_.data());
     if (linear_) {
       shape_.in_h = shape_.out_h = kMaxExtent;
@@ -52,6 +54,7 @@ class ConvOp final : public Op {
   }
   int64_t constant_bytes() const override { return packed_bytes_; }
   const PeakLoop* peak() const override { return peak_; }
+  std::vector<Bounds> bounds() const override { return bounds_; }
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {
     const bool stage = stages(phase);
@@ -108,7 +111,8 @@ class ConvOp final : public Op {
   int64_t packed_bytes_;
   AlignedBuffer packed_;
   const PeakLoop* peak_;
-  const Op* next_ = nullptr;  // what run_fused does with the sums
+  std::vector<Bounds> bounds_;  // of each channel's sums, where a requantization can use them
+  const Op* next_ = nullptr;    // what run_fused does with the sums
 };
 
 // The bounds of the input with its pad codes; checks the pad codes.
@@ -182,8 +186,8 @@ Made make_conv(const Kernels& kernels, const std::string& name, Operand x, int o
   check_shape(name, "padded input", {s.padded_h(), s.padded_w(), s.in_c});
   check_pad_codes(name, x.value, p, &s);
   check_weights(name, p, p.dims[0] * p.dims[1] * p.dims[2] * p.dims[3], &s);
-  return {std::make_unique<ConvOp>(find_kernel(name, kernels, s, p.kernel), limits_of(kernels).products, s, p, x.index,
-                                   output),
+  return {std::make_unique<ConvOp>(find_kernel(name, kernels, s, p.kernel), limits_of(kernels).products, s, p,
+                                   kernels.requant_forms, x.index, output),
           Value{result, DType::i32}};
 }
 

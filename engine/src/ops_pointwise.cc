@@ -2,7 +2,7 @@
 
 #include "checks.h"
 #include "ops.h"
-#include "requant_short.h"
+#include "requant_forms.h"
 
 namespace bitstrata {
 namespace {
@@ -12,39 +12,34 @@ int index_of(DType t) { return static_cast<int>(t); }
 // Item: a pixel, or an element where channels do not matter.
 class RequantOp final : public Op {
  public:
-  RequantOp(RequantFn fn, bool in_short, const Value& x, const RequantParams& p, int input, int output)
-      : Op({input}, output),
+  RequantOp(RequantFn fn, bool in_forms, const Operand& operand, const RequantParams& p, int output)
+      : Op({operand.index}, output),
         fn_(fn),
-        pixels_(x.shape.pixels()),
-        x_bytes_(x.shape.c * size_of(x.dtype)),
-        out_bytes_(x.shape.c * size_of(p.dtype)),
+        pixels_(operand.value.shape.pixels()),
+        x_bytes_(p.channels * size_of(operand.value.dtype)),
+        out_bytes_(p.channels * size_of(p.dtype)),
         multiplier_(p.multiplier, p.multiplier + p.channels),
         bias_(p.bias, p.bias + p.channels),
         shift_(p.shift, p.shift + p.channels),
         args_{multiplier_.data(),        bias_.data(), shift_.data(), p.channels, static_cast<int32_t>(p.lo),
               static_cast<int32_t>(p.hi)} {
-    if (!in_short) return;
-    short_ = ShortRequant(args_);
-    if (short_.in_short.empty()) return;
-    args_.from = short_.from.data();
-    args_.to = short_.to.data();
-    args_.factor = short_.multiplier.data();
-    args_.addend = short_.addend.data();
-    args_.places = short_.shift.data();
-    args_.in_short = short_.in_short.data();
+    if (!in_forms) return;
+    std::vector<Bounds> bounds = operand.op != nullptr ? operand.op->bounds() : std::vector<Bounds>();
+    if (bounds.empty()) bounds.assign(static_cast<size_t>(p.channels), {operand.value.lo, operand.value.hi});
+    forms_ = RequantForms(args_, bounds);
+    forms_.give(&args_);
   }
 
   int64_t items(int, int64_t images) const override { return pixels_ * images; }
   int64_t items_of_pixel() const override { return 1; }
   int64_t cost() const override { return pixels_ * args_.channels; }
   Part part() const override {
-    const bool all = std::all_of(short_.in_short.begin(), short_.in_short.end(), [](uint8_t is) { return is != 0; });
     if (x_bytes_ == 4 * args_.channels && out_bytes_ == 4 * args_.channels) return {Part::rescale, &args_};
-    if (args_.in_short != nullptr && all && out_bytes_ == args_.channels) return {Part::codes, &args_};
+    if (forms_.in_registers() && out_bytes_ == args_.channels) return {Part::codes, &args_};
     return {};
   }
   int64_t constant_bytes() const override {
-    return static_cast<int64_t>(args_.channels * 3 * sizeof(int64_t)) + short_.bytes();
+    return static_cast<int64_t>(args_.channels * 3 * sizeof(int64_t)) + forms_.bytes();
   }
   void run(int, const Frame& f, int64_t begin, int64_t end) const override {
     fn_(args_, f.values[inputs[0]] + begin * x_bytes_, f.values[output] + begin * out_bytes_, end - begin);
@@ -55,7 +50,7 @@ class RequantOp final : public Op {
   int64_t pixels_, x_bytes_, out_bytes_;
   std::vector<int64_t> multiplier_, bias_, shift_;
   RequantArgs args_;
-  ShortRequant short_;
+  RequantForms forms_;
 };
 
 class AddOp final : public Op {
@@ -122,7 +117,7 @@ Made make_requant(const Kernels& kernels, const std::string& name, Operand x, in
   for (int64_t c = 0; c < p.channels; ++c) check_range(name, "shift", p.shift[c], 0, 62);
   check_bounds(name, p.dtype, p.lo, p.hi);
   const RequantFn fn = kernels.requant[index_of(x.value.dtype)][index_of(p.dtype)];
-  return {std::make_unique<RequantOp>(fn, kernels.short_requant, x.value, p, x.index, output),
+  return {std::make_unique<RequantOp>(fn, kernels.requant_forms, x, p, output),
           Value{x.value.shape, p.dtype, static_cast<int32_t>(p.lo), static_cast<int32_t>(p.hi)}};
 }
 

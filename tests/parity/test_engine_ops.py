@@ -357,7 +357,7 @@ def test_requant_random(data: st.DataObject) -> None:
     requant_case(x, m, b, shift, dtype_out, bounds=data.draw(st.sampled_from([None, (lo, hi)])))
 
 
-@pytest.mark.parametrize("levels", [(0, 1), (0, 3), (0, 15), (-8, 7), (-32, 31), (0, 63), (0, 64), (5, 5)])
+@pytest.mark.parametrize("levels", [(0, 1), (0, 15), (-8, 7), (0, 63), (0, 64), (5, 5), (0, 255), (-128, 127)])
 @pytest.mark.parametrize("reach", [8, 12, 17, 24, 31])
 def test_requant_at_every_step(levels: tuple[int, int], reach: int) -> None:
     """Inputs on both sides of each step between two results, which arithmetic in fewer bits would move.

@@ -74,20 +74,29 @@ struct ConvKernel {
   void (*pack_part)(const ConvShape&, const WeightCodes&, const uint8_t* factor, const int32_t* pad, void* packed,
                     int64_t part) = nullptr;
   const PeakLoop* peak = nullptr;  // what bounds this kernel; null: the row's
-  // `run` and the requantization of its result to 8 bits, all of whose channels have the form in 32 bits. Null: none.
+  // `run` and the requantization of its result to 8 bits, all of whose channels have the low or all the high
+  // form. Null: none.
   void (*run_codes)(const ConvShape&, const void* packed, const void* staged, const RequantArgs&, uint8_t* out,
                     int64_t row_begin, int64_t row_end) = nullptr;
 };
+
+// How sixteen neighbouring channels are requantized; all forms give the same integers where they may be used.
+//   wide: in 64 bits, as RequantArgs says.
+//   low: out = (clamp(x, from[c], to[c]) * factor[c] + addend[c]) >> places[c], modulo 2^32 throughout.
+//   high: out = clamp(h >> places[c], lo, hi) with h the upper 32 bits of x * factor[c] + bias[c].
+//   narrow: out = clamp(y, lo, hi) with y the lower 32 bits of (x * factor[c] + bias[c]) >> shift[c]; shift[c] <= 32.
+enum class RequantForm : uint8_t { wide, low, high, narrow };
 
 // out = clamp((x * multiplier[c] + bias[c]) >> shift[c], lo, hi); shift in 0..62, multiplier within int32.
 struct RequantArgs {
   const int64_t *multiplier, *bias, *shift;  // (channels,) each
   int64_t channels;
   int32_t lo, hi;
-  // The same function in 32 bits (see src/requant_short.h), or null: for channels 16 i to 16 i + 15 where in_short[i],
-  // out = (clamp(x, from[c], to[c]) * factor[c] + addend[c]) >> places[c] for every int32 x, modulo 2^32 throughout.
+  // The other forms' constants (see src/requant_forms.h), or null. form[i]: of channels 16 i to 16 i + 15.
+  const RequantForm* form = nullptr;
   const int32_t *from = nullptr, *to = nullptr, *factor = nullptr, *addend = nullptr, *places = nullptr;  // (channels,)
-  const uint8_t* in_short = nullptr;  // (channels / 16, rounded up,)
+
+  RequantForm form_of(int64_t channel) const { return form == nullptr ? RequantForm::wide : form[channel / 16]; }
 };
 using RequantFn = void (*)(const RequantArgs&, const void* x, void* out, int64_t pixels);
 
@@ -168,7 +177,7 @@ struct Kernels {
   PoolFn max_pool[kDTypes];
   PoolFn sum_pool[kDTypes];    // the result is i32
   PoolFn sum_codes[kDTypes];   // the result has the input's type and wraps; none for i32
-  bool short_requant = false;  // requant uses RequantArgs::factor and the like
+  bool requant_forms = false;  // requant uses RequantArgs::form
   const Training* training;    // quantization and normalization of a training step
   const ProductKernels* products;
   // The first thing that the processor or its operating system lacks, null if `supported`. If there is no such

@@ -16,25 +16,94 @@ namespace {
 inline __m256i load(const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 inline __m256i load(const int64_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 
-// Four channels c.. of x, in int64. AVX2 has no arithmetic right shift of 64 bits: with 2^63 added, the logical shift
-// gives the quotient plus 2^(63 - s), exactly.
-inline __m256i requant_four(const RequantArgs& a, int64_t c, const int32_t* x, __m256i lo, __m256i hi) {
-  const __m256i sign = _mm256_set1_epi64x(INT64_MIN);
-  const __m256i wide = _mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  const __m256i product = _mm256_mul_epi32(wide, load(a.multiplier + c));
-  const __m256i biased = _mm256_add_epi64(_mm256_add_epi64(product, load(a.bias + c)), sign);
-  const __m256i shift = load(a.shift + c);
-  __m256i y = _mm256_sub_epi64(_mm256_srlv_epi64(biased, shift), _mm256_srlv_epi64(sign, shift));
-  y = _mm256_blendv_epi8(y, hi, _mm256_cmpgt_epi64(y, hi));
-  return _mm256_blendv_epi8(y, lo, _mm256_cmpgt_epi64(lo, y));
-}
+// Eight channels, from channel c on, in each of the forms of requantization.
+struct EightWide {
+  EightWide(const RequantArgs& a, int64_t c) : a(a), c(c), lo(_mm256_set1_epi64x(a.lo)), hi(_mm256_set1_epi64x(a.hi)) {}
+  __m256i operator()(__m256i x) const {
+    const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    const __m256i low = _mm256_permutevar8x32_epi32(four(_mm256_castsi256_si128(x), c), even);
+    const __m256i high = _mm256_permutevar8x32_epi32(four(_mm256_extracti128_si256(x, 1), c + 4), even);
+    return _mm256_blend_epi32(low, high, 0xF0);
+  }
+  // AVX2 has no arithmetic right shift of 64 bits: with 2^63 added, the logical shift gives the quotient plus
+  // 2^(63 - s), exactly.
+  __m256i four(__m128i x, int64_t channel) const {
+    const __m256i sign = _mm256_set1_epi64x(INT64_MIN);
+    const __m256i product = _mm256_mul_epi32(_mm256_cvtepi32_epi64(x), load(a.multiplier + channel));
+    const __m256i biased = _mm256_add_epi64(_mm256_add_epi64(product, load(a.bias + channel)), sign);
+    const __m256i shift = load(a.shift + channel);
+    __m256i y = _mm256_sub_epi64(_mm256_srlv_epi64(biased, shift), _mm256_srlv_epi64(sign, shift));
+    y = _mm256_blendv_epi8(y, hi, _mm256_cmpgt_epi64(y, hi));
+    return _mm256_blendv_epi8(y, lo, _mm256_cmpgt_epi64(lo, y));
+  }
+  const RequantArgs& a;
+  int64_t c;
+  __m256i lo, hi;
+};
 
-// Eight channels c.. of x in 32 bits, where that was proved to give the same integers.
-inline __m256i requant_eight_short(const RequantArgs& a, int64_t c, const int32_t* x) {
-  const __m256i inside = _mm256_min_epi32(_mm256_max_epi32(load(x), load(a.from + c)), load(a.to + c));
-  const __m256i y = _mm256_add_epi32(_mm256_mullo_epi32(inside, load(a.factor + c)), load(a.addend + c));
-  return _mm256_srav_epi32(y, load(a.places + c));
-}
+struct EightLow {
+  EightLow(const RequantArgs& a, int64_t c)
+      : from(load(a.from + c)),
+        to(load(a.to + c)),
+        factor(load(a.factor + c)),
+        addend(load(a.addend + c)),
+        places(load(a.places + c)) {}
+  __m256i operator()(__m256i x) const {
+    const __m256i inside = _mm256_min_epi32(_mm256_max_epi32(x, from), to);
+    return _mm256_srav_epi32(_mm256_add_epi32(_mm256_mullo_epi32(inside, factor), addend), places);
+  }
+  __m256i from, to, factor, addend, places;
+};
+
+// Eight channels' int64, of lanes 0, 2, 4, 6 and of lanes 1, 3, 5, 7.
+struct Parities {
+  explicit Parities(const int64_t* from) {
+    const __m256i low = load(from), high = load(from + 4);
+    even = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(low, high), 0xD8);
+    odd = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(low, high), 0xD8);
+  }
+  __m256i even, odd;
+};
+
+// x * factor + bias of eight channels in 64 bits.
+struct Products {
+  Products(const RequantArgs& a, int64_t c)
+      : even(load(a.factor + c)), odd(_mm256_srli_epi64(even, 32)), bias(a.bias + c) {}
+  __m256i of_even(__m256i x) const { return _mm256_add_epi64(_mm256_mul_epi32(x, even), bias.even); }
+  __m256i of_odd(__m256i x) const {
+    return _mm256_add_epi64(_mm256_mul_epi32(_mm256_srli_epi64(x, 32), odd), bias.odd);
+  }
+  __m256i even, odd;
+  Parities bias;
+};
+
+struct EightHigh {
+  EightHigh(const RequantArgs& a, int64_t c)
+      : products(a, c), places(load(a.places + c)), lo(_mm256_set1_epi32(a.lo)), hi(_mm256_set1_epi32(a.hi)) {}
+  __m256i operator()(__m256i x) const {
+    const __m256i upper = _mm256_blend_epi32(_mm256_shuffle_epi32(products.of_even(x), 0xF5), products.of_odd(x), 0xAA);
+    return _mm256_min_epi32(_mm256_max_epi32(_mm256_srav_epi32(upper, places), lo), hi);
+  }
+  Products products;
+  __m256i places, lo, hi;
+};
+
+struct EightNarrow {
+  EightNarrow(const RequantArgs& a, int64_t c)
+      : products(a, c),
+        shift(a.shift + c),
+        odd_up(_mm256_sub_epi64(_mm256_set1_epi64x(32), shift.odd)),
+        lo(_mm256_set1_epi32(a.lo)),
+        hi(_mm256_set1_epi32(a.hi)) {}
+  __m256i operator()(__m256i x) const {
+    const __m256i y = _mm256_blend_epi32(_mm256_srlv_epi64(products.of_even(x), shift.even),
+                                         _mm256_sllv_epi64(products.of_odd(x), odd_up), 0xAA);
+    return _mm256_min_epi32(_mm256_max_epi32(y, lo), hi);
+  }
+  Products products;
+  Parities shift;
+  __m256i odd_up, lo, hi;  // odd_up: what brings an odd lane's result to the upper 32 bits
+};
 
 inline void store_eight(int32_t* to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
 
@@ -50,25 +119,41 @@ inline void store_eight(int8_t* to, __m256i v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(narrow, narrow));
 }
 
-// From i32. Eight channels at a time; the clamped results fit the output's type, so that packing keeps them.
+constexpr int64_t kPixels = 64;  // that pass together, so that they stay in the cache
+
+template <typename Constants, typename Out>
+inline void requant_eight(const Constants& constants, const int32_t* x, Out* to, int64_t pitch, int64_t pixels) {
+  for (int64_t p = 0; p < pixels; ++p, x += pitch, to += pitch) store_eight(to, constants(load(x)));
+}
+
+// From i32. Eight channels of many pixels at a time, so that their constants stay in registers; the clamped results fit
+// the output's type, so that packing keeps them.
 template <typename Out>
 void requant_i32(const RequantArgs& a, const void* x, void* out, int64_t pixels) {
-  const __m256i lo = _mm256_set1_epi64x(a.lo), hi = _mm256_set1_epi64x(a.hi);
-  const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
   const int32_t* in = static_cast<const int32_t*>(x);
   Out* to = static_cast<Out*>(out);
-  for (int64_t p = 0; p < pixels; ++p, in += a.channels, to += a.channels) {
+  for (int64_t first = 0; first < pixels; first += kPixels, in += kPixels * a.channels, to += kPixels * a.channels) {
+    const int64_t some = smaller(kPixels, pixels - first);
     int64_t c = 0;
     for (; c + 8 <= a.channels; c += 8) {
-      if (a.in_short != nullptr && a.in_short[c / 16] != 0) {
-        store_eight(to + c, requant_eight_short(a, c, in + c));
-        continue;
+      const auto pass = [&](const auto& constants) { requant_eight(constants, in + c, to + c, a.channels, some); };
+      switch (a.form_of(c)) {
+        case RequantForm::low:
+          pass(EightLow(a, c));
+          break;
+        case RequantForm::high:
+          pass(EightHigh(a, c));
+          break;
+        case RequantForm::narrow:
+          pass(EightNarrow(a, c));
+          break;
+        case RequantForm::wide:
+          pass(EightWide(a, c));
       }
-      const __m256i low = _mm256_permutevar8x32_epi32(requant_four(a, c, in + c, lo, hi), even);
-      const __m256i high = _mm256_permutevar8x32_epi32(requant_four(a, c + 4, in + c + 4, lo, hi), even);
-      store_eight(to + c, _mm256_blend_epi32(low, high, 0xF0));
     }
-    for (; c < a.channels; ++c) to[c] = static_cast<Out>(requant_one(a, c, in[c]));
+    for (int64_t p = 0; p < some && c < a.channels; ++p)
+      for (int64_t i = c; i < a.channels; ++i)
+        to[p * a.channels + i] = static_cast<Out>(requant_one(a, i, in[p * a.channels + i]));
   }
 }
 

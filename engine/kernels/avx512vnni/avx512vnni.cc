@@ -16,40 +16,43 @@ extern const ProductKernels kAvx512VnniProducts;
 extern const Limits kAvx512VnniLimits;
 namespace {
 
-// The 64-bit results of lanes 0, 2, 4... or, of x moved down, 1, 3, 5...: eight channels of a vector of sixteen.
-struct Half {
-  __m512i multiplier, bias, shift;
-};
-
-inline __m512i requant_half(const Half& h, __m512i x, __m512i lo, __m512i hi) {
-  const __m512i y = _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, h.multiplier), h.bias), h.shift);
-  return _mm512_min_epi64(_mm512_max_epi64(y, lo), hi);
-}
-
-// The constants of sixteen channels.
+// Sixteen channels in 64 bits.
 struct Sixteen {
-  Sixteen(const RequantArgs& a, int64_t c, __mmask16 mask) {
-    split(a.multiplier + c, mask, &Half::multiplier);
-    split(a.bias + c, mask, &Half::bias);
-    split(a.shift + c, mask, &Half::shift);
-    lo = _mm512_set1_epi64(a.lo);
-    hi = _mm512_set1_epi64(a.hi);
-  }
+  Sixteen(const RequantArgs& a, int64_t c, __mmask16 mask)
+      : multiplier(a.multiplier + c, mask),
+        bias(a.bias + c, mask),
+        shift(a.shift + c, mask),
+        lo(_mm512_set1_epi64(a.lo)),
+        hi(_mm512_set1_epi64(a.hi)) {}
   __m512i operator()(__m512i x) const {
-    const __m512i even = requant_half(half[0], x, lo, hi);
-    const __m512i odd = requant_half(half[1], _mm512_srli_epi64(x, 32), lo, hi);
+    const __m512i even = half(x, multiplier.even, bias.even, shift.even);
+    const __m512i odd = half(_mm512_srli_epi64(x, 32), multiplier.odd, bias.odd, shift.odd);
     return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
   }
-  void split(const int64_t* from, __mmask16 mask, __m512i Half::* member) {
-    const __m512i low = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), from);
-    const __m512i high = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask >> 8), from + 8);
-    const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14),
-                  odd = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
-    half[0].*member = _mm512_permutex2var_epi64(low, even, high);
-    half[1].*member = _mm512_permutex2var_epi64(low, odd, high);
+  __m512i half(__m512i x, __m512i m, __m512i b, __m512i s) const {
+    const __m512i y = _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, m), b), s);
+    return _mm512_min_epi64(_mm512_max_epi64(y, lo), hi);
   }
-  Half half[2];
+  Parities multiplier, bias, shift;
   __m512i lo, hi;
+};
+
+// The same, of results that fit 32 bits.
+struct SixteenNarrow {
+  SixteenNarrow(const RequantArgs& a, int64_t c, __mmask16 mask)
+      : products(a, c, mask),
+        shift(a.shift + c, mask),
+        odd_up(_mm512_sub_epi64(_mm512_set1_epi64(32), shift.odd)),
+        lo(_mm512_set1_epi32(a.lo)),
+        hi(_mm512_set1_epi32(a.hi)) {}
+  __m512i operator()(__m512i x) const {
+    const __m512i y = _mm512_mask_blend_epi32(0xAAAA, _mm512_srlv_epi64(products.of_even(x), shift.even),
+                                              _mm512_sllv_epi64(products.of_odd(x), odd_up));
+    return _mm512_min_epi32(_mm512_max_epi32(y, lo), hi);
+  }
+  Products products;
+  Parities shift;
+  __m512i odd_up, lo, hi;  // odd_up: what brings an odd lane's result to the upper 32 bits
 };
 
 inline __m512i load(const int32_t* x, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, x); }
@@ -78,10 +81,20 @@ void requant_few(const RequantArgs& a, const In* x, Out* out, int64_t pixels) {
     const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
     const In* in = x + c;
     Out* to = out + c;
-    if (a.in_short != nullptr && a.in_short[c / 16] != 0)
-      requant_pixels(SixteenShort(a, c, mask), in, to, a.channels, pixels, mask);
-    else
-      requant_pixels(Sixteen(a, c, mask), in, to, a.channels, pixels, mask);
+    const auto pass = [&](const auto& constants) { requant_pixels(constants, in, to, a.channels, pixels, mask); };
+    switch (a.form_of(c)) {
+      case RequantForm::low:
+        pass(SixteenLow(a, c, mask));
+        break;
+      case RequantForm::high:
+        pass(SixteenHigh(a, c, mask));
+        break;
+      case RequantForm::narrow:
+        pass(SixteenNarrow(a, c, mask));
+        break;
+      case RequantForm::wide:
+        pass(Sixteen(a, c, mask));
+    }
   }
 }
 

@@ -143,8 +143,8 @@ void convolve(const Block<Out>& b) {
   const int64_t last = b.channels - (kV - 1) * kLanes;
   const __mmask16 mask = static_cast<__mmask16>((1u << last) - 1);
   each<kV>([&](auto j) {
-    const typename Results<Out>::template Vector<j == kV - 1> store(b.out, j, mask);
-    each<kP>([&](auto i) { store(i, sum[i][j]); });
+    b.out.template vector<j == kV - 1>(j, mask,
+                                       [&](const auto& store) { each<kP>([&](auto i) { store(i, sum[i][j]); }); });
   });
 }
 

@@ -81,8 +81,7 @@ struct NarrowConv {
             _mm512_add_epi32(_mm512_mullo_epi32(sum[i], mul), _mm512_add_epi32(r.first, _mm512_set1_epi32(r.added[i])));
       });
     }
-    const typename Results<Out>::template Vector<true> store(r.out, 0, r.channels);
-    each<kP>([&](auto i) { store(i, sum[i]); });
+    r.out.template vector<true>(0, r.channels, [&](const auto& store) { each<kP>([&](auto i) { store(i, sum[i]); }); });
   }
 
   // `pixels` output pixels of a row: as few blocks as can be, of nearly equal size.

@@ -245,8 +245,9 @@ struct ToCodes {
     const Results<uint8_t> codes = out.from(pixel, channel);
     for (int64_t q = 0; q * kLanes < line.channels; ++q) {
       const int64_t left = min64(kLanes, line.channels - q * kLanes);
-      const Results<uint8_t>::Vector<true> store(codes, q, static_cast<__mmask16>((1u << left) - 1));
-      for (int64_t i = 0; i < pixels; ++i) store(i, _mm512_load_si512(sums + i * kBlock + q * kLanes));
+      codes.vector<true>(q, static_cast<__mmask16>((1u << left) - 1), [&](const auto& store) {
+        for (int64_t i = 0; i < pixels; ++i) store(i, _mm512_load_si512(sums + i * kBlock + q * kLanes));
+      });
     }
   }
   Results<uint8_t> out;

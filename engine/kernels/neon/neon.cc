@@ -76,7 +76,7 @@ void requant_i32(const RequantArgs& a, const void* x, void* out, int64_t pixels)
     const int64_t some = smaller(kPixels, pixels - first);
     int64_t c = 0;
     for (; c + 8 <= a.channels; c += 8) {
-      if (a.in_short != nullptr && a.in_short[c / 16] != 0)
+      if (a.form_of(c) == RequantForm::low)
         requant_eight<Short>(a, c, in + c, to + c, some);
       else
         requant_eight<Long>(a, c, in + c, to + c, some);
