@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitstrata.train import checkpoint, snapshot
 from bitstrata.train.config import Level, TrainConfig
-from bitstrata.train.distributed import Distributed
+from bitstrata.train.distributed import Distributed, refuse_distributed
 from bitstrata.train.evaluate import accuracies, count_correct, place
 from bitstrata.train.guard import Guard
 from bitstrata.train.keeper import Keeper
@@ -78,6 +78,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         tensorboard: str | Path | None = None,
     ) -> None:
+        refuse_distributed(model)
         self.ranks = Distributed(accelerator)
         self.model = model
         self.config = config
