@@ -204,7 +204,9 @@ def test_graphs_have_one_node_whose_gradient_is_the_same():
     for case in (FREE[0], FREE[5], FREE[8], FREE[9]):
         x = torch.randn(3, 40)
         given = (x.requires_grad_(), torch.ones(1), None, case.name, case.numbers(), 1.0)
-        torch.library.opcheck(torch.ops.bitstrata.fake_quantize, given, test_utils=("test_schema", "test_faketensor"))
+        if case is FREE[8]:  # opcheck takes seconds
+            quick = ("test_schema", "test_faketensor")
+            torch.library.opcheck(torch.ops.bitstrata.fake_quantize, given, test_utils=quick)
         value, d_x = run(case, x, torch.ones_like(x))
         node = torch.ops.bitstrata.fake_quantize(*given)
         (d_node,) = torch.autograd.grad(node.sum(), x)

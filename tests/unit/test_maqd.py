@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitstrata.functional.multi_state import surrogate_slope
 from bitstrata.nn.layer_batch_norm import LayerBatchNorm1d, fold
 from bitstrata.quantizers import build, build_transform
-from bitstrata.functional.multi_state import surrogate_slope
 from bitstrata.quantizers.maqd import MaQDActivation, MaQDWeight, width_of
 
 WEIGHTS = [-4, -3, -1.6, -1.4, 0, 0.2, 1.4, 1.6, 2.9, 3.1]
