@@ -20,13 +20,13 @@ using bitstrata::FakeGrid;
 using bitstrata::FakeRule;
 using bitstrata::FakeTensor;
 
-const char* const kNames[bitstrata::kFakeGrids] = {"uniform",  "affine", "symmetric", "nested",
-                                                   "vertical", "unit",   "centred"};
+const char* const kNames[bitstrata::kFakeGrids] = {"uniform", "affine", "symmetric",  "nested", "vertical", "unit",
+                                                   "centred", "tanh",   "tanh_floor", "scaled", "sigmoids"};
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("fake_quantize: " + what); }
 
 FakeRule rule_of(const std::string& grid, int lo, int hi, int shift, float add, float slope_add, bool open_range,
-                 bool everywhere, bool calibrated) {
+                 bool everywhere, bool calibrated, float factor, float rounded, float gain) {
   FakeRule r;
   int index = 0;
   while (index < bitstrata::kFakeGrids && grid != kNames[index]) ++index;
@@ -34,9 +34,12 @@ FakeRule rule_of(const std::string& grid, int lo, int hi, int shift, float add, 
   if (lo > hi || lo < -256 || hi > 256)
     fail("codes " + std::to_string(lo) + ".." + std::to_string(hi) + " are not within -256..256");
   if (shift < 0 || shift > 7) fail("shift must be in 0..7, got " + std::to_string(shift));
+  if (grid == std::string("sigmoids") && !(factor >= 0.05f))
+    fail("sigmoids must be 0.05 wide or wider, got " + std::to_string(factor));
   r.grid = static_cast<FakeGrid>(index);
   r.lo = lo, r.hi = hi, r.shift = shift, r.add = add, r.slope_add = slope_add;
   r.open_range = open_range, r.everywhere = everywhere, r.calibrated = calibrated;
+  r.factor = factor, r.rounded = rounded, r.gain = gain;
   return r;
 }
 
@@ -73,7 +76,8 @@ void backward(const FakeRule& rule, int64_t outer, int64_t channels, int64_t inn
 void bind_fake_quantize(nb::module_& m) {
   nb::class_<FakeRule>(m, "FakeRule")
       .def(nb::new_(&rule_of), "grid"_a, "lo"_a, "hi"_a, "shift"_a = 0, "add"_a = 0.0f, "slope_add"_a = 0.0f,
-           "open_range"_a = false, "everywhere"_a = false, "calibrated"_a = false);
+           "open_range"_a = false, "everywhere"_a = false, "calibrated"_a = false, "factor"_a = 1.0f,
+           "rounded"_a = 1.0f, "gain"_a = 1.0f);
   m.def("fake_quantize", &forward);
   m.def("fake_quantize_gradient", &backward);
 }

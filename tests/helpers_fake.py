@@ -7,7 +7,9 @@ from torch import Tensor
 
 from bitstrata.functional.affine import Affine
 from bitstrata.functional.clipping import Clipping
+from bitstrata.functional.companded import Companded
 from bitstrata.functional.formula import Formula
+from bitstrata.functional.multi_state import Scaled, Sigmoids
 from bitstrata.functional.nested import Nested
 from bitstrata.functional.symmetric import Symmetric
 from bitstrata.functional.uniform import Uniform
@@ -21,6 +23,13 @@ CASES = (
     Nested(8, 3), Nested(1, 1), Vertical(8, 8, 0.0, 0.0), Vertical(8, 2, 63 / 128, 63 / 128), Vertical(4, 3, 0.25, 0.0),
     Affine(15), Affine(1), Affine(255), Clipping(15, False, False), Clipping(15, False, True), Clipping(1, True, True),
     Clipping(15, True, False), Clipping(3, False, False, True), Clipping(255, True, True),
+)  # fmt: skip
+FREE = (  # those whose grid has no step
+    Scaled(1, 1.0, 1 / 3, 1 / 3), Scaled(4, 4.0, 0.5, 1.0), Scaled(15, 7.5, 1 / 3, 1 / 3), Scaled(127, 127.0, 0.5, 0.5),
+    Sigmoids(1, 0.25, 1.0), Sigmoids(15, 0.25, 1 / 15), Sigmoids(3, 3.0, 1.0), Sigmoids(255, 0.05, 1 / 255),
+    Companded(4, False, 0.5, False, True), Companded(2, True, 0.0, False, False),
+    Companded(1, False, 0.5, False, False), Companded(8, True, 0.5, False, True),
+    Companded(8, False, 0.5, False, False),
 )  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 

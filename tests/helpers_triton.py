@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from helpers_fake import BY_CHANNEL, CASES, DTYPES, name_of, parameters, sample
+from helpers_fake import BY_CHANNEL, CASES, DTYPES, FREE, name_of, parameters, sample
 from torch import Tensor
 
 from bitstrata.functional import triton_fake
+from bitstrata.functional.companded import Companded
 from bitstrata.functional.formula import Formula
+from bitstrata.functional.multi_state import Sigmoids
 
 
 def same(what: str, found: Tensor, expected: Tensor) -> None:
@@ -33,8 +35,33 @@ def compare(case: Formula, x: Tensor, step: Tensor, extra: Tensor | None, needs:
             )
 
 
+def compare_free(case: Formula, x: Tensor) -> None:
+    """A formula without a step; of those with tanh, what comes after it."""
+    what = f"{name_of(case)}, {x.dtype}, {tuple(x.shape)}"
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype)
+    inner, step = case.prepared(x, torch.ones(1))
+    same(what, triton_fake.forward(inner, step, None, case), case.value(inner, step, None))
+    needs = case.kernel_needs((True, False, False))
+    found = triton_fake.backward(grad, inner, step, None, case, needs=needs, factor=1.0)
+    (d_x, *_) = case.completed(found, inner, step)
+    (expected, *_) = case.gradients(grad, inner, step, None, needs=(True, False, False), factor=1.0)
+    if isinstance(case, Sigmoids | Companded):
+        rough = 0.01 if x.dtype == torch.bfloat16 else 4e-6
+        torch.testing.assert_close(
+            d_x, expected.to(d_x.dtype), rtol=rough, atol=rough, msg=lambda text: f"{what}: {text}"
+        )
+    else:
+        same(what, d_x, expected)
+
+
 def main() -> None:
     count = 0
+    for index, case in enumerate(FREE):
+        for dtype in DTYPES[index % 2 :][:1] if index % 3 else DTYPES:
+            compare_free(
+                case, sample((2, 700), torch.tensor([0.4]), dtype, index).nan_to_num(0, 50, -50).clamp(-50, 50)
+            )
+            count += 1
     for index, case in enumerate(CASES):
         for dtype in DTYPES if index % 4 == 0 else DTYPES[index % 2 :][:1]:
             for channels in (1, 2) if case.name in BY_CHANNEL and index % 3 == 1 else (1,):

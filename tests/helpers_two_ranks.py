@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -111,8 +112,8 @@ def accumulated(rank: int, world: int) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def fully_sharded(rank: int, world: int) -> dict[str, Tensor]:
-    """Gradients of a joint step with sharded parameters, gathered."""
+def fully_sharded(rank: int, world: int) -> dict[str, Any]:
+    """Gradients of a joint step with sharded parameters, the weights after it, gathered, and what the Trainer says."""
     model = bs.synchronize_(quantized("strata"))
     x, y = (share(t, rank, world) for t in batch())
     bs.calibrate_(model, [x])
@@ -127,7 +128,19 @@ def fully_sharded(rank: int, world: int) -> dict[str, Tensor]:
     for _ in range(2):  # gradients accumulate
         bs.joint_backward(model, x, y)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+    gradients = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = copied(get_model_state_dict(model, options=whole) if world > 1 else model.state_dict())
+    if state:  # the first rank's
+        quantized("strata").load_state_dict(state)
+    refusal = ""
+    if world > 1:
+        try:
+            Trainer(model, TrainConfig(epochs=1, lr=0.1, batch_size=4), [(x, y)])
+        except ValueError as error:
+            refusal = str(error)
+    return {"gradients": gradients, "state": state, "refusal": refusal}
 
 
 class Double(data.Loader):

@@ -68,6 +68,23 @@ FakeArgs args_of(const FakeRule& rule, const FakeTensor& t, int64_t channel) {
     case FakeGrid::kCentred:
       set_clipping(a, rule, step);
       break;
+    case FakeGrid::kTanh:
+    case FakeGrid::kTanhFloor:
+      a.divisor = plain(step);
+      a.scale = rule.grid == FakeGrid::kTanh ? 2.0f / (a.hi - a.lo) : 1.0f / -a.lo;
+      a.add = rule.grid == FakeGrid::kTanh ? 0.5f : rule.add;
+      break;
+    case FakeGrid::kScaled:
+      a.divisor = rule.factor, a.unit = rule.rounded, a.gain = rule.gain;
+      a.scale = 1.0f / a.hi;
+      set_range(a, rule, -1.0f, 1.0f);
+      break;
+    case FakeGrid::kSigmoids:
+      a.divisor = 1.0f;
+      a.scale = 1.0f / a.hi;
+      a.gain = rule.gain, a.alpha = rule.factor;
+      a.reach = 20.0f + 0.5f / rule.factor;
+      break;
   }
   return a;
 }
@@ -78,7 +95,13 @@ class Pieces {
   Pieces(const FakeRule& rule, const FakeTensor& t)
       : inner_(t.inner), by_row_((t.inner + kBlock - 1) / kBlock), count_(t.outer * t.channels * by_row_) {
     for (int64_t c = 0; c < t.channels; ++c) args_.push_back(args_of(rule, t, c));
+    if (rule.grid != FakeGrid::kSigmoids) return;
+    for (int m = 1; m <= rule.hi; ++m)
+      ratios_.push_back(static_cast<float>(std::exp(((m - 0.5) / rule.hi - 0.5) / rule.factor)));
+    for (FakeArgs& a : args_) a.ratios = ratios_.data(), a.count = rule.hi;
   }
+  Pieces(const Pieces&) = delete;  // whose arguments point to ratios
+  Pieces& operator=(const Pieces&) = delete;
 
   // Calls body(piece, arguments, first element, number of elements) for all.
   template <typename Body>
@@ -101,11 +124,13 @@ class Pieces {
  private:
   int64_t inner_, by_row_, count_;
   std::vector<FakeArgs> args_;
+  std::vector<float> ratios_;
 };
 
 // What the kernels' sums say of the step or the clipping level, and of the offset or the ratio.
 double step_gradient(FakeGrid grid, const FakeArgs& a, float step, const FakeSums& sums) {
   if (grid == FakeGrid::kNested) return static_cast<double>(a.gain) * sums.slopes;
+  if (grid == FakeGrid::kTanh || grid == FakeGrid::kTanhFloor) return -sums.slopes / static_cast<double>(a.divisor);
   const bool clips = grid == FakeGrid::kUnit || grid == FakeGrid::kCentred;
   return clips && step < 0 ? -sums.slopes : sums.slopes;  // of |alpha|; 1 at 0, where the level must be able to grow
 }

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
-import torch.multiprocessing as mp  # noqa: E402
+from helpers_ranks import start  # noqa: E402
 from helpers_two_ranks import COMMAND, RECIPES, everything, run  # noqa: E402
 
 from bitstrata.train.metrics import read  # noqa: E402
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    mp.spawn(run, args=(2, str(folder), 0), nprocs=2)
+    start(run, 2, str(folder), 0)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -68,7 +68,15 @@ def test_gradients_accumulate(ranks: list[dict[str, Any]], alone: dict[str, Any]
 
 def test_sharded_parameters_get_the_same_gradients(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for found in ranks:
-        close(found["sharded"], alone["sharded"])
+        close(found["sharded"]["gradients"], alone["sharded"]["gradients"])
+    close(ranks[0]["sharded"]["state"], alone["sharded"]["state"])
+    assert ranks[1]["sharded"]["state"] == {}
+
+
+def test_the_trainer_refuses_a_sharded_network_and_says_what_to_do(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["sharded"]["refusal"].startswith("Trainer: the model's parameters are sharded over ranks (FSDP), ")
+        assert "in a loop of your own with joint_backward" in found["sharded"]["refusal"]
 
 
 def test_the_trainer_trains_as_one(ranks: list[dict[str, Any]], alone: dict[str, Any], folder: Path) -> None:

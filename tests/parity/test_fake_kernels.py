@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers_fake import BY_CHANNEL, CASES, DTYPES, NAN, name_of, parameters, sample
+from helpers_fake import BY_CHANNEL, CASES, DTYPES, FREE, NAN, name_of, parameters, sample
 from torch import Tensor
 
 from bitstrata.functional import engine_fake, fused_kernels
@@ -90,8 +90,8 @@ def quotient(case: Formula, x: Tensor, step: Tensor, extra: Tensor | None) -> Te
 
 
 def test_every_formula_is_among_the_cases():
-    assert {case.name for case in CASES} == set(FORMULAS)
-    assert all(restore(case.name, tuple(case.numbers())) == case for case in CASES)
+    assert {case.name for case in CASES + FREE} == set(FORMULAS)
+    assert all(restore(case.name, tuple(case.numbers())) == case for case in CASES + FREE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,11 +228,12 @@ def test_every_registered_quantizer(role):
                 x = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(1))
                 if hasattr(quantizer, "init_"):
                     quantizer.init_(x)
-                for dtype in DTYPES:
-                    check_quantizer(quantizer, x.to(dtype).to(memory_format=torch.channels_last))
+                for dtype in DTYPES:  # sums of sigmoids, and sums over a weight for its maximum, are rounded elsewhere
+                    rough = 0.0 if name not in {"maqd", "dorefa"} else 0.01 if dtype == torch.bfloat16 else 5e-6
+                    check_quantizer(quantizer, x.to(dtype).to(memory_format=torch.channels_last), rough)
 
 
-def check_quantizer(quantizer: torch.nn.Module, x: Tensor) -> None:
+def check_quantizer(quantizer: torch.nn.Module, x: Tensor, rough: float) -> None:
     found = []
     for enabled in (True, False):
         leaf = x.detach().requires_grad_()
@@ -243,7 +244,7 @@ def check_quantizer(quantizer: torch.nn.Module, x: Tensor) -> None:
         found.append((value.detach(), leaf.grad, [p.grad for p in quantizer.parameters()]))
     (value, dx, rest), (value_, dx_, rest_) = found
     torch.testing.assert_close(value, value_, rtol=0, atol=0)
-    torch.testing.assert_close(dx, dx_, rtol=0, atol=0)
+    torch.testing.assert_close(dx, dx_, rtol=rough, atol=rough)
     loose = 0.02 if x.dtype == torch.bfloat16 else 1e-5
     for a, b in zip(rest, rest_, strict=True):
         assert (a is None) == (b is None)

@@ -89,10 +89,15 @@ def test_tied_maxima_share_the_gradient():
     near(gradient(weight(2), w, upstream), expected, 1e-12)
 
 
+@pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("channels", [None, 4])
-def test_surrogate_passes_gradcheck(channels):
-    w = random_weight(4, 2, 3).requires_grad_()
-    assert torch.autograd.gradcheck(weight(3, channels=channels).surrogate, (w,), atol=1e-6)
+def test_gradient_is_that_of_the_quotient(channels, detach):
+    w, upstream = random_weight(4, 2, 3).requires_grad_(), random_weight(4, 2, 3)
+    quotient = tanh_normalize(w, per_channel=channels is not None, detach_max=detach)
+    (expected,) = torch.autograd.grad(quotient, w, upstream)
+    near(gradient(weight(3, channels=channels, detach_max=detach), w.detach(), upstream), expected, 1e-12)
+    per_channel = channels is not None
+    assert detach or torch.autograd.gradcheck(lambda v: tanh_normalize(v, per_channel=per_channel), (w,), atol=1e-6)
 
 
 def test_channels_have_their_own_maximum():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers_ddp import Small, run, shard, small
 from helpers_integer import gauss, leaf, same
+from helpers_ranks import start
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -193,7 +193,7 @@ def test_distributed_gradients_are_the_mean_of_the_processes(tmp_path: Path, wor
     if world == 1:
         run(0, 1, str(tmp_path))
     else:
-        mp.spawn(run, (world, str(tmp_path)), nprocs=world)
+        start(run, world, str(tmp_path), ranks=world)
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     local = [backward(small(rank), shard(rank), doubled(small(rank), rank))[2:] for rank in range(world)]
     for first, parameters in saved:

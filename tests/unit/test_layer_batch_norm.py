@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers_ranks import start
 from torch import Tensor, nn
 
 from bitstrata.nn.layer_batch_norm import (
@@ -261,7 +261,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_several_processes_normalize_as_one(tmp_path):
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=len(SPLIT))
+    start(rank_main, str(tmp_path), ranks=len(SPLIT))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SPLIT))]
     norm, x, upstream = problem()
     x.requires_grad_()

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitstrata.functional.multi_state import surrogate_slope
 from bitstrata.nn.layer_batch_norm import LayerBatchNorm1d, fold
 from bitstrata.quantizers import build, build_transform
-from bitstrata.quantizers.maqd import MaQDActivation, MaQDWeight, surrogate_slope, width_of
+from bitstrata.quantizers.maqd import MaQDActivation, MaQDWeight, width_of
 
 WEIGHTS = [-4, -3, -1.6, -1.4, 0, 0.2, 1.4, 1.6, 2.9, 3.1]
 INPUTS = [-0.3, 0, 0.1, 0.16, 0.17, 0.4, 0.49, 0.5, 0.51, 0.8, 0.84, 1, 1.7]

@@ -182,6 +182,34 @@ def test_shared_steps(name):
     quantizer.eval()(torch.ones(1, 4))  # set for both
 
 
+LEARNED = {"weight": ("lsq", "uniq", "nested", "vertical"), "activation": ("lsq", "uniq")}
+
+
+@pytest.mark.parametrize(("role", "name"), [(role, name) for role in LEARNED for name in LEARNED[role]])
+def test_a_step_that_is_not_positive_is_brought_back_by_its_gradient(role, name):
+    """To where training from a good step ends; which is why it is a warning of the Trainer's, and no error."""
+    x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for start in (None, -0.05, 0.0):
+        options = {"channels": None} if role == "weight" else {"signed": False}
+        quantizer = build(name, role, {}, bits={3: 3}, **options)
+        inputs = x if role == "weight" else x.relu()
+        quantizer.init_(inputs)
+        steps = [p for key, p in quantizer.named_parameters() if key.split(".")[0] in ("step", "steps")]
+        if start is not None:
+            for step in steps:
+                step.data.fill_(start)
+        optimizer = torch.optim.SGD(quantizer.parameters(), 0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            (quantizer(inputs) - inputs).square().sum().div(4).backward()
+            optimizer.step()
+        ends.append(torch.cat([step.detach() for step in steps]))
+    assert bool((ends[0] > 0).all())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(("numel", "count"), [("sample", 3), ("batch", 12)])
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_the_gradient_scale_counts(name, numel, count):

@@ -16,6 +16,7 @@ from bitstrata.nn.batch_norm import JoinedBatchNorm2d
 from bitstrata.objectives.ranks import Ranks, _buckets
 from bitstrata.prepare import synchronized
 from bitstrata.prepare.precision import precision_map
+from bitstrata.train import TrainConfig, Trainer
 from bitstrata.train.distributed import Distributed, first_process, launched
 
 
@@ -62,6 +63,14 @@ def test_sharded_models_are_refused() -> None:
             call()
     with pytest.raises(LowerError, match="lower: the parameters are sharded over ranks"):
         bs.lower(model, x())
+
+
+def test_the_trainer_takes_the_network_itself() -> None:
+    batches, config = [(x(), torch.zeros(2, dtype=torch.int64))], TrainConfig(epochs=1, lr=0.1, batch_size=2)
+    with pytest.raises(ValueError, match=r"Trainer: the model is wrapped in DataParallel, .* inside, model\.module"):
+        Trainer(nn.DataParallel(quantized()), config, batches)
+    with pytest.raises(ValueError, match=r"Trainer: the model's parameters are sharded .* docs/distributed\.md shows"):
+        Trainer(FullyShardedDataParallel(quantized()), config, batches)
 
 
 def test_wrappers_are_looked_through() -> None:

@@ -16,10 +16,27 @@ namespace bitstrata {
 //   kNested            code = floor(clamp(floor(u), lo, hi) / power)              level = (code + 1/2) power
 //   kVertical          code = floor(round(clamp(u, lo, hi)) / power)              level = (code + slope_add) power
 //   kUnit              code = round(clamp(u, 0, 1) hi)                            level = code unit
-//   kCentred           code = round((clamp(u, -1, 1) + 1) / 2 (hi - lo)) + lo     level = (code + 1/2) unit
-// and value = (code + add) scale, add being 0 for kUniform and kUnit, and 1/2 for kSymmetric, kNested and kCentred.
-enum class FakeGrid { kUniform, kAffine, kSymmetric, kNested, kVertical, kUnit, kCentred };
-constexpr int kFakeGrids = 7;
+//   kCentred, kTanh    code = round((clamp(u, -1, 1) + 1) / 2 (hi - lo)) + lo     level = (code + 1/2) unit
+//   kTanhFloor         code = clamp(floor(-lo u), lo, hi)
+//   kScaled            code = clamp(power round(clamp(unit u, lo, hi)), lo, hi), with u = x divisor
+//   kSigmoids          as kUnit
+// and value = (code + add) scale, add being 0 for kUniform, kUnit, kScaled and kSigmoids, 1/2 for kSymmetric,
+// kNested, kCentred and kTanh. For kTanh and kTanhFloor x is a hyperbolic tangent, and the gradient that of what it was
+// taken of.
+enum class FakeGrid {
+  kUniform,
+  kAffine,
+  kSymmetric,
+  kNested,
+  kVertical,
+  kUnit,
+  kCentred,
+  kTanh,
+  kTanhFloor,
+  kScaled,
+  kSigmoids
+};
+constexpr int kFakeGrids = 11;
 
 struct FakeArgs {
   float lo, hi;
@@ -31,10 +48,14 @@ struct FakeArgs {
   float divisor, origin, scale, add;
   float gain;         // of the gradient of x
   float first, last;  // inside: first <= u <= last; for kUnit and kCentred, first <= x <= last
+  // For kSigmoids, of `count` sigmoids of the width `alpha` at the thresholds b: e^((b - 1/2) / alpha).
+  const float* ratios;
+  int64_t count;
+  float alpha, reach;  // (x - 1/2) / alpha is cut to +-reach, where slopes are next to nothing
 };
 
-// Sums over elements, added to what is found. slopes: of g (level - u) inside and g level outside; second: of g outside
-// for kAffine, of g level for kNested, else none.
+// Sums over elements, added to what is found. slopes: of g (level - u) inside and g level outside, of g u for kTanh and
+// kTanhFloor, none for kScaled and kSigmoids; second: of g outside for kAffine, of g level for kNested, else none.
 struct FakeSums {
   double slopes, second;
 };
@@ -43,7 +64,8 @@ struct FakeSums {
 struct FakeKernels {
   using ForwardF32 = void (*)(const FakeArgs&, const float* x, int64_t count, float* out);
   using ForwardBf16 = void (*)(const FakeArgs&, const uint16_t* x, int64_t count, uint16_t* out);
-  // out = g gain inside, 0 outside. out or sums are null where they are not wanted.
+  // out = g gain inside, 0 outside; (g / divisor) (1 - x^2) for kTanh and kTanhFloor; for kSigmoids g gain times the
+  // sum of e / (1 + e)^2 with e = ratio e^((1/2 - x) / alpha). out or sums are null where they are not wanted.
   using BackwardF32 = void (*)(const FakeArgs&, const float* g, const float* x, int64_t count, float* out, FakeSums*);
   using BackwardBf16 = void (*)(const FakeArgs&, const uint16_t* g, const uint16_t* x, int64_t count, uint16_t* out,
                                 FakeSums*);

@@ -17,6 +17,9 @@ struct FakeRule {
   bool open_range = false;  // values on a bound are outside
   bool everywhere = false;  // gradients pass outside too
   bool calibrated = false;  // elements inside count in the gradient of a clipping level
+  float factor = 1;         // of x for kScaled; the width of the sigmoids for kSigmoids
+  float rounded = 1;        // for kScaled: x factor rounded is what is rounded
+  float gain = 1;           // of the gradient of x, for kScaled and kSigmoids
 };
 
 // Elements in the order of memory, as (outer, channels, inner). step and extra: (channels,) each; what they mean:
@@ -24,6 +27,8 @@ struct FakeRule {
 //   kAffine                          step s, extra the offset beta
 //   kNested                          source step D, extra the ratio r
 //   kUnit, kCentred                  clipping level alpha; |alpha| counts
+//   kTanh, kTanhFloor                the divisor of x, positive
+//   kScaled, kSigmoids               nothing
 // Steps, ratios and levels below 1e-8 count as 1e-8.
 struct FakeTensor {
   int64_t outer, channels, inner;

@@ -45,6 +45,7 @@ from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, f
 from bitstrata.train.checkpoint import seed_all
 from bitstrata.train.distributed import first_process
 from bitstrata.train.keeper import Keeper
+from bitstrata.train.lock import DirectoryLock
 from bitstrata.train.signals import StopsAtOnce
 
 T = TypeVar("T")
@@ -96,39 +97,43 @@ class Run:
 @StopsAtOnce(AGAIN)
 def train_from_scratch(options: Train, out: Path) -> None:
     """`bitstrata train`."""
-    run = begin(options, out)
-    if run is None:
-        return
-    seed_all(options.seed)
-    model = loading.make_model(options.model, run.train, options.model_set)
-    factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
-    refuse_unsupported(run, model)  # before the float form, whose parametrizations a copy would share
-    bs.float_form_(model, loading.make_recipe(options), run.example)
-    claim(run)
-    finish(run, model, float_stage(run, model, options))
+    with DirectoryLock(out) as lock:
+        run = begin(options, out, lock)
+        if run is None:
+            return
+        seed_all(options.seed)
+        model = loading.make_model(options.model, run.train, options.model_set)
+        factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
+        refuse_unsupported(run, model)  # before the float form, whose parametrizations a copy would share
+        bs.float_form_(model, loading.make_recipe(options), run.example)
+        claim(run, lock)
+        finish(run, model, float_stage(run, model, options))
 
 
 @StopsAtOnce(AGAIN)
 def quantize_checkpoint(options: Quantize, out: Path) -> None:
     """`bitstrata quantize`."""
-    run = begin(options, out, mean=_numbers(options.mean, "--mean"), std=_numbers(options.std, "--std"))
-    if run is None:
-        return
-    seed_all(options.seed)
-    model = loading.make_model(options.model, run.train, options.model_set)
-    load_weights(model, options.checkpoint, options.entry)
-    factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
-    refuse_unsupported(run, model)
-    claim(run)
-    accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
-    if first_process():
-        print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
-    finish(run, model, accuracy)
+    with DirectoryLock(out) as lock:
+        run = begin(options, out, lock, mean=_numbers(options.mean, "--mean"), std=_numbers(options.std, "--std"))
+        if run is None:
+            return
+        seed_all(options.seed)
+        model = loading.make_model(options.model, run.train, options.model_set)
+        load_weights(model, options.checkpoint, options.entry)
+        factories.check_network(model, run.example, len(run.train.classes), f"--model {options.model}")
+        refuse_unsupported(run, model)
+        claim(run, lock)
+        accuracy = run.timed("float", lambda: evaluate(model, run.loader(False).epoch(0)))["float"]
+        if first_process():
+            print(f"float accuracy of {options.checkpoint}: {accuracy:.2%}", flush=True)
+        finish(run, model, accuracy)
 
 
-def begin(options: RunOptions, out: Path, **statistics: tuple[float, ...] | None) -> Run | None:
+def begin(options: RunOptions, out: Path, lock: DirectoryLock, **statistics: tuple[float, ...] | None) -> Run | None:
     """Check the options and open the data; None when the run is already complete."""
     bits = check(options)
+    if out.is_dir() and first_process():
+        lock.take()
     if options.fresh and out.exists() and first_process():
         for name in ("config.json", "results.json", "metrics.jsonl", "joint.layers.json", FROZEN):
             (out / name).unlink(missing_ok=True)
@@ -198,10 +203,11 @@ def refuse_unsupported(run: Run, model: nn.Module) -> None:
         return  # a matter of the recipe, or of numbers, which training changes
 
 
-def claim(run: Run) -> None:
+def claim(run: Run, lock: DirectoryLock) -> None:
     """Make the output directory this run's, once its inputs have proved good."""
     assert run.out is not None
     if first_process():
+        lock.take()
         write_json(run.out / "config.json", resolved(run.options))
 
 

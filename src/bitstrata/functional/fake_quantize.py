@@ -65,6 +65,7 @@ def _triton() -> Any:
 
 
 def _value(x: Tensor, step: Tensor, extra: Tensor | None, formula: Formula) -> Tensor:
+    """Of what `formula.prepared` returned."""
     kernels = _kernels(x)
     value = None if kernels is None else kernels.forward(x, step, extra, formula)
     return formula.value(x, step, extra) if value is None else value
@@ -83,8 +84,11 @@ def _gradients(
     kernels = _kernels(x)
     found: Gradients | None = None
     if kernels is not None:
-        found = kernels.backward(grad, x, step, extra, formula, needs=needs, factor=factor)
-    return formula.gradients(grad, x, step, extra, needs=needs, factor=factor) if found is None else found
+        asked = formula.kernel_needs(needs)
+        found = kernels.backward(grad, x, step, extra, formula, needs=asked, factor=factor)
+    if found is None:
+        return formula.gradients(grad, x, step, extra, needs=needs, factor=factor)
+    return formula.completed(found, x, step)
 
 
 class _Direct(torch.autograd.Function):
@@ -92,16 +96,19 @@ class _Direct(torch.autograd.Function):
     def forward(  # noqa: PLR0917  (autograd functions take positional arguments only)
         ctx: Any, x: Tensor, step: Tensor, extra: Tensor | None, formula: Formula, factor: float
     ) -> Tensor:
+        dtype = x.dtype
+        x, step = formula.prepared(x, step)
         ctx.save_for_backward(x, step, extra)
         ctx.config = (formula, factor)
-        return _value(x, step, extra, formula)
+        return _value(x, step, extra, formula).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, extra = ctx.saved_tensors
         formula, factor = ctx.config
-        return *_gradients(grad, x, step, extra, formula, needs=ctx.needs_input_grad[:3], factor=factor), None, None
+        found = _gradients(grad, x, step, extra, formula, needs=ctx.needs_input_grad[:3], factor=factor)
+        return None if found[0] is None else found[0].to(grad.dtype), *found[1:], None, None
 
 
 def _exporting() -> bool:
@@ -134,7 +141,7 @@ def fake_quantize(
             grad_scale = 1.0
         return torch.ops.bitstrata.fake_quantize(x, step, extra, formula.name, formula.numbers(), grad_scale)
     if not torch.is_grad_enabled():
-        return _value(x, step, extra, formula)
+        return _value(*formula.prepared(x, step), extra, formula).to(x.dtype)
     return _Direct.apply(x, step, extra, formula, grad_scale)
 
 
@@ -155,7 +162,8 @@ _library.define(  # of what is not needed, tensors without elements
 def _run(  # noqa: PLR0917  (the operator's schema)
     x: Tensor, step: Tensor, extra: Tensor | None, name: str, numbers: Sequence[float], factor: float
 ) -> Tensor:
-    return _value(x, step, extra, restore(name, tuple(numbers)))
+    formula = restore(name, tuple(numbers))
+    return _value(*formula.prepared(x, step), extra, formula).to(x.dtype)
 
 
 def _run_backward(  # noqa: PLR0917  (the operator's schema)
@@ -169,8 +177,14 @@ def _run_backward(  # noqa: PLR0917  (the operator's schema)
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     formula = restore(name, tuple(numbers))
-    found = _gradients(grad, x, step, extra, formula, needs=(needs[0], needs[1], needs[2]), factor=factor)
-    return tuple(x.new_empty(0) if f is None else f for f in found)
+    inputs = formula.prepared(x, step)
+    d_x, *rest = _gradients(grad, *inputs, extra, formula, needs=(needs[0], needs[1], needs[2]), factor=factor)
+    found = (None if d_x is None else d_x.to(x.dtype), *rest)
+    like = (x, step, x if extra is None else extra)
+    return tuple(  # a formula may ignore its step
+        x.new_empty(0) if not n else torch.zeros_like(t) if f is None else f
+        for f, n, t in zip(found, needs, like, strict=True)
+    )
 
 
 def _shape(x: Tensor, *_: Any) -> Tensor:

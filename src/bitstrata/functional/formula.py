@@ -31,6 +31,7 @@ class Rule:
     lo, hi: codes at the source width. shift: source width less the width. add: value = scale (code + add), where the
     grid does not fix it; slope_add: the same in the gradient of the step. open_range: a value on a bound is outside.
     everywhere: gradients pass outside too. calibrated: elements inside count in the gradient of a clipping level.
+    factor: of x, or the width of the sigmoids. rounded: x factor rounded is what is rounded. gain: of the gradient.
     """
 
     grid: str
@@ -42,6 +43,9 @@ class Rule:
     open_range: bool = False
     everywhere: bool = False
     calibrated: bool = False
+    factor: float = 1.0
+    rounded: float = 1.0
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,27 @@ class Formula(ABC):
     A subclass is a frozen dataclass of numbers; `name` tells it from the others in graphs. What `value` and `gradients`
     compute is the definition, `rule` says the same to kernels: values and gradients of x equal to the last bit, sums to
     their rounding.
+
+    A formula whose first part is torch's alone, such as a transcendental function of x, has it in `prepared`; all else
+    sees what that returns. Gradients of x are those of the x before it, in the dtype of the x after it.
     """
 
     name: ClassVar[str]
     narrows: ClassVar[bool] = False  # x / step of a bfloat16 x and one step, or bfloat16 steps, is bfloat16
     takes_extra: ClassVar[bool] = False
     half_steps: ClassVar[bool] = False  # kernels take bfloat16 steps too
+
+    def prepared(self, x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands for x and step in the other methods and in kernels."""
+        return x, step
+
+    def kernel_needs(self, needs: Needs) -> Needs:
+        """The gradients that kernels are asked for where `needs` are wanted."""
+        return needs
+
+    def completed(self, found: Gradients, x: Tensor, step: Tensor) -> Gradients:
+        """The gradients from those that kernels found for `kernel_needs`."""
+        return found
 
     @abstractmethod
     def value(self, x: Tensor, step: Tensor, extra: Tensor | None) -> Tensor:
@@ -70,7 +89,7 @@ class Formula(ABC):
 
     @abstractmethod
     def rule(self) -> Rule:
-        """What kernels are told."""
+        """What kernels are told. Raises ValueError where they cannot do it."""
 
     def numbers(self) -> list[float]:
         """The fields as floats, for a graph's node."""
@@ -104,6 +123,9 @@ def restore(name: str, numbers: tuple[float, ...]) -> Formula:
 
 @lru_cache(maxsize=1024)
 def rule_of(formula: Formula) -> Rule | None:
-    """Its rule, or None if its codes are larger than kernels take."""
-    rule = formula.rule()
+    """Its rule, or None if kernels do not do it, as with codes larger than they take."""
+    try:
+        rule = formula.rule()
+    except ValueError:
+        return None
     return rule if max(-rule.lo, rule.hi) <= LARGEST_CODE and rule.lo <= rule.hi else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional.clipping import clipping_fake_quantize
+from ..functional.companded import companded_fake_quantize
 from ..functional.dorefa import SCHEMES, dorefa_codes, tanh_normalize, unit_codes, widened
 from ..functional.ste import with_value
 from ..functional.uniform import EPS
@@ -87,13 +88,14 @@ class DoReFaWeight(WeightQuantizer):
     def codes(self, x: Tensor) -> Tensor:
         return self._codes(x).to(torch.int32)
 
-    def surrogate(self, x: Tensor) -> Tensor:
-        return x if self._by_mean() else self._normalized(x).to(x.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
+        if not self._by_mean():
+            return companded_fake_quantize(
+                x, self.width, self.scheme, per_channel=self.channels is not None, detach_max=self.detach_max
+            )
         with torch.no_grad():
             value = self.grid(x).dequantize(self._codes(x)).to(x.dtype)  # codes stay floats: NaN stays NaN
-        return with_value(self.surrogate(x), value)
+        return with_value(x, value)
 
     def init_(self, x: Tensor) -> None:
         """Nothing to set: the grid is fixed, or follows the weight."""

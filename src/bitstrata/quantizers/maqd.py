@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..functional.clipping import clipping_fake_quantize
-from ..functional.ste import with_value
+from ..functional.dorefa import widened
+from ..functional.multi_state import Scaled, scaled_fake_quantize, sigmoids_fake_quantize
 from .base import Grid, Quantizer, WeightQuantizer
 from .registry import register
 
@@ -19,11 +18,6 @@ States = int | Mapping[int, int] | None
 DELTA_MODES = ("(M-1)/2", "M/2")
 WEIGHT_STES = ("chain", "literal")
 SURROGATES = ("normalised", "literal", "ste")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in float32 at least: in half precision, products with the number of states would round before rounding."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _choice(owner: str, option: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -126,30 +120,23 @@ class MaQDWeight(WeightQuantizer):
         """Scale in float64 without x; with it in x's dtype, float32 for half precision."""
         count = self.states[self.precision]
         top = _largest_code(count, self.delta_mode)
-        like = torch.zeros((), dtype=torch.float64) if x is None else _wide(x.detach())
+        like = torch.zeros((), dtype=torch.float64) if x is None else widened(x.detach())
         scale = like.new_full(self._step_shape(), 1.0 / top)
         if self.delta_mode == "(M-1)/2":
             return Grid(scale, self.offset, -top, top)
         return Grid(scale, self.offset, -top, top, valid=(-top, *range(1 - top, top, 2), top))
 
-    def _levels(self, x: Tensor) -> Tensor:
-        """The codes as floating-point numbers; NaN stays NaN."""
-        z = _wide(x.detach()) * self.s
+    def _formula(self) -> Scaled:
         count = self.states[self.precision]
-        if self.delta_mode == "(M-1)/2":
-            top = (count - 1) // 2
-            return (z * top).round_().clamp_(-top, top)
-        return (z * (count / 2)).round_().mul_(2).clamp_(-count, count)
+        top = _largest_code(count, self.delta_mode)
+        rounded = float(top) if self.delta_mode == "(M-1)/2" else count / 2
+        return Scaled(top, rounded, self.s, self.s if self.weight_ste == "chain" else 1.0)
 
     def codes(self, x: Tensor) -> Tensor:
-        return self._levels(x).to(torch.int32)
-
-    def surrogate(self, x: Tensor) -> Tensor:
-        inside = (_wide(x.detach()) * self.s).abs() < 1
-        return x * (inside.to(x.dtype) * (self.s if self.weight_ste == "chain" else 1.0))
+        return self._formula().levels(x.detach()).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return with_value(self.surrogate(x), self.grid(x).dequantize(self._levels(x)).to(x.dtype))
+        return scaled_fake_quantize(x, self._formula())
 
     def init_(self, x: Tensor) -> None:
         """Nothing to set: the grid is fixed."""
@@ -157,46 +144,6 @@ class MaQDWeight(WeightQuantizer):
     def extra_repr(self) -> str:
         states = sorted(set(self.states.values()))
         return f"{super().extra_repr()}, states={states}, s={self.s:g}, delta_mode={self.delta_mode!r}"
-
-
-def surrogate_slope(x: Tensor, states: int, alpha: float = 0.25) -> Tensor:
-    """Sum of the slopes of states - 1 sigmoids, of width alpha, at the thresholds of MaQD's activation.
-
-    sum_m S_m (1 - S_m) / alpha, S_m = sigmoid((x - b_m) / alpha), b_m = (m - 1/2) / (states - 1), m = 1..states-1. Its
-    integral over the real line is states - 1.
-
-    Args:
-        x: any shape.
-
-    Returns:
-        x's shape, float32 at least.
-
-    Source: MaQD eqs. 11 and 15.
-    """
-    scaled = _wide(x.detach()) / alpha
-    total = torch.zeros_like(scaled)
-    for m in range(1, states):  # one threshold at a time: states - 1 copies of a feature map would not fit
-        near = torch.sigmoid(scaled - (m - 0.5) / (states - 1) / alpha)
-        total.addcmul_(near, 1 - near)
-    return total.div_(alpha)
-
-
-class _Surrogate(torch.autograd.Function):
-    """`value` going forward; going back, the gradient times gain * surrogate_slope(x)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, options: tuple[int, float, float]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.options = options
-        return value.clone()  # never an alias of an input, which autograd would treat as the identity
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        states, alpha, gain = ctx.options
-        slope = surrogate_slope(x, states, alpha).mul_(gain)
-        return (grad * slope).to(grad.dtype), None, None
 
 
 @register("maqd", "activation", "MaQD: M states on [0, 1] for normalized inputs, sigmoid surrogate gradient")
@@ -249,24 +196,22 @@ class MaQDActivation(Quantizer):
     def grid(self, x: Tensor | None = None) -> Grid:
         """Scale in float64 without x; with it in x's dtype, float32 for half precision."""
         top = self.states[self.precision] - 1
-        like = torch.zeros((), dtype=torch.float64) if x is None else _wide(x.detach())
+        like = torch.zeros((), dtype=torch.float64) if x is None else widened(x.detach())
         return Grid(like.new_full((1,), 1.0 / top), self.offset, 0, top)
 
     def _levels(self, x: Tensor) -> Tensor:
         """The codes as floating-point numbers; NaN stays NaN."""
         top = self.states[self.precision] - 1
-        return (_wide(x.detach()) * top).round_().clamp_(0, top)
+        return (widened(x.detach()) * top).round_().clamp_(0, top)
 
     def codes(self, x: Tensor) -> Tensor:
         return self._levels(x).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act_surrogate == "ste" or not (x.requires_grad and torch.is_grad_enabled()):
-            return clipping_fake_quantize(x, _wide(x.new_ones(1)), self.states[self.precision] - 1)
-        value = self.grid(x).dequantize(self._levels(x)).to(x.dtype)
-        count = self.states[self.precision]
-        gain = 1.0 / (count - 1) if self.act_surrogate == "normalised" else 1.0
-        return _Surrogate.apply(x, value, (count, self.alpha, gain))
+        top = self.states[self.precision] - 1
+        if self.act_surrogate == "ste":
+            return clipping_fake_quantize(x, widened(x.new_ones(1)), top)
+        return sigmoids_fake_quantize(x, top, self.alpha, 1.0 / top if self.act_surrogate == "normalised" else 1.0)
 
     def init_(self, x: Tensor) -> None:
         """Nothing to set: the grid is fixed."""

@@ -5,6 +5,7 @@ from bitstrata.train.chain import fit_chain
 from bitstrata.train.checkpoint import CheckpointError
 from bitstrata.train.config import Level, TrainConfig
 from bitstrata.train.evaluate import evaluate
+from bitstrata.train.lock import DirectoryInUseError
 from bitstrata.train.progress import quiet, reporter
 from bitstrata.train.signals import TrainingStopped
 from bitstrata.train.trainer import Trainer
@@ -12,6 +13,7 @@ from bitstrata.train.trainer import Trainer
 __all__ = [
     "Callback",
     "CheckpointError",
+    "DirectoryInUseError",
     "Level",
     "Moment",
     "TrainConfig",

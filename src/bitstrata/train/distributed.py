@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from bitstrata.data import Loader
 from bitstrata.prepare import load_noise_state_, noise_state, synchronize_, synchronized
+from bitstrata.prepare.wrapped import is_sharded
 from bitstrata.train.config import Level
 from bitstrata.train.objective import LevelLoss
 
@@ -203,6 +205,21 @@ def first_process() -> bool:
     return launched() == 1 or next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0) == 0
 
 
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise ValueError for a network that somebody has prepared for several ranks: the Trainer does that itself."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise ValueError(
+            f"Trainer: the model is wrapped in {type(model).__name__}, which the Trainer does itself where there are "
+            "several ranks; give it the network inside, model.module"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "Trainer: the model's parameters are sharded over ranks (FSDP), and the Trainer keeps the whole network on "
+            "every rank; give it the network as it is before sharding, or train the sharded one in a loop of your own "
+            "with joint_backward, as docs/distributed.md shows"
+        )
+
+
 def _accelerator() -> Accelerator:
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError(
@@ -221,7 +238,7 @@ def _check(accelerator: Accelerator) -> None:
     if kind not in SUPPORTED:
         raise ValueError(
             f"Trainer: accelerate runs with {kind}, and the Trainer with whole networks on every rank (DDP); for "
-            "sharded ones write the loop yourself, with joint_backward"
+            "sharded ones write the loop yourself, with joint_backward, as docs/distributed.md shows"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(

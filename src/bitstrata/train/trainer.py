@@ -16,10 +16,11 @@ from bitstrata.fused import fuse
 from bitstrata.train import checkpoint, snapshot
 from bitstrata.train.callback import Callback, Callbacks, Moment
 from bitstrata.train.config import Level, TrainConfig
-from bitstrata.train.distributed import Distributed
+from bitstrata.train.distributed import Distributed, refuse_distributed
 from bitstrata.train.evaluate import accuracies, count_correct, place
 from bitstrata.train.guard import Guard
 from bitstrata.train.keeper import Keeper
+from bitstrata.train.lock import DirectoryLock
 from bitstrata.train.metrics import MetricsLog
 from bitstrata.train.objective import FollowsSteps, Objective, default_objective, make_optimizer
 from bitstrata.train.progress import Reporter, quiet, reporter
@@ -83,6 +84,7 @@ class Trainer:
         tensorboard: str | Path | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        refuse_distributed(model)
         self.ranks = Distributed(accelerator)
         self.model = model
         self.config = config
@@ -151,13 +153,16 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint belongs to another configuration, recipe or network, or to other conditions;
                 or all checkpoints are damaged; or one cannot be written.
+            DirectoryInUseError: another process trains in out_dir.
             FloatingPointError: a loss or gradient stops being finite (with on_nonfinite="skip", nonfinite_limit times
                 in a row), or a step size has exploded. The weights are those before the step.
             TrainingStopped: a signal asked for it; a SystemExit with code 0, so that left alone it ends the process.
         """
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        with self.ranks.synchronized(self.model):
+        with self.ranks.synchronized(self.model), ExitStack() as held:
+            if self.out_dir is not None:
+                self.ranks.from_first(held.enter_context(DirectoryLock(self.out_dir)).take)
             return self._fit(resume, allow_inexact)
 
     def _fit(self, resume: bool, allow_inexact: bool) -> dict[Level, float]:
