@@ -16,7 +16,7 @@ def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     short = ["--float-epochs", "1", "--epochs", "1", "--verify-images", "2", "--threads", "1"]
     assert main(["train", *common, *short, "--bits", "1,2", "--out", str(out)]) == 0
     capsys.readouterr()
-    assert main(["inspect", str(out), "--images", "64"]) == 0
+    assert main(["inspect", str(out), "--images", "64", "--landscape", "3"]) == 0
     shown = capsys.readouterr().out
     assert "Rule I " in shown
     assert "factor (MGD)" in shown
@@ -26,7 +26,33 @@ def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert first["input"] is None  # pixels
     inner = list(found["precisions"]["1"]["signals"].values())[1]
     assert len(inner["weight"]["counts"]) == 2
-    assert (out / "inspect.png").stat().st_size > 1000
+    assert list(found["gradients"]) == list(found["precisions"]["1"]["signals"])
+    assert found["normalizations"]
+    assert all(one["l1"]["norm"] > one["l2"]["norm"] > 0 for one in found["normalizations"].values())
+    assert len(found["landscape"]["loss"]) == len(found["landscape"]["axis"]) == 3
+    assert "Loss surface: " in shown
+    for name in ("inspect", "inspect-gradients", "inspect-norms", "inspect-landscape"):
+        assert (out / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_run_in_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    common = ["--data", "digits", "--model", "digits_cnn", "--train-limit", "128", "--test-limit", "50"]
+    short = ["--float-epochs", "0", "--epochs", "1", "--verify-images", "2", "--threads", "1"]
+    assert main(["train", *common, *short, "--recipe", "shiftquant", "--out", str(out)]) == 0
+    assert main(["inspect", str(out), "--images", "64"]) == 0
+    assert "channels a group" in capsys.readouterr().out
+    found = json.loads((out / "inspect.json").read_text())
+    assert found["gradients"]
+    assert found["normalizations"]
+    assert found["landscape"] is None
+    assert not (out / "inspect-landscape.png").exists()
+
+
+@pytest.mark.parametrize("points", ["2", "1", "-3"])
+def test_no_such_surface(points: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path), "--landscape", points]) == 1
+    assert f"--landscape {points}: expected an odd number of at least 3" in capsys.readouterr().err
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

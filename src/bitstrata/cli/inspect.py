@@ -14,7 +14,8 @@ from bitstrata.cli.common import environment, need_training, output, parse_bits,
 @dataclass(frozen=True)
 class Inspect:
     """Print a run's layers at each precision: noise, clipping, zeros, code use; SAT's two training rules in words; how
-    the precisions' objectives agree. Writes RUN/inspect.json and RUN/inspect.png."""
+    the precisions' objectives agree; gradients by channel, what normalizations divide by, the loss around the weights.
+    Writes RUN/inspect.json, RUN/inspect.png and pictures named RUN/inspect-*.png."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory of `train` or `quantize`."""
@@ -22,24 +23,32 @@ class Inspect:
     """Precisions to inspect, as 1,2,4; default all."""
     images: int = 256
     """Training images that activations and gradients are measured on."""
+    landscape: int = 0
+    """Points of the loss surface along each of its two directions, odd; each takes one evaluation of the images. 0: no
+    surface."""
     root: Path | None = None
     """Directory of the data set's files, if it has moved."""
 
     def run(self) -> None:
         """Print the tables."""
         need_training("inspect", "matplotlib")
-        from bitstrata.cli import inspection
+        from bitstrata.cli import figures, inspection
         from bitstrata.cli.saved import SavedRun
         from bitstrata.prepare import precisions
 
+        figures.check(self.landscape)
         run = SavedRun(self.run_dir, self.root)
         data = run.data("train")
         model = run.model(data)
         wanted = parse_bits(self.bits) if self.bits is not None else precisions(model)
         found = inspection.inspect(model, data, wanted, self.images)
+        found |= figures.measure(model, data, self.images, self.landscape)
         self._print(found)
+        figures.show(found, output())
         write_json(self.run_dir / "inspect.json", {**found, "images": self.images, **environment()})
-        inspection.draw(found, self.run_dir / "inspect.png")
+        if found["precisions"]:
+            inspection.draw(found, self.run_dir / "inspect.png")
+        figures.draw(found, self.run_dir)
 
     def _print(self, found: dict[str, Any]) -> None:
         from rich.table import Table
