@@ -38,7 +38,7 @@ def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_in_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     common = ["--data", "digits", "--model", "digits_cnn", "--train-limit", "128", "--test-limit", "50"]
-    short = ["--float-epochs", "0", "--epochs", "1", "--verify-images", "2", "--threads", "1"]
+    short = ["--float-epochs", "1", "--epochs", "1", "--verify-images", "2", "--threads", "1"]
     assert main(["train", *common, *short, "--recipe", "shiftquant", "--out", str(out)]) == 0
     assert main(["inspect", str(out), "--images", "64"]) == 0
     assert "channels a group" in capsys.readouterr().out

@@ -122,7 +122,7 @@ def channel_norms(x: Tensor, bits: int = 8) -> NormStatistics:
     rows = x.double().movedim(1, 0).reshape(x.shape[1], -1)
     centered = rows - rows.mean(1, keepdim=True)
     l1, l2 = centered.abs().sum(1), centered.square().sum(1).sqrt()
-    return NormStatistics(*rows.shape, _read(l1, bits), _read(l2, bits))
+    return NormStatistics(rows.shape[0], rows.shape[1], _read(l1, bits), _read(l2, bits))
 
 
 def _read(sigma: Tensor, bits: int) -> NormReading:
