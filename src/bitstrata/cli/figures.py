@@ -78,7 +78,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         surface = _surface(found)
         console.print(
             f"Loss surface: {surface.center:.4g} at the weights; {surface.share_within(1.0):.0%} of the points within "
-            f"1 above it; {surface.local_minima()} local minima."
+            f"1 above it; local minima: {surface.local_minima()}."
         )
 
 

@@ -14,6 +14,7 @@ from .ranges import BINS, LayerRanges
 
 SHOWN = 4
 FLOOR = 2.0**-14  # where the axis of ranges ends; narrower channels, zeros too, are drawn on it
+FAR = 50  # diversities beyond this are drawn on a logarithmic axis
 LONGEST = 12  # labels of points beyond this are thinned
 
 
@@ -60,7 +61,9 @@ def plot_ranges(found: Mapping[str, LayerRanges], file: str | PathLike[str], *, 
     for offset, field, label in ((-0.2, "diversity", "one range"), (0.2, "grouped", "groups")):
         right.bar(places + offset, [getattr(layer, field) for layer in found.values()], 0.4, label=label)
     _ticks(right, list(found))
-    right.set(yscale="log", title="range that quantizes a channel / its own")
+    if max(layer.diversity for layer in found.values()) > FAR:
+        right.set_yscale("log")
+    right.set(title="range that quantizes a channel / its own")
     right.legend(frameon=False, fontsize=7)
     _finish(figure, (left, middle, right), file, dpi)
 
@@ -88,7 +91,11 @@ def plot_norms(
             shown = [value if value > 0 else np.nan for value in values]  # zeros have no place on the axis
             axes.plot(shown, marker=marker, markersize=3.5, linewidth=1.4, label=name.upper())
         _ticks(axes, list(series))
-        axes.set(yscale="log", title=title, xlabel=along)
+        axes.set(title=title, xlabel=along)
+        if field != "relative":
+            axes.set_yscale("log")
+        elif any(one.l1.relative or one.l2.relative for one in series.values()):
+            axes.set_ylim(bottom=0)
     panels[0].legend(frameon=False, fontsize=8)
     _finish(figure, panels, file, dpi)
 
@@ -101,7 +108,7 @@ def _ticks(axes: Any, labels: Sequence[str]) -> None:
 def _finish(figure: Any, panels: Sequence[Any], file: str | PathLike[str], dpi: int) -> None:
     for axes in panels:
         axes.grid(alpha=0.25)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.title.set_fontsize(9)
         axes.xaxis.label.set_fontsize(8)
     figure.savefig(file, dpi=dpi)

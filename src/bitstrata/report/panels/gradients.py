@@ -13,6 +13,7 @@ from ..runs import Run, is_number, side_file
 
 HEAD = ("layer", "channels", "near zero", "range / own, one range", "range / own, groups", "channels a group")
 SHOWN = 4
+MARKED = 8  # markers a line
 FLOOR = 2.0**-12  # where the axis of ranges ends
 
 Layers = dict[str, dict[str, Any]]
@@ -64,7 +65,7 @@ def _histograms(layers: Layers, styles: dict[str, look.Look]):  # type: ignore[n
             counts = layers[name]["counts"]
             total, bins = sum(counts), len(counts)
             x = [(2 * i + 1) / bins - 1 for i in range(bins)]
-            axes.plot(x, [count / total or float("nan") for count in counts], color=color(style.color), linewidth=1.6)
+            axes.plot(x, [count / total or float("nan") for count in counts], **_dress(style, bins))
         axes.set_yscale("log")
         axes.set_xlabel("gradient / its largest magnitude")
         axes.set_title("share of elements")
@@ -77,14 +78,17 @@ def _ranges(layers: Layers, styles: dict[str, look.Look]):  # type: ignore[no-un
         for name, style in styles.items():
             ranges = layers[name]["ranges"]
             x = [100 * (i + 0.5) / len(ranges) for i in range(len(ranges))]
-            axes.plot(x, [max(r, FLOOR) for r in ranges], color=color(style.color), linewidth=1.6)
-        for e in range(1, 4):
-            axes.axhline(2.0**-e, color=color("muted"), linestyle=":", linewidth=1)
+            axes.plot(x, [max(r, FLOOR) for r in ranges], **_dress(style, len(ranges)))
         axes.set_yscale("log", base=2)
         axes.set_xlabel("% of the channels, the widest first")
-        axes.set_title("range / largest" if narrow else "range of a channel / the largest; dotted: groups")
+        axes.set_title("range / largest" if narrow else "range of a channel / the largest")
 
     return draw
+
+
+def _dress(style: look.Look, points: int) -> dict[str, Any]:
+    every = max(1, points // MARKED)
+    return {"color": color(style.color), "linewidth": 1.6, "marker": style.marker, "markevery": every}
 
 
 def _row(name: str, layer: dict[str, Any]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def _drawing(axis: list[float], loss: list[list[float | None]], low: float, high
         axes.grid(False)
         axes.contourf(axis, axis, values, levels=levels, cmap=MAP)
         lines = axes.contour(axis, axis, values, levels=levels, colors="white", linewidths=0.7)
-        axes.clabel(lines, lines.levels[1 : 7 if narrow else 10 : 2], fmt="%.2f", fontsize=10)
+        axes.clabel(lines, lines.levels[1 : 7 if narrow else 10 : 2], fmt="%.2f", fontsize=10, colors=color("ink"))
         axes.plot(0, 0, marker="+", color=color("c1"), markersize=9)
         axes.set_xlabel("along two random directions, in lengths of the filters")
         axes.set_title("loss")

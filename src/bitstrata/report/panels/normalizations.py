@@ -48,7 +48,7 @@ def _of_run(run: Run, layers: Layers) -> Markup:
         el("figure", chart(_described("Norms", "norm", layers), _drawing(layers, "norm", "norm of x - mean"))),
         el(
             "figure",
-            chart(_described("Gaps", "relative", layers), _drawing(layers, "relative", "gap of 1/norm, relative")),
+            chart(_described("Gaps", "relative", layers), _drawing(layers, "relative", "gap of 1/norm, relative, %")),
         ),
     ]
     rows = [_row(name, one) for name, one in layers.items()]
@@ -59,10 +59,14 @@ def _of_run(run: Run, layers: Layers) -> Markup:
 def _drawing(layers: Layers, reading: str, title: str) -> Callable[[Any, bool], None]:
     def draw(axes: Any, narrow: bool) -> None:
         for norm, style in NORMS.items():
-            values = [one[norm.lower()][reading] or float("nan") for one in layers.values()]
+            factor = 100 if reading == "relative" else 1
+            values = [factor * one[norm.lower()][reading] for one in layers.values()]
             x = range(1, len(values) + 1)
             axes.plot(x, values, color=color(style.color), marker=style.marker, markersize=4 if narrow else 6)
-        axes.set_yscale("log")
+        if reading == "norm":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("normalizations in the order they run")
         axes.set_title(title)
 
