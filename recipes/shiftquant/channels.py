@@ -1,4 +1,4 @@
-"""Gradients by channel at both ends of a training of ResNet-20 in integers, and norms of activations throughout it."""
+"""Gradients by channel at both ends of a training in integers, and norms of activations throughout it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from _cifar import SETTINGS, loader, network, train
 from _study import commit
 from torch import Tensor, nn
 
+from bitstrata import data, integer_, zoo
+from bitstrata.data import Loader
 from bitstrata.diagnostics import (
     LayerRanges,
     NormReading,
@@ -25,16 +27,30 @@ from bitstrata.diagnostics import (
 )
 
 Values = dict[str, Any]
+NETWORKS = ("digits_resnet", "resnet20")
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def network_and_batches(args: argparse.Namespace) -> tuple[nn.Module, Loader]:
+    """ResNet-20 on CIFAR-10, or its small form on scikit-learn's digits."""
+    if args.network == "resnet20":
+        batches = loader(args.data, train=True, batch=args.batch, seed=args.seed)
+        return network(args.setting, args.seed), batches
+    digits = data.load("digits", split="train", seed=args.seed)
+    batches = Loader(digits, args.batch, train=True, seed=args.seed, drop_last=True, prefetch=False)
+    torch.manual_seed(args.seed)
+    model, options = zoo.create("digits_resnet"), SETTINGS[args.setting]
+    if options is not None:
+        integer_(model, batches.batch(0, 0)[0][:4], seed=args.seed, **options)  # type: ignore[arg-type]
+    return model, batches
+
+
 def measure(args: argparse.Namespace) -> Values:
     """Norms of every normalization's input every `args.every` steps, and gradients at the first and the last step."""
-    model = network(args.setting, args.seed)
-    batches = loader(args.data, train=True, batch=args.batch, seed=args.seed)
+    model, batches = network_and_batches(args)
     images, labels = batches.batch(1_000, 0)
     norms: dict[str, Values] = {}
     gradients: dict[str, Values] = {}
@@ -98,13 +114,14 @@ def describe(found: Values) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder with CIFAR-10; not needed where --json is there already")
+    parser.add_argument("--network", default=NETWORKS[0], choices=NETWORKS)
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10, for resnet20")
     parser.add_argument("--setting", default="quantized, L1 norm", choices=list(SETTINGS))
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--every", type=int, default=10, help="steps between looks at norms")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=168, help="8 epochs of the digits")
+    parser.add_argument("--every", type=int, default=12, help="steps between looks at norms")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=64, help="that norms and gradients are measured on")
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="results; if they are there, they are only described and drawn")
     parser.add_argument("--ranges", type=Path, help="picture of gradients by channel")
@@ -116,8 +133,8 @@ def main() -> None:
         found = json.loads(args.json.read_text())
         if found["arguments"] != fixed:
             raise SystemExit(f"{args.json} holds results of other arguments, {found['arguments']}; now {fixed}")
-    elif args.data is None:
-        parser.error("--data names the folder with CIFAR-10")
+    elif args.network == "resnet20" and args.data is None:
+        parser.error("resnet20 needs --data, the folder with CIFAR-10")
     else:
         head = {"title": __doc__, "arguments": fixed, "torch": torch.__version__, "commit": commit()}
         found = {**head, **measure(args)}

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from bitstrata.cli import main
+import bitstrata as bs
+from bitstrata.cli import main, saved
+from bitstrata.cli.loading import load_data
 
 
 def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,18 +39,29 @@ def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert (out / f"{name}.png").stat().st_size > 1000
 
 
-def test_a_run_in_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    common = ["--data", "digits", "--model", "digits_cnn", "--train-limit", "128", "--test-limit", "50"]
-    short = ["--float-epochs", "1", "--epochs", "1", "--verify-images", "2", "--threads", "1"]
-    assert main(["train", *common, *short, "--recipe", "shiftquant", "--out", str(out)]) == 0
-    assert main(["inspect", str(out), "--images", "64"]) == 0
+def test_a_run_in_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that trained in integers has no precisions, and all else is measured."""
+
+    class Saved:
+        def __init__(self, path: Path, root: Path | None) -> None:
+            self.path = path
+
+        def data(self, split: str) -> bs.data.Dataset:
+            return load_data("digits", None, split, 64)
+
+        def model(self, data: bs.data.Dataset) -> nn.Module:
+            torch.manual_seed(0)
+            return bs.integer_(bs.zoo.create("digits_cnn"), torch.randn(2, 1, 8, 8)).eval()
+
+    monkeypatch.setattr(saved, "SavedRun", Saved)
+    assert main(["inspect", str(tmp_path), "--images", "32"]) == 0
     assert "channels a group" in capsys.readouterr().out
-    found = json.loads((out / "inspect.json").read_text())
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert found["precisions"] == {}
     assert found["gradients"]
     assert found["normalizations"]
     assert found["landscape"] is None
-    assert not (out / "inspect-landscape.png").exists()
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["inspect-gradients.png", "inspect-norms.png"]
 
 
 @pytest.mark.parametrize("points", ["2", "1", "-3"])

@@ -354,8 +354,8 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 def test_panels_are_found_by_themselves(monkeypatch, tmp_path):
     assert TITLES == [
         "Results", "Accuracy against bytes", "Mixed precision", "Accuracy over time", "Loss over time",
-        "Grids and weights", "Signals and training rules", "Where the time goes", "Verification",
-        "Environment and options",
+        "Grids and weights", "Signals and training rules", "Gradients by channel", "Norms of normalizations",
+        "Loss around the weights", "Where the time goes", "Verification", "Environment and options",
     ]  # fmt: skip
     (tmp_path / "extra_without.py").write_text("")
     from bitstrata.report import panels
