@@ -43,7 +43,7 @@ def test_classes_are_the_most_frequent_words(study: ModuleType, text: Path) -> N
     assert len(train) + len(held) < 1025 + 1024 + 37  # places whose next word is rare are left out
     assert int(train.word.max()) < 1024
     assert int(train.context.max()) == 1024  # rare words are one number in contexts
-    assert (train.context[1:, -1] == train.word[:-1]).all()
+    assert (train.context[1:1000, -1] == train.word[:999]).all()  # up to the rare words
     few, _ = study.read_words(text, 32, 2)
     assert set(few.word.tolist()) <= set(range(32))
     text.write_text("too few words")
