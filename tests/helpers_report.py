@@ -116,7 +116,18 @@ RULE = {"kappa1": 3.456, "ratio": 0.875, "gradient": 2e-5}
 RULES = {"text": "Rule I holds\nRule II is broken", "layers": {"fc": RULE, "conv<1>": {"kappa1": None}}}
 GEOMETRY = {"precisions": [1, 4], "losses": [2.0, 1.0], "norms": [0.5, 0.25], "factors": [0.75, 0.25]}
 ZEROS = {"R_w": 0.625, "R_a": 0.375}
-INSPECTED = {"precisions": {"4": {"signals": LAYERS, "rules": RULES, "nonzero": ZEROS}}, "objectives": GEOMETRY}
+RANGES = {"largest": 0.5, "counts": [1, 6, 1], "ranges": [1.0, 0.4, 0.0], "groups": [0, 1, 3]}
+GRADIENTS = {"conv<1>": {**RANGES, "diversity": 1.75, "grouped": 1.13}, "fc": {**RANGES, "diversity": 9, "grouped": 3}}
+READING = {"norm": 12.0, "gap": 0.001, "relative": 0.0123}
+NORMS = {"bn<1>": {"channels": 3, "count": 64, "l1": READING, "l2": {**READING, "norm": 2.0, "relative": 0.25}}}
+LANDSCAPE = {"axis": [-1.0, 0.0, 1.0], "loss": [[3.0, 2.0, 3.5], [2.5, 1.25, None], [3.0, 2.0, 4.0]]}
+INSPECTED = {
+    "precisions": {"4": {"signals": LAYERS, "rules": RULES, "nonzero": ZEROS}},
+    "objectives": GEOMETRY,
+    "gradients": GRADIENTS,
+    "normalizations": NORMS,
+    "landscape": LANDSCAPE,
+}
 PLANNED = {"rows": [{"name": "plan-2bits", "bits": 2.0, "bytes": 2048, "accuracy": 0.875}, {"name": "broken"}]}
 
 

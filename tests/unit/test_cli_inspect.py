@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from bitstrata.cli import main
+import bitstrata as bs
+from bitstrata.cli import main, saved
+from bitstrata.cli.loading import load_data
 from bitstrata.train.metrics import read
 
 
@@ -22,7 +26,7 @@ def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [(event["run"], event["step"]) for event in events] == [("joint", 0), ("joint", 2), ("joint", 4)]
     assert set(events[1]["layers"]) == {"weight_step", "input_step", "flips"}
     assert set(events[1]["whole"]) == {"moo_loss", "moo_norm", "moo_factor", "moo_cosine"}
-    assert main(["inspect", str(out), "--images", "64"]) == 0
+    assert main(["inspect", str(out), "--images", "64", "--landscape", "3"]) == 0
     shown = capsys.readouterr().out
     assert "Rule I " in shown
     assert "factor (MGD)" in shown
@@ -37,8 +41,45 @@ def test_tables_file_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     inner = list(found["precisions"]["1"]["signals"].values())[1]
     assert len(inner["weight"]["counts"]) == 2
     assert set(found["precisions"]["1"]["nonzero"]) == {"R_w", "R_a"}
-    names = ("inspect", "inspect-layers", "inspect-objectives", "inspect-time", "inspect-precisions")
+    assert list(found["gradients"]) == list(found["precisions"]["1"]["signals"])
+    assert found["normalizations"]
+    assert all(one["l1"]["norm"] > one["l2"]["norm"] > 0 for one in found["normalizations"].values())
+    assert len(found["landscape"]["loss"]) == len(found["landscape"]["axis"]) == 3
+    assert "Loss surface: " in shown
+    kinds = ("layers", "objectives", "time", "precisions", "gradients", "norms", "landscape")
+    names = ("inspect", *(f"inspect-{kind}" for kind in kinds))
     assert [name for name in names if (out / f"{name}.png").stat().st_size < 5000] == []
+
+
+def test_a_run_in_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that trained in integers has no precisions, and all else is measured."""
+
+    class Saved:
+        def __init__(self, path: Path, root: Path | None) -> None:
+            self.path = path
+
+        def data(self, split: str) -> bs.data.Dataset:
+            return load_data("digits", None, split, 64)
+
+        def model(self, data: bs.data.Dataset) -> nn.Module:
+            torch.manual_seed(0)
+            return bs.integer_(bs.zoo.create("digits_cnn"), torch.randn(2, 1, 8, 8)).eval()
+
+    monkeypatch.setattr(saved, "SavedRun", Saved)
+    assert main(["inspect", str(tmp_path), "--images", "32"]) == 0
+    assert "channels a group" in capsys.readouterr().out
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert found["precisions"] == {}
+    assert found["gradients"]
+    assert found["normalizations"]
+    assert found["landscape"] is None
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["inspect-gradients.png", "inspect-norms.png"]
+
+
+@pytest.mark.parametrize("points", ["2", "1", "-3"])
+def test_no_such_surface(points: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path), "--landscape", points]) == 1
+    assert f"--landscape {points}: expected an odd number of at least 3" in capsys.readouterr().err
 
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

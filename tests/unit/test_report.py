@@ -357,7 +357,8 @@ def test_panels_are_found_by_themselves(monkeypatch, tmp_path):
     assert TITLES == [
         "Results", "Accuracy against bytes", "Mixed precision", "Accuracy over time", "Loss over time",
         "Precisions over time", "Grids and weights", "Layers over time", "From layer to layer",
-        "Signals and training rules", "Where the time goes", "Verification", "Environment and options",
+        "Signals and training rules", "Gradients by channel", "Norms of normalizations", "Loss around the weights",
+        "Where the time goes", "Verification", "Environment and options",
     ]  # fmt: skip
     (tmp_path / "extra_without.py").write_text("")
     from bitstrata.report import panels

@@ -17,10 +17,11 @@ INPUTS = ("layer", "dB", "step", "deviation", "clipped", "not zero")
 @dataclass(frozen=True)
 class Inspect:
     """Print a run's layers at each precision: noise, steps, clipping, zeros, code use, variances; SAT's two training
-    rules in words; how the precisions' objectives agree; and how often codes changed, if --diagnose has counted that.
+    rules in words; how the precisions' objectives agree; how often codes changed, if --diagnose has counted that;
+    gradients by channel, what normalizations divide by, the loss around the weights.
 
-    Writes RUN/inspect.json and pictures: inspect.png (weights on their grids), inspect-layers.png, of several
-    precisions inspect-objectives.png, and of a run with --diagnose inspect-time.png and inspect-precisions.png."""
+    Writes RUN/inspect.json and pictures: inspect.png (weights on their grids) and inspect-*.png (layers, objectives of
+    several precisions, gradients, norms, landscape; of a run with --diagnose time and precisions)."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run directory of `train` or `quantize`."""
@@ -28,25 +29,32 @@ class Inspect:
     """Precisions to inspect, as 1,2,4; default all."""
     images: int = 256
     """Training images that activations and gradients are measured on."""
+    landscape: int = 0
+    """Points of the loss surface along each of its two directions, odd; each takes one evaluation of the images. 0: no
+    surface."""
     root: Path | None = None
     """Directory of the data set's files, if it has moved."""
 
     def run(self) -> None:
         """Print the tables, write the files."""
         need_training("inspect", "matplotlib")
-        from bitstrata.cli import inspection, inspection_plots
+        from bitstrata.cli import figures, inspection, inspection_plots
         from bitstrata.cli.saved import SavedRun
         from bitstrata.prepare import precisions
         from bitstrata.train import snapshot
 
+        figures.check(self.landscape)
         run = SavedRun(self.run_dir, self.root)
         data = run.data("train")
         model = run.model(data)
         wanted = parse_bits(self.bits) if self.bits is not None else precisions(model)
         found = inspection.inspect(model, data, wanted, self.images)
+        found |= figures.measure(model, data, self.images, self.landscape)
         self._print(found)
+        figures.show(found, output())
         write_json(self.run_dir / "inspect.json", {**found, "images": self.images, **environment()})
-        written = inspection_plots.draw(self.run_dir, found, snapshot.layers(model))
+        written = inspection_plots.draw(self.run_dir, found, snapshot.layers(model)) if found["precisions"] else []
+        written += figures.draw(found, self.run_dir)
         output().print(f"drawn: {', '.join(str(path) for path in written)}", soft_wrap=True)
 
     def _print(self, found: dict[str, Any]) -> None:

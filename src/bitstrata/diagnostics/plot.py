@@ -39,22 +39,29 @@ def plot_landscape(
         ModuleNotFoundError: without matplotlib. ValueError: nothing to draw, dimensions that differ, no finite loss,
             another form, or a `highest` that is not above the lowest loss.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plot_landscape: needs matplotlib; pip install "bitstrata[train]"') from error
     if form not in FORMS:
         raise ValueError(f"plot_landscape: form must be one of {', '.join(FORMS)}, got {form!r}")
     low, high = _range(results, highest)
     flat = next(iter(results.values())).y is None
-    figure = Figure(figsize=(5.2, 3.6) if flat else (3.1 * len(results) + 0.9, 3.3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((5.2, 3.6) if flat else (3.1 * len(results) + 0.9, 3.3), "plot_landscape")
     if flat:
         _lines(figure, results, low, high)
     else:
         _panels(figure, results, form, low, high)
     figure.savefig(file, dpi=dpi)
+
+
+def new_figure(size: tuple[float, float], where: str) -> Any:
+    """A figure of matplotlib's of that size in inches, drawn in memory. `where` names the caller in the
+    ModuleNotFoundError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{where}: needs matplotlib; pip install "bitstrata[train]"') from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _range(results: Mapping[str, Landscape], highest: float | None) -> tuple[float, float]:

@@ -6,24 +6,19 @@ Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..fused import FusedNetwork
 from ..integer.groups import channel_ranges, check_groups
 from ..integer.peers import channel_steps, quantization_variance
 from ..integer.shiftquant import check_bits
-from ..nn.integer_layers import IntegerLayerOfSeveral
-from .kept import kept
+from .arriving import arriving_gradients
 from .landscape import Loss
 
 GROUPS = (1, 2, 3, 4, 6, 8)
-AXES: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv1d: -2, nn.Conv2d: -3}  # of a layer's output: its channels
 
 
 @dataclass(frozen=True)
@@ -122,83 +117,14 @@ def gradient_variance(
     wanted = tuple(dict.fromkeys(groups))
     for number in wanted:
         check_groups(number, "gradient_variance")
-    if any(isinstance(module, FusedNetwork) for module in model.modules()):
-        raise ValueError(
-            "gradient_variance: the layers of a fused network do not run one by one; give the network it was made of, "
-            "its attribute `model`"
-        )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(f"gradient_variance: no parameter of {type(model).__name__} needs a gradient")
-    with kept(model, training=training), torch.enable_grad(), _watching(model) as seen:
-        torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
-    _refuse_not_finite(seen)
+    seen = arriving_gradients(model, loss, batch, training=training, where="gradient_variance")
     layers, missed = {}, []
     for name, (axis, gradients) in seen.items():
         if gradients:
             layers[name] = _measured(gradients, axis, bits, wanted)
         else:
             missed.append(name)
-    if not layers:
-        raise ValueError(
-            f"gradient_variance: no gradient reached a layer of {type(model).__name__} "
-            f"(Linear, Conv1d, Conv2d, or a product of an integer layer); {len(missed)} are there"
-        )
     return GradientVariance(layers, tuple(missed), bits)
-
-
-Seen = dict[str, tuple[int, list[Tensor]]]
-
-
-@contextmanager
-def _watching(model: nn.Module) -> Iterator[Seen]:
-    """Name -> (axis of the channels, gradients of the output), filled as a backward pass runs."""
-    seen: Seen = {}
-    handles, wrapped, watched = [], [], {}
-
-    def watch(name: str, axis: int, output: Any) -> None:
-        entry = seen.setdefault(name, (axis, []))
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: entry[1].append(gradient.detach().clone()))
-
-    def after(name: str, axis: int) -> Callable[..., None]:
-        return lambda module, args, output: watch(name, axis, output)
-
-    def product_of(layer: IntegerLayerOfSeveral, owner: str) -> Callable[..., Tensor]:
-        plain = layer._product
-
-        def product(name: str, *operands: Any) -> Tensor:
-            output = plain(name, *operands)
-            watch(f"{owner}.{name}" if owner else name, -1, output)
-            return output
-
-        return product
-
-    modules = dict(model.named_modules())
-    inside = {id(child) for m in modules.values() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
-    try:
-        for name, module in modules.items():
-            if isinstance(module, IntegerLayerOfSeveral):
-                module.__dict__["_product"] = product_of(module, name)
-                wrapped.append(module)
-            axis = next((axis for kind, axis in AXES.items() if isinstance(module, kind)), None)
-            if axis is not None and id(module) not in inside:
-                handles.append(module.register_forward_hook(after(name, axis)))
-                watched[name] = axis
-        yield seen
-        for name, axis in watched.items():  # those that did not run, behind those that did
-            seen.setdefault(name, (axis, []))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in wrapped:
-            del module.__dict__["_product"]
-
-
-def _refuse_not_finite(seen: Seen) -> None:
-    for name, (_, gradients) in reversed(seen.items()):  # the one nearest to the loss is the cause
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            raise ValueError(f"gradient_variance: the gradient at layer {name!r} contains NaN or infinity")
 
 
 def _measured(gradients: list[Tensor], axis: int, bits: int, groups: tuple[int, ...]) -> LayerVariance:
