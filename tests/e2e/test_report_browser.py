@@ -164,7 +164,8 @@ def test_labels_in_charts_are_neither_cut_nor_small(driver, pages, size):
     show(driver, pages["many"], size)
     script = """return [...document.querySelectorAll(".chart text")].filter((t) => t.checkVisibility()).map((t) => {
       const [box, all] = [t.getBoundingClientRect(), t.closest(".chart").getBoundingClientRect()];
-      const size = parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a;
+      const turned = t.getScreenCTM(), scale = Math.hypot(turned.a, turned.b);
+      const size = parseFloat(getComputedStyle(t).fontSize) * scale;
       return [t.textContent, box.left - all.left, all.right - box.right, size]; })"""
     labels = driver.execute_script(script)
     assert len(labels) > 20

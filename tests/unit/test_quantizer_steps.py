@@ -182,10 +182,10 @@ def test_shared_steps(name):
     quantizer.eval()(torch.ones(1, 4))  # set for both
 
 
-LEARNED = {"weight": ("lsq", "uniq", "nested", "vertical"), "activation": ("lsq", "uniq")}
+MENDED = {"weight": ("lsq", "uniq", "nested", "vertical"), "activation": ("lsq", "uniq")}
 
 
-@pytest.mark.parametrize(("role", "name"), [(role, name) for role in LEARNED for name in LEARNED[role]])
+@pytest.mark.parametrize(("role", "name"), [(role, name) for role in MENDED for name in MENDED[role]])
 def test_a_step_that_is_not_positive_is_brought_back_by_its_gradient(role, name):
     """To where training from a good step ends; which is why it is a warning of the Trainer's, and no error."""
     x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))

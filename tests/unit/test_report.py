@@ -112,7 +112,7 @@ def test_page_of_a_run_is_well_formed_and_loads_nothing(drawn):
     )
     assert "default-src &#x27;none&#x27;" in text
     assert all(f'href="#{key}"' not in text or key in page.ids for key in re.findall(r'href="#([^"]+)"', text))
-    assert len(text) < 400_000
+    assert len(text) < 600_000
 
 
 def test_every_panel_shows_the_run(drawn):

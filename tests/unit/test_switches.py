@@ -126,6 +126,7 @@ SWITCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 NOT_COMPUTATION = {
+    ("strata", "sampling"),  # which precisions a step of the Trainer has, tested with sampling
     ("uniq", "warmup"),  # changes the schedule, tested with schedules
     ("shiftquant", "on_nonfinite"),  # where numbers are not finite, tested with the recipe
 }

@@ -63,6 +63,17 @@ def chart(description: str, draw: Callable[[Any, bool], None], *, alone: bool = 
     return el("div", *forms, class_="chart alone" if alone else "chart")
 
 
+def logarithmic(axes: Any, low: float, high: float, base: float = 10) -> None:
+    """A logarithmic y axis for values from low > 0 to high, with labels that fit beside it."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log", base=base)
+    axes.minorticks_off()
+    axes.set_ylim(low / 1.3, high * 1.3)
+    axes.yaxis.set_major_locator(LogLocator(base, (1, 2, 5) if base == 10 and high < 100 * low else (1,), numticks=7))
+    axes.yaxis.set_major_formatter(lambda value, _: f"1/{1 / value:.0f}" if base == 2 and value < 1 else f"{value:.3g}")
+
+
 def require() -> None:
     """Raise ModuleNotFoundError that says what to install, if matplotlib is absent."""
     try:

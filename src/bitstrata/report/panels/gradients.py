@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import look
-from ..chart import chart, color
+from ..chart import chart, color, logarithmic
 from ..markup import Markup, details, el, join, table
 from ..registry import Panel
 from ..runs import Run, is_number, side_file
@@ -61,12 +61,13 @@ def _of_run(run: Run, layers: Layers) -> Markup:
 
 def _histograms(layers: Layers, styles: dict[str, look.Look]):  # type: ignore[no-untyped-def]
     def draw(axes: Any, narrow: bool) -> None:
+        shares = {name: [n / sum(layers[name]["counts"]) for n in layers[name]["counts"]] for name in styles}
         for name, style in styles.items():
-            counts = layers[name]["counts"]
-            total, bins = sum(counts), len(counts)
+            bins = len(shares[name])
             x = [(2 * i + 1) / bins - 1 for i in range(bins)]
-            axes.plot(x, [count / total or float("nan") for count in counts], **_dress(style, bins))
-        axes.set_yscale("log")
+            axes.plot(x, [share or float("nan") for share in shares[name]], **_dress(style, bins))
+        known = [share for values in shares.values() for share in values if share]
+        logarithmic(axes, min(known), max(known))
         axes.set_xlabel("gradient / its largest magnitude")
         axes.set_title("share of elements")
 
@@ -79,7 +80,7 @@ def _ranges(layers: Layers, styles: dict[str, look.Look]):  # type: ignore[no-un
             ranges = layers[name]["ranges"]
             x = [100 * (i + 0.5) / len(ranges) for i in range(len(ranges))]
             axes.plot(x, [max(r, FLOOR) for r in ranges], **_dress(style, len(ranges)))
-        axes.set_yscale("log", base=2)
+        logarithmic(axes, min(max(r, FLOOR) for name in styles for r in layers[name]["ranges"]), 1.0, base=2)
         axes.set_xlabel("% of the channels, the widest first")
         axes.set_title("range / largest" if narrow else "range of a channel / the largest")
 

@@ -62,7 +62,9 @@ def _drawing(axis: list[float], loss: list[list[float | None]], low: float, high
         lines = axes.contour(axis, axis, values, levels=levels, colors="white", linewidths=0.7)
         axes.clabel(lines, lines.levels[1 : 7 if narrow else 10 : 2], fmt="%.2f", fontsize=10, colors=color("ink"))
         axes.plot(0, 0, marker="+", color=color("c1"), markersize=9)
-        axes.set_xlabel("along two random directions, in lengths of the filters")
+        axes.set_xlabel(
+            "two directions, in filter lengths" if narrow else "along two random directions, in filter lengths"
+        )
         axes.set_title("loss")
 
     return draw

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..chart import logarithmic
 from ..curves import Source
 from ..curves import render as render_curves
 from ..markup import Markup
@@ -30,10 +31,7 @@ def render(runs: Sequence[Run]) -> Markup:
 
 def _dress(axes: Any, low: float, high: float) -> None:
     if low > 0 and high > 20 * low:
-        axes.set_yscale("log")
-        axes.minorticks_off()
-        axes.set_ylim(low / 1.3, high * 1.3)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        logarithmic(axes, low, high)
     else:
         room = 0.05 * (high - low) or 0.01
         axes.set_ylim(min(0.0, low), high + room)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import look
-from ..chart import chart, color
+from ..chart import chart, color, logarithmic
 from ..markup import Markup, details, el, join, table
 from ..registry import Panel
 from ..runs import Run, is_number, side_file
@@ -58,13 +58,14 @@ def _of_run(run: Run, layers: Layers) -> Markup:
 
 def _drawing(layers: Layers, reading: str, title: str) -> Callable[[Any, bool], None]:
     def draw(axes: Any, narrow: bool) -> None:
+        known = [one[norm.lower()][reading] for one in layers.values() for norm in NORMS]
         for norm, style in NORMS.items():
             factor = 100 if reading == "relative" else 1
             values = [factor * one[norm.lower()][reading] for one in layers.values()]
             x = range(1, len(values) + 1)
             axes.plot(x, values, color=color(style.color), marker=style.marker, markersize=4 if narrow else 6)
         if reading == "norm":
-            axes.set_yscale("log")
+            logarithmic(axes, min(known), max(known))
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("normalizations in the order they run")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..chart import logarithmic
 from ..curves import Source
 from ..curves import render as render_curves
 from ..diagnosis import stages
@@ -68,10 +69,7 @@ def _dress(shown: Shown) -> Callable[[Any, float, float], None]:
     def dress(axes: Any, low: float, high: float) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: shown.form(value))
         if shown.log and low > 0 and high > 20 * low:
-            axes.set_yscale("log")
-            axes.minorticks_off()
-            axes.set_ylim(low / 1.3, high * 1.3)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            logarithmic(axes, low, high)
             return
         low, high = min((low, *shown.holds)), max((high, *shown.holds))
         room = 0.05 * (high - low) or 0.05 * abs(high) or 0.01
