@@ -128,29 +128,34 @@ int64_t bound_of(const ProductShape& s, const ProductCodes& x, const QatWeight& 
   return most * code;
 }
 
+// Rows of a weight as integers. In float: values are multiples of a unit but for the rounding of a float, so that the
+// quotient is off by far less than half. Returns whether all are within the range; NaN is not.
+bool integers(const float* from, int64_t size, double unit, int8_t* upper, int8_t* lower) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added and taken away again, it rounds to nearest
+  const float inverse = static_cast<float>(1.0 / unit);
+  const float least = lower != nullptr ? -256 : -128, most = lower != nullptr ? 255 : 127;
+  int outside = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const float x = (from[i] * inverse + kMagic) - kMagic;
+    const bool inside = x >= least && x <= most;
+    outside |= !inside;
+    const int32_t integer = static_cast<int32_t>(inside ? x : 0.0f);
+    upper[i] = static_cast<int8_t>(lower != nullptr ? integer >> 1 : integer);
+    if (lower != nullptr) lower[i] = static_cast<int8_t>(integer & 1);
+  }
+  return outside == 0;
+}
+
 }  // namespace
 
 bool qat_integers(int threads, const float* values, int64_t out, int64_t size, const double* unit, int8_t* high,
                   int8_t* low) {
-  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: added and taken away again, it rounds to nearest
-  const double least = low != nullptr ? -256 : -128, most = low != nullptr ? 255 : 127;
   std::atomic<bool> fits{true};
   parallel_for(threads, out, std::max<int64_t>((1 << 14) / size, 1), [&](int64_t begin, int64_t end) {
-    int outside = 0;
     for (int64_t o = begin; o < end; ++o) {
-      const double inverse = 1.0 / unit[o];
-      const float* from = values + o * size;
-      int8_t *upper = high + o * size, *lower = low == nullptr ? nullptr : low + o * size;
-      for (int64_t i = 0; i < size; ++i) {
-        const double x = (static_cast<double>(from[i]) * inverse + kMagic) - kMagic;
-        const bool inside = x >= least && x <= most;
-        outside |= !inside;
-        const int32_t integer = static_cast<int32_t>(inside ? x : 0.0);
-        upper[i] = static_cast<int8_t>(lower != nullptr ? integer >> 1 : integer);
-        if (lower != nullptr) lower[i] = static_cast<int8_t>(integer & 1);
-      }
+      const int64_t at = o * size;
+      if (!integers(values + at, size, unit[o], high + at, low == nullptr ? nullptr : low + at)) fits = false;
     }
-    if (outside) fits = false;
   });
   return fits;
 }

@@ -10,7 +10,7 @@
 namespace bitstrata {
 namespace {
 
-enum Own { kScratch, kSums };
+enum Own { kScratch, kSums, kRows };
 
 constexpr const char* kOp = "qat_weight_gradient";
 constexpr int64_t kSharePixels = 2048;             // at least, so that adding shares takes little
@@ -42,23 +42,30 @@ class WeightGradient {
     for (int i = 0; i < threads_; ++i) own_[i].get(kScratch, scratch);
   }
 
-  void run(const float* factor, float* out) {
+  void run(const float* factor, bool channels_last, float* out) {
+    if (channels_last)
+      for (int i = 0; i < threads_; ++i) own_[i].get(kRows, kReadTogether * row() * 4);
     parallel_for(threads_, shares_ * slices_, 1, [&](int64_t begin, int64_t end) {
       const int i = own_.take();
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % slices_ * kSliceOuts, last = std::min(first + kSliceOuts, shape_.out_c);
         add(task / slices_, first, last, own_[i].get(kScratch, 0));
-        if (shares_ == 1) finish(first, last, factor, out);  // while the sums are in the cache
+        if (shares_ == 1) finish(first, last, factor, channels_last ? rows(i) : nullptr, out);  // while sums are cached
       }
       own_.give(i);
     });
     if (shares_ == 1) return;
     parallel_for(threads_, (shape_.out_c + kReadTogether - 1) / kReadTogether, 1, [&](int64_t begin, int64_t end) {
-      finish(begin * kReadTogether, std::min(end * kReadTogether, shape_.out_c), factor, out);
+      const int i = own_.take();
+      finish(begin * kReadTogether, std::min(end * kReadTogether, shape_.out_c), factor,
+             channels_last ? rows(i) : nullptr, out);
+      own_.give(i);
     });
   }
 
  private:
+  int64_t row() const { return shape_.in_c * shape_.kernel_h * shape_.kernel_w; }
+  float* rows(int i) { return reinterpret_cast<float*>(own_[i].get(kRows, 0)); }
   float* sums(int64_t share) const { return reinterpret_cast<float*>(sums_ + share * share_bytes_); }
 
   // A share of all blocks, for output channels [out_begin, out_end).
@@ -76,16 +83,23 @@ class WeightGradient {
     }
   }
 
-  // The results of output channels [out_begin, out_end).
-  void finish(int64_t out_begin, int64_t out_end, const float* factor, float* out) const {
-    const int64_t row = shape_.in_c * shape_.kernel_h * shape_.kernel_w;
+  // The results of output channels [out_begin, out_end). turned: room for kReadTogether rows where channels are last.
+  void finish(int64_t out_begin, int64_t out_end, const float* factor, float* turned, float* out) const {
+    const int64_t size = row(), taps = size / shape_.in_c;
     for (int64_t first = out_begin; first < out_end; first += kReadTogether) {
       const int64_t last = std::min(first + kReadTogether, out_end);
-      float* rows = out + first * row;
+      float* to = out + first * size;
+      float* rows = turned == nullptr ? to : turned;
       for (int64_t share = 0; share < shares_; ++share)
-        kernel_->read(shape_, sums(share), {first, last, 0, shape_.in_c}, rows, row, share == 0);
-      for (int64_t o = first; o < last; ++o, rows += row)
-        for (int64_t n = 0; n < row; ++n) rows[n] *= factor[o];
+        kernel_->read(shape_, sums(share), {first, last, 0, shape_.in_c}, rows, size, share == 0);
+      for (int64_t o = first; o < last; ++o, rows += size, to += size) {
+        if (turned == nullptr) {
+          for (int64_t n = 0; n < size; ++n) rows[n] *= factor[o];
+          continue;
+        }
+        for (int64_t t = 0; t < taps; ++t)
+          for (int64_t c = 0; c < shape_.in_c; ++c) to[t * shape_.in_c + c] = rows[c * taps + t] * factor[o];
+      }
     }
   }
 
@@ -101,12 +115,12 @@ class WeightGradient {
 }  // namespace
 
 void qat_weight_gradient(const Kernels& kernels, int threads, const ProductShape& s, const ProductCodes& x,
-                         const uint16_t* g, const float* factor, float* out) {
+                         const uint16_t* g, const float* factor, bool channels_last, float* out) {
   check_product(kOp, s);
   if (s.groups != 1) fail(kOp, "groups is " + str(s.groups) + ", must be 1");
   check_codes(kOp, x, s.in_c);
   if (x.shift != nullptr) fail(kOp, "codes have shifts");
-  WeightGradient(kernels, threads, s, x, g).run(factor, out);
+  WeightGradient(kernels, threads, s, x, g).run(factor, channels_last, out);
 }
 
 }  // namespace bitstrata

@@ -395,11 +395,14 @@ def qat_weight_gradient(
     stride: Pair,
     dilation: Pair,
     padding: Pair,
+    channels_last: bool,
     out: Array,
     isa: str,
     threads: int,
 ) -> None:
     """Gradient of a convolution's weight times factor[o], float32 (out_c, in_c, kernel_h, kernel_w), to `out`.
+
+    channels_last: `out` is (out_c, kernel_h, kernel_w, in_c).
 
     x: codes (batch, in_h, in_w, in_c), int8 or uint8, which lie within `range`; g: (batch, out_h, out_w, out_c)
     bfloat16 as uint16.

@@ -56,10 +56,19 @@ class Case:
         return torch.from_numpy(self.rng.normal(0, 1, self.g_shape).astype(np.float32)).bfloat16().float()
 
     def found(self, g: Tensor, factor: Array, isa: str, threads: int) -> Array:
-        out = guarded_copy(np.full(self.weight, np.nan, np.float32))
+        """In both orders of memory, which hold the same bits."""
+        plain, last = (self.laid_out(g, factor, isa, threads, channels_last=last) for last in (False, True))
+        assert plain.tobytes() == last.transpose(0, 3, 1, 2).tobytes()
+        return plain
+
+    def laid_out(self, g: Tensor, factor: Array, isa: str, threads: int, *, channels_last: bool) -> Array:
+        outputs, inputs, height, width = self.weight
+        shape = (outputs, height, width, inputs) if channels_last else self.weight
+        out = guarded_copy(np.full(shape, np.nan, np.float32))
         stride, dilation, pad = ((n, n) for n in (self.stride, self.dilation, self.pad))
         g_rows, factor = rows_of(g), guarded_copy(factor)
-        _engine.qat_weight_gradient(self.x, self.range, g_rows, factor, stride, dilation, pad, out, isa, threads)
+        layout = (stride, dilation, pad, channels_last)
+        _engine.qat_weight_gradient(self.x, self.range, g_rows, factor, *layout, out, isa, threads)
         return out
 
     def expected(self, x: Array, g: Tensor) -> Array:
@@ -110,7 +119,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(batch: int, size: int, inpu
     factor, found = rng.normal(0, 1, outputs).astype(np.float32), []
     for threads in (1, 2, 3, 8):
         out = np.empty((outputs, inputs, 3, 3), np.float32)
-        _engine.qat_weight_gradient(x, (0, 15), g, factor, (1, 1), (1, 1), (1, 1), out, "", threads)
+        _engine.qat_weight_gradient(x, (0, 15), g, factor, (1, 1), (1, 1), (1, 1), False, out, "", threads)
         found.append(out)
     assert all((found[0] == other).all() for other in found[1:])
 
@@ -127,6 +136,7 @@ def test_bad_arguments_are_named() -> None:
         "stride": (1, 1),
         "dilation": (1, 1),
         "padding": (1, 1),
+        "channels_last": False,
         "out": out,
     }
     good |= {"isa": "", "threads": 1}
@@ -135,6 +145,7 @@ def test_bad_arguments_are_named() -> None:
         ("threads must be at least 1, got 0", {"threads": 0}),
         ("different batches", {"x": x[:1]}),
         ("weight does not fit", {"out": out[:4]}),
+        ("weight does not fit", {"channels_last": True, "out": np.zeros((5, 3, 3, 4), np.float32)}),
         ("factor must have one element", {"factor": one[:2]}),
         ("codes must be int8 or uint8", {"x": x.astype(np.int16)}),
         ("qat_weight_gradient.*output height", {"stride": (2, 2)}),

@@ -135,7 +135,7 @@ class IntegerWeight:
 
     high, low: integer = high * 2 + low, or high alone where low is None. quantized: the fake-quantized weight, of which
     only the place in autograd's graph is wanted: the edge there, or, if it is a leaf, the weight; None without
-    gradient. sources: what it depends on.
+    gradient. sources: what it depends on. channels_last: the quantized weight's order in memory.
     """
 
     unit: NDArray[np.float64]
@@ -143,6 +143,7 @@ class IntegerWeight:
     low: NDArray[np.int8] | None
     quantized: Any
     sources: Sources
+    channels_last: bool = False
 
     def real(self, dtype: torch.dtype) -> Tensor:
         """The integers as floats, which hold them exactly."""
@@ -170,7 +171,8 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
     place: Any = quantized if quantized.requires_grad else None
     if place is not None and not quantized.is_leaf:
         place = torch.autograd.graph.get_gradient_edge(quantized)  # the tensor itself takes four bytes a weight
-    return IntegerWeight(unit, high, low, place, sources)
+    last = not quantized.is_contiguous() and quantized.is_contiguous(memory_format=torch.channels_last)
+    return IntegerWeight(unit, high, low, place, sources, last)
 
 
 def fusable_weight(layer: QuantConv2d) -> bool:

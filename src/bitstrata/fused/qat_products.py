@@ -74,7 +74,7 @@ def takes_weight_gradient(real: torch.dtype, groups: int, inputs: int) -> bool:
 def weight_gradient(
     gradient: NDArray[np.uint16], codes: NDArray[Any], rule: Rule, weight: IntegerWeight, geometry: Geometry
 ) -> Tensor:
-    """The gradient of a convolution's weight, float32 (out channels, in channels, height, width).
+    """The gradient of a convolution's weight, float32 (out channels, in channels, height, width), in its memory order.
 
     Args:
         gradient: of the convolution's result in units of the integer weights, bfloat16 (N, height, width, out
@@ -84,9 +84,11 @@ def weight_gradient(
         geometry: of one group.
     """
     planar: dict[str, Any] = geometry.planar(2)
-    out = np.empty(weight.high.shape, np.float32)
+    outputs, inputs, height, width = weight.high.shape
+    last = weight.channels_last
+    out = np.empty((outputs, height, width, inputs) if last else weight.high.shape, np.float32)
     factor = (rule.step / weight.unit).astype(np.float32)
     layout = planar["stride"], planar["dilation"], planar["padding"]
     threads = torch.get_num_threads()
-    _engine.qat_weight_gradient(codes, (rule.lo, rule.hi), gradient, factor, *layout, out, FASTEST, threads)
-    return torch.from_numpy(out)
+    _engine.qat_weight_gradient(codes, (rule.lo, rule.hi), gradient, factor, *layout, last, out, FASTEST, threads)
+    return torch.from_numpy(out).permute(0, 3, 1, 2) if last else torch.from_numpy(out)
