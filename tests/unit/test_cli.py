@@ -309,6 +309,8 @@ def test_objective_and_paper_schedule_come_from_the_recipe():
     assert pipeline.joint_config(Train(), sampled).sampling == "sandwich"
     assert pipeline.joint_config(Train(sampling="all"), sampled).sampling == "all"
     assert pipeline.joint_config(Train(sampling="sandwich"), bs.recipes.strata()).sampling == "sandwich"
+    assert pipeline.joint_config(Train(fused=True), sampled).fused
+    assert not pipeline.float_config(Train(fused=True)).fused  # which has nothing to fuse
 
 
 @pytest.mark.parametrize("kind", [Train, Quantize])
