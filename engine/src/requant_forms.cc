@@ -51,7 +51,7 @@ bool fit(const Exact& f, Short* g) {
     most = std::min(most, Wide{level} * (Wide{1} << g->shift) - 1 - g->multiplier * x);
   };
   for (int64_t level = f.lo + 1; level <= f.hi; ++level) {
-    Wide inside, outside;
+    Wide inside = 0, outside = 0;
     if (!f.step(level, &inside, &outside)) continue;
     at_least(inside, level);
     below(outside, level);
@@ -68,7 +68,7 @@ bool fit(const Exact& f, Short* g) {
 
 // The least and the largest x at a step; false if there is no step. Steps that no int32 x reaches are at the ends.
 bool ends(const Exact& f, Wide* from, Wide* to) {
-  Wide inside, outside;
+  Wide inside = 0, outside = 0;
   int64_t first = f.lo + 1, last = f.hi;
   while (f.m != 0 && first <= last && !f.step(first, &inside, &outside)) ++first;
   if (f.m == 0 || first > last) return false;
