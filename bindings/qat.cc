@@ -82,17 +82,21 @@ QatRule rule_of(const Rule& rule, float keep) {
   return r;
 }
 
-bool integers(In<float, 4> values, In<double, 1> unit, Out<int8_t, 4> high, std::optional<Out<int8_t, 4>> low,
-              int threads) {
+bool integers(In<float, 4> values, bool channels_last, In<double, 1> unit, Out<int8_t, 4> high,
+              std::optional<Out<int8_t, 4>> low, int threads) {
   if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
   if (values.size() == 0) fail("a weight without elements has no integers");
-  check_same_shape("high", high, values);
-  if (low.has_value()) check_same_shape("low", *low, values);
+  const size_t in = channels_last ? 3 : 1, height = channels_last ? 1 : 2;
+  if (high.shape(0) != values.shape(0) || high.shape(1) != values.shape(in) || high.shape(2) != values.shape(height) ||
+      high.shape(3) != values.shape(height + 1))
+    fail("high must have the shape of values, input channels second");
+  if (low.has_value()) check_same_shape("low", *low, high);
   if (unit.shape(0) != values.shape(0)) fail("unit must have one element for each output channel");
-  const int64_t out = static_cast<int64_t>(values.shape(0));
+  const int64_t out = static_cast<int64_t>(high.shape(0)), inputs = static_cast<int64_t>(high.shape(1));
+  const int64_t taps = static_cast<int64_t>(high.shape(2) * high.shape(3));
   nb::gil_scoped_release unlocked;
-  return bitstrata::qat_integers(threads, values.data(), out, static_cast<int64_t>(values.size()) / out, unit.data(),
-                                 high.data(), low.has_value() ? low->data() : nullptr);
+  return bitstrata::qat_integers(threads, values.data(), out, inputs, taps, channels_last, unit.data(), high.data(),
+                                 low.has_value() ? low->data() : nullptr);
 }
 
 using Moments = std::tuple<nb::ndarray<nb::numpy, double>, nb::ndarray<nb::numpy, double>>;
@@ -238,7 +242,7 @@ void max_pool_gradient(Maps g, In<uint8_t, 4> places, PoolWindow window, Real ou
 }  // namespace
 
 void bind_qat(nb::module_& m) {
-  m.def("qat_integers", &integers, "values"_a.noconvert(), "unit"_a.noconvert(), "high"_a.noconvert(),
+  m.def("qat_integers", &integers, "values"_a.noconvert(), "channels_last"_a, "unit"_a.noconvert(), "high"_a.noconvert(),
         "low"_a.noconvert().none(), "threads"_a);
   m.def("qat_convolution", &convolution, "x"_a.noconvert(), "range"_a, "high"_a.noconvert(), "low"_a.noconvert().none(),
         "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "out"_a.noconvert(), "moments"_a, "isa"_a, "threads"_a);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "bitstrata/qat.h"
 #include "checks.h"
@@ -130,31 +131,67 @@ int64_t bound_of(const ProductShape& s, const ProductCodes& x, const QatWeight& 
 
 // Rows of a weight as integers. In float: values are multiples of a unit but for the rounding of a float, so that the
 // quotient is off by far less than half. Returns whether all are within the range; NaN is not.
+template <bool kWide>
 bool integers(const float* from, int64_t size, double unit, int8_t* upper, int8_t* lower) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added and taken away again, it rounds to nearest
+  constexpr float kLeast = kWide ? -256 : -128, kMost = kWide ? 255 : 127;
   const float inverse = static_cast<float>(1.0 / unit);
-  const float least = lower != nullptr ? -256 : -128, most = lower != nullptr ? 255 : 127;
-  int outside = 0;
+  int32_t outside = 0;
   for (int64_t i = 0; i < size; ++i) {
     const float x = (from[i] * inverse + kMagic) - kMagic;
-    const bool inside = x >= least && x <= most;
-    outside |= !inside;
-    const int32_t integer = static_cast<int32_t>(inside ? x : 0.0f);
-    upper[i] = static_cast<int8_t>(lower != nullptr ? integer >> 1 : integer);
-    if (lower != nullptr) lower[i] = static_cast<int8_t>(integer & 1);
+    const float above = x > kLeast ? x : kLeast, inside = above < kMost ? above : kMost;
+    outside |= inside != x ? 1 : 0;
+    const int32_t integer = static_cast<int32_t>(inside);
+    upper[i] = static_cast<int8_t>(kWide ? integer >> 1 : integer);
+    if (kWide) lower[i] = static_cast<int8_t>(integer & 1);
   }
   return outside == 0;
 }
 
+// Eight rows of eight bytes, the first in the lowest bits, as columns.
+void transpose(uint64_t* rows) {
+  constexpr uint64_t kMasks[] = {0x00000000FFFFFFFF, 0x0000FFFF0000FFFF, 0x00FF00FF00FF00FF};
+  for (int half = 4, stage = 0; half > 0; half /= 2, ++stage)
+    for (int i = 0; i < 8; ++i) {
+      if ((i & half) != 0) continue;
+      const uint64_t other = ((rows[i] >> (8 * half)) ^ rows[i + half]) & kMasks[stage];
+      rows[i + half] ^= other;
+      rows[i] ^= other << (8 * half);
+    }
+}
+
+// (taps, in) as (in, taps).
+void channels_first(const int8_t* from, int64_t in, int64_t taps, int8_t* to) {
+  constexpr int64_t kSide = 8;
+  const int64_t in_blocks = in / kSide * kSide, tap_blocks = taps / kSide * kSide;
+  for (int64_t i = 0; i < in_blocks; i += kSide)
+    for (int64_t t = 0; t < tap_blocks; t += kSide) {
+      uint64_t rows[kSide];
+      for (int64_t k = 0; k < kSide; ++k) std::memcpy(&rows[k], from + (t + k) * in + i, kSide);
+      transpose(rows);
+      for (int64_t k = 0; k < kSide; ++k) std::memcpy(to + (i + k) * taps + t, &rows[k], kSide);
+    }
+  for (int64_t i = 0; i < in; ++i)
+    for (int64_t t = i < in_blocks ? tap_blocks : 0; t < taps; ++t) to[i * taps + t] = from[t * in + i];
+}
+
 }  // namespace
 
-bool qat_integers(int threads, const float* values, int64_t out, int64_t size, const double* unit, int8_t* high,
-                  int8_t* low) {
+bool qat_integers(int threads, const float* values, int64_t out, int64_t in, int64_t taps, bool channels_last,
+                  const double* unit, int8_t* high, int8_t* low) {
   std::atomic<bool> fits{true};
+  const int64_t size = in * taps;
+  const auto convert = low == nullptr ? integers<false> : integers<true>;
+  const bool moved = channels_last && taps > 1 && in > 1;
   parallel_for(threads, out, std::max<int64_t>((1 << 14) / size, 1), [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> row(moved ? 2 * size : 0);
     for (int64_t o = begin; o < end; ++o) {
-      const int64_t at = o * size;
-      if (!integers(values + at, size, unit[o], high + at, low == nullptr ? nullptr : low + at)) fits = false;
+      int8_t *const upper = high + o * size, *const lower = low == nullptr ? nullptr : low + o * size;
+      int8_t *const at = moved ? row.data() : upper, *const below = moved && low != nullptr ? at + size : lower;
+      if (!convert(values + o * size, size, unit[o], at, below)) fits = false;
+      if (!moved) continue;
+      channels_first(at, in, taps, upper);
+      if (low != nullptr) channels_first(below, in, taps, lower);
     }
   });
   return fits;

@@ -1,10 +1,12 @@
 // The gradient of a convolution's input in bfloat16: bands of rows of all images, shared by threads.
 #include <algorithm>
+#include <atomic>
 
 #include "bitstrata/dispatch.h"
 #include "bitstrata/qat_products.h"
 #include "checks.h"
 #include "parallel.h"
+#include "product_shape.h"
 #include "workspace.h"
 
 namespace bitstrata {
@@ -14,16 +16,26 @@ constexpr int64_t kMostTaps = 128;
 constexpr int64_t kBandsPerThread = 4;  // so that no thread waits long for the last band
 constexpr int64_t kLeastRows = 4;       // of a band; each stages some rows of its neighbours too
 
-ConvShape conv_shape(const ProductShape& s) {
-  ConvShape c{};
-  c.in_h = s.in_h, c.in_w = s.in_w, c.in_c = s.in_c;
-  c.out_h = s.out_h, c.out_w = s.out_w, c.out_c = s.out_c;
-  c.kernel_h = s.kernel_h, c.kernel_w = s.kernel_w;
-  c.stride_h = s.stride_h, c.stride_w = s.stride_w;
-  c.dilation_h = s.dilation_h, c.dilation_w = s.dilation_w;
-  c.pad_top = s.pad_top, c.pad_left = s.pad_left;
-  c.groups = 1;
-  return c;
+// How far from 0 the integers lie at most: of a value, or of both parts.
+int64_t largest_of(const int8_t* values, int64_t count, int threads) {
+  std::atomic<int> largest{0};
+  parallel_for(threads, count, int64_t{1} << 16, [&](int64_t begin, int64_t end) {
+    int lo = 0, hi = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      lo = std::min<int>(lo, values[i]);
+      hi = std::max<int>(hi, values[i]);
+    }
+    const int found = std::max(-lo, hi);
+    int before = largest.load();
+    while (before < found && !largest.compare_exchange_weak(before, found)) {
+    }
+  });
+  return largest;
+}
+
+int64_t largest_of(const QatWeight& w, int64_t count, int threads) {
+  const int64_t high = largest_of(w.high, count, threads);
+  return w.low == nullptr ? high : 2 * high + largest_of(w.low, count, threads);
 }
 
 // Whole images, unless there are too few of them for the threads.
@@ -45,7 +57,8 @@ void qat_input_gradient(const Kernels& kernels, int threads, const ProductShape&
                         const QatWeight& w, uint16_t* out) {
   check(s);
   const ConvShape c = conv_shape(s);
-  const InputGradientKernel& kernel = *float_products_of(kernels).input_gradient(c);
+  const int64_t largest = largest_of(w, s.out_c * s.in_c * s.kernel_h * s.kernel_w, threads);
+  const InputGradientKernel& kernel = *float_products_of(kernels).input_gradient(c, largest);
   Workspaces shared(1), own(std::max(threads, 1));
   uint8_t* const packed = shared[0].get(0, kernel.packed_bytes(c));
   parallel_for(threads, kernel.pack_parts(c), 1, [&](int64_t begin, int64_t end) {

@@ -42,7 +42,7 @@ void check(const Kernels& row, const ConvShape& s, Edge edge, Random& random) {
     w64.get<int64_t>()[i] = wide ? 2 * high.get<int8_t>()[i] + low.get<int8_t>()[i] : high.get<int8_t>()[i];
   }
   for (int64_t i = 0; i < gs; ++i) g.get<uint16_t>()[i] = to_bf16(g64.get<int64_t>()[i] = random.in(-9, 9));
-  const InputGradientKernel& kernel = *float_products_of(row).input_gradient(s);
+  const InputGradientKernel& kernel = *float_products_of(row).input_gradient(s, 17);
   const Guarded packed(kernel.packed_bytes(s), edge, 64);
   for (int64_t part = 0; part < kernel.pack_parts(s); ++part)
     kernel.pack(s, high.get<int8_t>(), wide ? low.get<int8_t>() : nullptr, packed.get(), part);
@@ -62,6 +62,18 @@ void check(const Kernels& row, const ConvShape& s, Edge edge, Random& random) {
 
 void test_input_gradients(const Kernels& row) {
   uint64_t seed = 0;
+  for (int64_t in : {17, 32, 50})  // dense kernels of 3x3, which may have kernels of their own
+    for (int64_t out : {17, 24, 32, 41})
+      for (Edge edge : {Edge::end, Edge::begin}) {
+        Random random(++seed);
+        ConvShape s{};
+        s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+        s.in_c = in, s.out_c = out, s.kernel_h = s.kernel_w = 3;
+        s.pad_top = random.in(0, 3), s.pad_left = random.in(0, 3);
+        s.in_h = random.in(3, 7), s.in_w = random.in(3, 21);
+        s.out_h = s.in_h + 2 * s.pad_top - 2, s.out_w = s.in_w + 2 * s.pad_left - 2;
+        check(row, s, edge, random);
+      }
   for (int64_t in : {1, 4, 5, 8, 9, 16, 33, 48})
     for (int64_t out : {1, 8, 9, 16, 23, 40})
       for (Edge edge : {Edge::end, Edge::begin}) {

@@ -125,6 +125,24 @@ def test_runs_are_made_once_and_results_say_which_seeds(root: Path, tmp_path: Pa
     assert (root / "paper" / "tables" / "table1.png").stat().st_size > 1000
 
 
+def test_a_run_that_diverges_is_a_result_and_the_queue_goes_on(root: Path, tmp_path: Path) -> None:
+    wild = 'row = "wild"\nrecipe = { name = "lsq", options = { bits = 4 } }\ntrain = { lr = 1e30 }\n'
+    (root / "paper" / "table1" / "a-wild.toml").write_text(wild)
+    table = load_table(root, "paper", "table1", "cpu")
+    assert table.rows[0].name == "wild"
+    made: list[str] = []
+    Queue([table], None, tmp_path / "runs", seeds=(0,), environment=ENVIRONMENT).work(made.append)
+    assert len(made) == 4
+    assert "wild, seed 0: diverged: Trainer: " in made[0]
+    results = collect(table, tmp_path / "runs")
+    assert [(r.metric, r.mean, r.seeds) for r in results if r.row == "wild"] == [("diverged", 1.0, (0,))]
+    assert not any(r.metric == "diverged" for r in results if r.row != "wild")
+    write_results(table.folder / "results.csv", results)
+    assert "| wild | diverged |  | 1.00 |" in write_page(root, "paper").read_text()
+    Queue([table], None, tmp_path / "runs", seeds=(0,)).work(made.append)
+    assert len(made) == 4
+
+
 def test_rows_that_share_a_float_network_train_it_once(root: Path, tmp_path: Path) -> None:
     table = load_table(root, "paper", "table1", "smoke")
     for row in table.rows:

@@ -15,8 +15,7 @@ struct WeightBlock;
 
 // One way to compute the gradient of a convolution's input from that of its output: out = transposed convolution of g
 // with integer weights. Shapes are those of the forward convolution; of `mul`, `add`, bounds and input_dtype nothing is
-// read, padding is 0, there is one group, and
-// at most 128 taps.
+// read, padding is 0, there is one group, and at most 128 taps.
 struct InputGradientKernel {
   const char* name;
   int64_t (*packed_bytes)(const ConvShape&);
@@ -57,7 +56,8 @@ struct FloatWeightGradKernel {
 
 struct FloatProducts {
   const char* name;
-  const InputGradientKernel* (*input_gradient)(const ConvShape&);
+  // largest: no weight is farther from 0.
+  const InputGradientKernel* (*input_gradient)(const ConvShape&, int64_t largest);
   const FloatWeightGradKernel* (*weight_grad)(const ConvShape&);
 };
 

@@ -19,11 +19,11 @@ struct QatWeight {
   const int8_t *high, *low;
 };
 
-// Integers from a weight's values, (out, size), which are integers times unit[o] but for rounding: as in QatWeight.
-// False if a value is not finite, or an integer not in -256..255, or, without `low`, not in -128..127; then nothing
-// written is of use.
-bool qat_integers(int threads, const float* values, int64_t out, int64_t size, const double* unit, int8_t* high,
-                  int8_t* low);
+// Integers from a weight's values, which are integers times unit[o] but for rounding: as in QatWeight, (out, in, taps).
+// values: in that order, or with `channels_last` (out, taps, in). False if a value is not finite, or an integer not in
+// -256..255, or, without `low`, not in -128..127; then nothing written is of use.
+bool qat_integers(int threads, const float* values, int64_t out, int64_t in, int64_t taps, bool channels_last,
+                  const double* unit, int8_t* high, int8_t* low);
 
 // Of the sums of each channel, (channels,) each.
 struct QatMoments {

@@ -9,7 +9,7 @@ namespace bitstrata {
 // registers if AVX-512 is supported, which the caller has checked.
 const FloatProducts* avx512bf16_products();
 
-extern const InputGradientKernel kAvx512Bf16InputGradient;
+extern const InputGradientKernel kAvx512Bf16InputGradient, kAvx512Bf16TilesInputGradient;
 extern const FloatWeightGradKernel kAvx512Bf16WeightGrad, kAvx512Bf16TilesWeightGrad;
 
 }  // namespace bitstrata

@@ -76,7 +76,23 @@ struct GradientPlan {
   int64_t left, width;  // columns of a staged row: zeros before the first of g, and in all
 };
 
-constexpr int kVectors = 2;  // that a tile computes together
+constexpr int kVectors = 2;          // that a tile computes together
+constexpr int kWidest[] = {16, 14};  // pixels of a tile, by vectors: what registers hold
+
+// The width, of some in ascending order, of the tiles that cover so many pixels in the fewest steps, the last one set
+// back to end with them: a tile costs its sums, at least as many as hide their latency, and its start.
+template <typename Widths>
+int width_of(const Widths& widths, int64_t pixels, int64_t count) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int width : widths) {
+    if (width > pixels || width > kWidest[count - 1]) break;
+    const int64_t sums = width * count;
+    const int64_t cost = (pixels + width - 1) / width * ((sums > 8 ? sums : 8) + 1);
+    if (cost <= least) best = width, least = cost;
+  }
+  return best;
+}
 
 }  // namespace
 }  // namespace bitstrata

@@ -130,15 +130,20 @@ BITSTRATA_INLINE void store(const Tile& t, const __m512 (&sums)[kPixels][kVector
   });
 }
 
-template <int kLanes, int kPixels, int kVectors, int kPairs>
-void run_tile(const Tile& t) {
-  __m512 sums[kPixels][kVectors];
+template <int kLanes, int kPairs, int kPixels, int kVectors>
+BITSTRATA_INLINE void sum_tile(const Tile& t, __m512 (&sums)[kPixels][kVectors]) {
   clear(sums);
   for (int64_t tap = 0; tap < t.tap_count; ++tap) {
     const uint8_t *g = t.taps[tap].g + t.skip, *w = t.taps[tap].weights;
     for (int64_t block = 0; block < t.blocks; ++block, g += t.block_bytes, w += kPairs * kLanes * kVectors * 4)
       add_block<kLanes, kPairs>(g, w, sums);
   }
+}
+
+template <int kLanes, int kPixels, int kVectors, int kPairs>
+void run_tile(const Tile& t) {
+  __m512 sums[kPixels][kVectors];
+  sum_tile<kLanes, kPairs>(t, sums);
   store<kLanes>(t, sums);
 }
 

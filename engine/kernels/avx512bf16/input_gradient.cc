@@ -3,6 +3,7 @@
 #include "avx512bf16.h"
 #include "gradient_plan.h"
 #include "gradient_tile.h"
+#include "gradient_weights.h"
 
 namespace bitstrata {
 namespace {
@@ -10,9 +11,7 @@ namespace {
 constexpr int64_t kMostTaps = 128;  // which the caller checks
 constexpr int64_t kPhases = 4;      // of columns, which take turns within a row
 
-// Widths of tiles; a row takes those that cover it in the fewest steps, the last one set back to end with the row.
 constexpr int kWidths[] = {1, 2, 3, 4, 7, 8, 11, 14, 16};
-constexpr int kWidest[] = {16, 14};  // by vectors: what registers hold
 
 using RunTile = void (*)(const Tile&);
 template <int kLanes, int kCount, int kPairs>
@@ -46,45 +45,12 @@ RunTile tile_of(int64_t lanes, int64_t count, int width) {
   return count == 1 ? tile_of<16, 1, kPairs>(width) : tile_of<16, 2, kPairs>(width);
 }
 
-// The width for rows of so many pixels: a tile costs its sums, at least as many as hide their latency, and its start.
-int width_of(int64_t pixels, int64_t count) {
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int width : kWidths) {
-    if (width > pixels || width > kWidest[count - 1]) break;
-    const int64_t sums = width * count;
-    const int64_t cost = (pixels + width - 1) / width * ((sums > 8 ? sums : 8) + 1);
-    if (cost <= least) best = width, least = cost;
-  }
-  return best;
-}
-
 int64_t packed_bytes(const ConvShape& s) {
   const GradientPlan p(s);
   return p.vectors * p.vector_bytes();
 }
 
 int64_t pack_parts(const ConvShape& s) { return (GradientPlan(s).vectors + kVectors - 1) / kVectors; }
-
-// Sixteen integers as floats.
-__m512i sixteen(const int8_t* high, const int8_t* low, __mmask16 mask) {
-  __m512i x = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, high));
-  if (low != nullptr)
-    x = _mm512_add_epi32(_mm512_slli_epi32(x, 1), _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, low)));
-  return _mm512_castps_si512(_mm512_cvtepi32_ps(x));
-}
-
-// `count` integers from element `even` on, and from `odd` on, as pairs of bfloat16 in a word. odd < 0: zeros.
-void pair_words(const int8_t* high, const int8_t* low, int64_t even, int64_t odd, int64_t count, uint32_t* to) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << smaller(16, count - i)) - 1);
-    const auto at = [&](int64_t first) {
-      return sixteen(high + first + i, low == nullptr ? low : low + first + i, mask);
-    };
-    const __m512i lower = _mm512_srli_epi32(at(even), 16);
-    _mm512_mask_storeu_epi32(to + i, mask, odd < 0 ? lower : _mm512_or_si512(lower, at(odd)));
-  }
-}
 
 // Packed: for each part [tap][block][step][vector][lane][pair of the step][2], with as many pairs in a step as fill the
 // vector.
@@ -198,7 +164,7 @@ void run_phases(const GradientPlan& p, const Part& part, int64_t y, int64_t row_
   for (int64_t x = x_begin; x < x_end; ++x) {
     const AxisPhase columns = p.columns(x);
     const int64_t n = taps_of(p, rows, y / s.stride_h, columns, part, next);
-    const int width = width_of(columns.count, part.count);
+    const int width = width_of(kWidths, columns.count, part.count);
     phases[x - x_begin] = {
         {next, n, p.blocks, p.block_bytes(), 0, nullptr, s.stride_w * s.in_c, (1u << lanes) - 1},
         p.pairs == 8 ? tile_of<8>(p.lanes, part.count, width) : tile_of<4>(p.lanes, part.count, width),

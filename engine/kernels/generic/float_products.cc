@@ -111,7 +111,7 @@ constexpr FloatWeightGradKernel kWeightGrad = {"generic", 1, weights, block_byte
 }  // namespace
 
 extern const FloatProducts kGenericFloatProducts;
-const FloatProducts kGenericFloatProducts = {"generic", [](const ConvShape&) { return &kInputGradient; },
+const FloatProducts kGenericFloatProducts = {"generic", [](const ConvShape&, int64_t) { return &kInputGradient; },
                                              [](const ConvShape&) { return &kWeightGrad; }};
 
 }  // namespace bitstrata

@@ -162,16 +162,18 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
         quantized = layer.quantized_weight()
     grid = layer.weight_grid()
     fit = fit_of(grid)
-    values = quantized.detach().contiguous().numpy()
+    last = not quantized.is_contiguous() and quantized.is_contiguous(memory_format=torch.channels_last)
+    values = quantized.detach()
+    values = values.permute(0, 2, 3, 1).numpy() if last else values.contiguous().numpy()
     scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-fit.shift
     unit = np.ascontiguousarray(np.broadcast_to(scale, (values.shape[0],)))
-    high, low = np.empty(values.shape, np.int8), np.empty(values.shape, np.int8) if fit.wide else None
-    if not _engine.qat_integers(values, unit, high, low, torch.get_num_threads()):
+    shape = tuple(quantized.shape)
+    high, low = np.empty(shape, np.int8), np.empty(shape, np.int8) if fit.wide else None
+    if not _engine.qat_integers(values, last, unit, high, low, torch.get_num_threads()):
         raise NotFiniteError("its weight contains NaN or infinity")
     place: Any = quantized if quantized.requires_grad else None
     if place is not None and not quantized.is_leaf:
         place = torch.autograd.graph.get_gradient_edge(quantized)  # the tensor itself takes four bytes a weight
-    last = not quantized.is_contiguous() and quantized.is_contiguous(memory_format=torch.channels_last)
     return IntegerWeight(unit, high, low, place, sources, last)
 
 

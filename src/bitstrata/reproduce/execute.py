@@ -96,6 +96,8 @@ def execute(
 ) -> dict[str, float]:
     """Run what is missing of a run and give its metrics, name -> value; a finished run is read from its folder.
 
+    A run whose training diverges is finished, without metrics; its result says where it happened.
+
     environment: JSON values to keep with the result.
 
     Raises:
@@ -110,17 +112,24 @@ def execute(
         return dict(done["metrics"])
     begun = time.monotonic()
     train, test = run.dataset("train"), run.dataset("test")
+    values: dict[str, float] = {}
+    diverged = ""
     if config["kind"] == "memory":
         from .memory import kept_memory
 
         values = kept_memory(run, train)
     else:
-        model = trained(run, train)
-        batches = Loader(test, EVALUATION_BATCH, train=False)
-        values = measure(wanted, model, batches)
+        try:
+            model = trained(run, train)
+        except FloatingPointError as error:
+            diverged = str(error)
+        else:
+            values = measure(wanted, model, Loader(test, EVALUATION_BATCH, train=False))
     run.folder.mkdir(parents=True, exist_ok=True)
     took = time.monotonic() - begun
     result: dict[str, Any] = {"config": dict(config), "measured": wanted, "metrics": values, "seconds": took}
+    if diverged:
+        result["diverged"] = diverged
     result["environment"] = dict(environment or {})
     temporary = run.folder / "result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .config import Table, load_table, tables
-from .table import read_paper, read_results
+from .table import DIVERGED, read_paper, read_results
 
 
 def write_page(root: Path, paper: str) -> Path:
@@ -69,7 +69,7 @@ def _plot(table: Table, ours: dict[tuple[str, str], dict[str, str]], theirs: dic
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    metrics = list(dict.fromkeys(metric for _, metric in ours))
+    metrics = [metric for metric in dict.fromkeys(metric for _, metric in ours) if metric != DIVERGED]
     names = [row.name for row in table.rows if any((row.name, m) in ours for m in metrics)]
     if not names:
         return False

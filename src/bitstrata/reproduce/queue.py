@@ -63,7 +63,7 @@ class Queue:
         """Make all missing runs; returns when none is missing, whoever made it. after: called with a run's table.
 
         Raises:
-            MissingDataError, CheckpointError, FloatingPointError: of the run in hand, which stays missing.
+            MissingDataError, CheckpointError: of the run in hand, which stays missing.
         """
         while missing := self.missing():
             made = 0
@@ -87,12 +87,16 @@ class Queue:
                 values = execute(job.config, self.root, self.runs, wait=False, environment=self.environment)
             except BusyError:
                 return False
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or self._diverged(job)
             note(
                 f"{job.table.paper} {job.table.name}: {job.row.name}, seed {job.seed}: {shown} "
                 f"({time.monotonic() - begun:.0f} s)"
             )
         return True
+
+    def _diverged(self, job: Job) -> str:
+        done = finished(self.runs / digest(job.config)) or {}
+        return f"diverged: {done.get('diverged', 'without metrics')}"
 
     def _done(self, job: Job) -> bool:
         done = finished(self.runs / digest(job.config))

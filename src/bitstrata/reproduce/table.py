@@ -14,6 +14,7 @@ from typing import Any
 from .config import ConfigError, Table, digest
 from .execute import finished
 
+DIVERGED = "diverged"
 COLUMNS = ("row", "metric", "mean", "spread", "seeds", "epochs", "commit", "hardware")
 
 
@@ -35,17 +36,27 @@ class Result:
 
 
 def collect(table: Table, runs: Path) -> list[Result]:
-    """Results of the runs that are finished, in the table's order; rows without any are left out."""
+    """Results of the runs that are finished, in the table's order; rows without any are left out.
+
+    Where training diverged, the metric "diverged" gives the share of a row's seeds for which it did; others are of the
+    rest.
+    """
     results = []
     for row in table.rows:
         found: dict[str, dict[int, float]] = {}
+        diverged: dict[int, float] = {}
         places: list[Mapping[str, Any]] = []
         for seed in row.seeds:
-            done = finished(runs / digest(row.run(seed))) or {"metrics": {}}
+            done = finished(runs / digest(row.run(seed)))
+            if done is None:
+                continue
+            diverged[seed] = float(DIVERGED in done)
             places += [done["environment"]] if done.get("environment") else []
             for name, value in done["metrics"].items():
                 if name.partition("@")[0] in {*row.metrics, "kept_mb"}:
                     found.setdefault(name, {})[seed] = float(value)
+        if any(diverged.values()):
+            found[DIVERGED] = diverged
         epochs = epochs_of(row.config)
         commits = tuple(dict.fromkeys((place["commit"] or "")[:12] for place in places))
         hardware = tuple(dict.fromkeys(f"{place['cpu']}, {place['cores']} cores" for place in places))
