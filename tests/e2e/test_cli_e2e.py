@@ -68,7 +68,8 @@ def test_report_of_a_run_has_everything(run_dir, tmp_path, capsys):
     assert main(["report", str(run_dir), "--out", str(tmp_path / "page.html")]) == 0
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     text = (tmp_path / "page.html").read_text()
-    assert text.count("Nothing to show") == 8  # no plans, not inspected (4 panels), and nothing measured on the way (3)
+    lacking = text.split('id="not-shown"')[1].split("</section>")[0]
+    assert lacking.count("<dt>") == 8  # no plans, not inspected (4 panels), and nothing measured on the way (3)
     assert "cannot be" not in text
     rows = json.loads((run_dir / "results.json").read_text())["rows"]
     assert all(f"{100 * row['engine_accuracy']:.2f} %" in text for row in rows)

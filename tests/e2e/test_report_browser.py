@@ -86,7 +86,7 @@ def driver() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
-    """A page of one run, and one of several: two seeds, one unfinished, one empty."""
+    """A page of one run, one of several (two seeds, one unfinished, one empty), and one of an unfinished run."""
     folder = tmp_path_factory.mktemp("pages")
     seeds = [write_run(folder / f"net-seed{seed}", seed) for seed in (0, 1)]
     (folder / "a-name-so-long-that-it-would-push-everything-to-the-right-if-it-could").mkdir()
@@ -94,6 +94,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {
         "one": report.write(seeds[0], folder / "one.html"),
         "many": report.write([*seeds, *rest], folder / "many.html"),
+        "little": report.write(rest[0], folder / "little.html"),
     }
 
 
@@ -157,6 +158,21 @@ def test_nothing_reaches_out_of_the_page_and_every_panel_is_seen(driver, pages, 
         assert len(forms) == 1
         assert forms[0].get_attribute("aria-label")
         assert abs(forms[0].size["width"] - chart.size["width"]) < 2
+
+
+@pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
+def test_what_a_run_lacks_is_one_list_at_the_end(driver, pages, size):
+    show(driver, pages["little"], size)
+    width, window, wide = driver.execute_script(OVERFLOW)
+    assert (wide, width <= window) == ([], True)
+    panels = driver.find_elements("css selector", "main > section")
+    listed = panels[-1].find_elements("css selector", "dt")
+    assert len(panels) - 2 + len(listed) == len(report.all_panels())
+    assert len(listed) == len(panels[-1].find_elements("css selector", "dd")) > 3
+    assert all(part.is_displayed() and part.text for part in listed)
+    press(driver, "\ue004")
+    driver.find_element("css selector", 'nav a[href="#not-shown"]').click()
+    assert driver.execute_script("return location.hash") == "#not-shown"
 
 
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])

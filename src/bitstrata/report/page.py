@@ -13,19 +13,24 @@ from .runs import Group, Run, groups, is_number
 
 #: Forbids the browser to load anything at all.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+NOT_SHOWN = "Not shown"
 FACTS = ("model", "data", "recipe", "bits", "float_epochs", "epochs", "lr", "batch_size", "checkpoint")
 
 
 def document(runs: Sequence[Run], title: str) -> str:
     """The whole document for at least one run."""
-    sections = [(f"panel-{i}", panel, _section(f"panel-{i}", panel, runs)) for i, panel in enumerate(all_panels())]
-    links = [el("li", el("a", panel.title, href=f"#{key}")) for key, panel, _ in sections]
+    views = [(f"panel-{i}", _View(panel, runs)) for i, panel in enumerate(all_panels())]
+    shown = [(key, view) for key, view in views if view.having]
+    empty = [view for _, view in views if not view.having]
+    links = [el("li", el("a", view.panel.title, href=f"#{key}")) for key, view in shown]
+    if empty:
+        links.append(el("li", el("a", NOT_SHOWN, href="#not-shown")))
     body = el(
         "body",
         el("a", "Skip to the results", href="#main", class_="skip"),
         el("header", el("h1", title), el("p", _subtitle(runs), class_="lead")),
         el("nav", el("ul", *links), aria_label="Panels"),
-        el("main", _glance(runs), *(section for _, _, section in sections), id="main", tabindex="-1"),
+        el("main", _glance(runs), *(_section(*each) for each in shown), _not_shown(empty), id="main", tabindex="-1"),
         el("footer", el("p", "Written by ", el("b", "bitstrata report"), ". This page loads nothing from anywhere.")),
         el("script", Markup(_file("page.js"))),
     )
@@ -116,24 +121,43 @@ def _accuracy(row: dict[str, object]) -> float | None:
     return None
 
 
-def _section(key: str, panel: Panel, runs: Sequence[Run]) -> Markup:
+class _View:
+    """A panel, the runs that have its data, and why each other run has not."""
+
+    def __init__(self, panel: Panel, runs: Sequence[Run]) -> None:
+        self.panel = panel
+        reasons = [(run, _reason(panel, run)) for run in runs]
+        self.having = [run for run, reason in reasons if reason is None]
+        self.lacking = [
+            f"{run.name}: {reason}" if len(runs) > 1 else reason for run, reason in reasons if reason is not None
+        ]
+
+
+def _section(key: str, view: _View) -> Markup:
     """A panel with the runs that have its data; one line for each that has not."""
-    reasons = [(run, _reason(panel, run)) for run in runs]
-    having = [run for run, reason in reasons if reason is None]
-    lacking = [(run, reason) for run, reason in reasons if reason is not None]
-    content = _rendered(panel, having) if having else Markup()
-    missing = join(
-        note(f"{run.name}: {reason}" if len(runs) > 1 else f"Nothing to show: {reason}.") for run, reason in lacking
-    )
-    head = el("h2", panel.title, id=f"{key}-title")
     return el(
         "section",
-        head,
-        el("p", panel.description, class_="lead"),
-        content,
-        missing,
+        el("h2", view.panel.title, id=f"{key}-title"),
+        el("p", view.panel.description, class_="lead"),
+        _rendered(view.panel, view.having),
+        join(note(line) for line in view.lacking),
         id=key,
         aria_labelledby=f"{key}-title",
+    )
+
+
+def _not_shown(views: Sequence[_View]) -> Markup:
+    """One list of the panels that no run has data for, with what would give it."""
+    if not views:
+        return Markup()
+    listed = [part for view in views for part in (el("dt", view.panel.title), *(el("dd", x) for x in view.lacking))]
+    return el(
+        "section",
+        el("h2", NOT_SHOWN, id="not-shown-title"),
+        el("p", "Panels that have no data yet, and why.", class_="lead"),
+        el("dl", *listed, class_="plain"),
+        id="not-shown",
+        aria_labelledby="not-shown-title",
     )
 
 
