@@ -2,6 +2,7 @@
 #include "bitstrata/qat.h"
 
 #include "arrays.h"
+#include "qat_shapes.h"
 #include "training.h"
 
 namespace nb = nanobind;
@@ -10,20 +11,15 @@ using namespace bindings;
 
 namespace {
 
-using bitstrata::DType;
 using bitstrata::PoolMap;
-using bitstrata::ProductShape;
 using bitstrata::QatGradient;
 using bitstrata::QatLevels;
 using bitstrata::QatRule;
 using bitstrata::QatTensor;
 using bitstrata::QatType;
 
-using Codes = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Maps = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Real = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32, or bfloat16 as uint16
-using Pair = std::tuple<int64_t, int64_t>;
-using Range = std::tuple<int32_t, int32_t>;
 // Least and largest code, the interval in which gradients pass (first, last), the factor inside of it.
 using Rule = std::optional<std::tuple<float, float, float, float, float>>;
 
@@ -106,37 +102,20 @@ std::tuple<bool, nb::object> convolution(Codes x, Range range, In<int8_t, 4> hig
                                          Pair stride, Pair dilation, Pair padding, int64_t groups,
                                          nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu> out, bool moments,
                                          const std::string& isa, int threads) {
-  const auto size = [](const auto& a, size_t d) { return static_cast<int64_t>(a.shape(d)); };
-  ProductShape s{};
-  std::tie(s.stride_h, s.stride_w) = stride;
-  std::tie(s.dilation_h, s.dilation_w) = dilation;
-  std::tie(s.pad_top, s.pad_left) = padding;
-  s.pad_bottom = s.pad_top, s.pad_right = s.pad_left;
-  s.groups = groups;
-  s.batch = size(x, 0), s.in_h = size(x, 1), s.in_w = size(x, 2), s.in_c = size(x, 3);
-  s.out_h = size(out, 1), s.out_w = size(out, 2), s.out_c = size(out, 3);
-  s.kernel_h = size(high, 2), s.kernel_w = size(high, 3);
   if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
-  if (groups < 1) fail("groups must be at least 1, got " + std::to_string(groups));
-  if (size(out, 0) != s.batch) fail("input and output have different batches");
-  if (size(high, 1) * groups != s.in_c || size(high, 0) != s.out_c) fail("the weight does not fit input and output");
-  for (size_t d = 0; low.has_value() && d < 4; ++d)
-    if (low->shape(d) != high.shape(d)) fail("both parts of the weight must have the same shape");
-  const bool is_signed = x.dtype() == nb::dtype<int8_t>();
-  if (!is_signed && x.dtype() != nb::dtype<uint8_t>()) fail("codes must be int8 or uint8");
+  const bitstrata::ProductShape s = shape_of(x, out, high, {stride, dilation, padding, groups});
+  const bitstrata::QatWeight weight = weight_of(high, low);
+  const bitstrata::ProductCodes x_codes = codes_of(x, range);
   const QatType type = type_of("out", out.dtype());
   if (is_real(type)) fail("out must be int16 or int32");
-  const bitstrata::ProductCodes codes{x.data(), is_signed ? DType::s8 : DType::u8, std::get<0>(range),
-                                      std::get<1>(range)};
   const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
   bitstrata::QatMoments found;
   bool fits;
   {
     nb::gil_scoped_release unlocked;
-    fits =
-        bitstrata::qat_convolution(kernels, threads, s, codes, {high.data(), low.has_value() ? low->data() : nullptr},
-                                   type == QatType::i16 ? static_cast<int16_t*>(out.data()) : nullptr,
-                                   type == QatType::i32 ? static_cast<int32_t*>(out.data()) : nullptr, &found);
+    fits = bitstrata::qat_convolution(kernels, threads, s, x_codes, weight,
+                                      type == QatType::i16 ? static_cast<int16_t*>(out.data()) : nullptr,
+                                      type == QatType::i32 ? static_cast<int32_t*>(out.data()) : nullptr, &found);
   }
   if (!moments) return {fits, nb::none()};
   return {fits, nb::cast(Moments{array(found.mean), array(found.variance)})};

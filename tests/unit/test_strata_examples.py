@@ -64,6 +64,26 @@ def test_every_code_at_every_width(source):
 
 
 @pytest.mark.parametrize("source", range(1, 9))
+def test_the_step_of_every_width_changes_as_if_it_were_alone(source):
+    """A width's loss changes the source step in the proportion in which it changes the step of its own grid."""
+    step, generator = 0.0371, torch.Generator().manual_seed(source)
+    quantizer = tied(source, step)
+    inside = step * (2 ** (source - 1) - 0.5)
+    w = (2 * torch.rand(500, generator=generator, dtype=torch.float64) - 1) * inside
+    sensitivity = torch.randn(500, generator=generator, dtype=torch.float64)
+    for bits in range(1, source + 1):
+        alone = build("nested", "weight", {"scales": "tied"}, bits={bits: bits}).double()
+        with torch.no_grad():
+            alone.step.fill_(step * 2 ** (source - bits))
+        quantizer.precision = bits
+        quantizer.step.grad = None
+        (quantizer(w) * sensitivity).sum().backward()
+        (alone(w) * sensitivity).sum().backward()
+        changes = [(q.step.grad / q.step.detach()).item() for q in (quantizer, alone)]
+        assert changes[0] == pytest.approx(changes[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("source", range(1, 9))
 def test_the_levels_are_uniqs(source):
     """UniQ, eq. 3, in its own form: (round(clamp(w/D + (2^b-1)/2, 0, 2^b-1)) - (2^b-1)/2) D."""
     step, generator = 0.0371, torch.Generator().manual_seed(source)

@@ -49,8 +49,8 @@ class FusedNetwork(nn.Module):
     The gradients are those of the fake-quantized formula. Floats are bfloat16 where torch.autocast("cpu",
     torch.bfloat16) is active at the call: residual sums and the gradients of activations are rounded to it once, and
     torch's own operations run under autocast; otherwise all is float32. Products of the backward pass are torch's or,
-    in bfloat16 where `qat_products` says so, the engine's, whose weight gradients of dense 3x3 convolutions round sums
-    of two neighbouring gradients to bfloat16 too. All but torch's is the same to the bit for every number of threads.
+    in bfloat16 where `qat_products` says so, the engine's, which for dense 3x3 convolutions round sums and differences
+    of two gradients of a row to bfloat16 too. All but torch's is the same to the bit for every number of threads.
     A step that the units cannot take is
     `model`'s: while steps of activations are not set yet or calibration goes on.
 

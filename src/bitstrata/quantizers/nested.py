@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.nested import nested_codes, nested_fake_quantize, nested_scale
+from ..functional.ste import grad_scale
 from ..functional.steps import nested_step
 from .base import Grid, WeightQuantizer
 from .initial import SMALLEST, deviation
@@ -18,10 +19,13 @@ from .registry import register
 class NestedSymmetric(WeightQuantizer):
     """value_b = r_b D 2^(n-b) (c_b + 1/2), c_n = clamp(floor(w/D), -2^(n-1), 2^(n-1)-1), c_b = c_n >> (n-b).
 
-    Gradients (G = dL/dvalue, u = w/D, g = 1/sqrt(n_w max(2^(n-1)-1, 1)), n_w = weights a step):
-        |u| < 2^(n-1):  dw = r_b G,  dD = g r_b G (2^(n-b)(c_b + 1/2) - u)
-        else:           dw = 0,      dD = g r_b G 2^(n-b)(c_b + 1/2)
-        dr_b = g G D 2^(n-b)(c_b + 1/2)
+    Gradients (G = dL/dvalue, u = w/D, g_b = 1/sqrt(n_w max(2^(b-1)-1, 1)), n_w = weights a step):
+        |u| < 2^(n-1):  dw = r_b G,  dD = 4^(b-n) g_b r_b G (2^(n-b)(c_b + 1/2) - u)
+        else:           dw = 0,      dD = 4^(b-n) g_b r_b G 2^(n-b)(c_b + 1/2)
+        dr_b = g_n G D 2^(n-b)(c_b + 1/2)
+    g_b is LSQ's factor for a grid of b bits. Of the narrow width's step S_b = 2^(n-b) D a gradient is 2^(n-b) times as
+    large with respect to D, and D is 2^(n-b) times as small: without the factor 4^(b-n) a step of 1 to 8 bits changes
+    by a tenth in every iteration, and soon explodes.
     Levels: 2^b, symmetric, without zero. Source: UniQ (Pham et al., eqs. 3-6) arranged as vertical layers (Wu et al.).
 
     Args:
@@ -67,14 +71,16 @@ class NestedSymmetric(WeightQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // self.step.numel()
-        grad_scale = (count * max(2 ** (self.source_bits - 1) - 1, 1)) ** -0.5
+        factor, own = ((count * max(2 ** (bits - 1) - 1, 1)) ** -0.5 for bits in (self.source_bits, self.width))
+        own *= 4.0 ** (self.width - self.source_bits)
+        step = self.step if self.width == self.source_bits else grad_scale(self.step, own / factor)
         return nested_fake_quantize(
             x,
-            self._broadcast(self.step, x),
+            self._broadcast(step, x),
             self._broadcast(self._ratio(), x),
             self.source_bits,
             self.width,
-            grad_scale=grad_scale,
+            grad_scale=factor,
         )
 
     @torch.no_grad()
