@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ _SIMD = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"
 class Effort:
     """How long to measure: `rounds` turns of every contestant, each of at least `turn_s` seconds and one run.
 
-    With turn_s = 0 a turn is one run without a warm-up, for contestants that take long.
+    With turn_s = 0 a turn is one run without a warm-up, for contestants that take long; or, where they are to be
+    measured as they run when nothing else does, one run that is not counted and then `steady` runs.
     """
 
     rounds: int
     turn_s: float
+    steady: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def effort(arguments: argparse.Namespace, quick: Effort, full: Effort) -> Effort
     chosen = quick if arguments.quick else full
     if arguments.rounds is not None and arguments.rounds < 1:
         raise SystemExit(f"--rounds {arguments.rounds}: must be at least 1")
-    return chosen if arguments.rounds is None else Effort(arguments.rounds, chosen.turn_s)
+    return chosen if arguments.rounds is None else replace(chosen, rounds=arguments.rounds)
 
 
 def clock(work: Callable[[], object]) -> Clocked:
@@ -162,9 +164,9 @@ def interleave(contestants: Mapping[str, Clocked], chosen: Effort) -> dict[str, 
         for name in reversed(contestants) if round_number % 2 else contestants:
             run, estimate = contestants[name], max(estimates[name], 1e-7)
             time.sleep(_PAUSE_S)
-            if estimate < _SHORT_S:
+            if estimate < _SHORT_S or chosen.steady:
                 run()
-            counted = min(_MOST_RUNS, max(1, math.ceil(chosen.turn_s / estimate)))
+            counted = chosen.steady or min(_MOST_RUNS, max(1, math.ceil(chosen.turn_s / estimate)))
             medians[name].append(statistics.median(run() for _ in range(counted)) * 1e3)
     return {name: Times(statistics.median(ms), min(ms), max(ms)) for name, ms in medians.items()}
 

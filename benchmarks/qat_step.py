@@ -2,6 +2,7 @@
 
     python benchmarks/qat_step.py --json benchmarks/results/qat_step.json
     python benchmarks/qat_step.py --cases resnet18 --no-memory
+    python benchmarks/qat_step.py --cases resnet20,resnet18 --contestants torch-bf16-full,fused-bf16 --rounds 40
 
 A step clears the gradients, runs forward in training mode with cross entropy, backward, and SGD with momentum, on the
 same batch and the same architecture; batches and weights are channels last. `-fp32` computes in float32, `-bf16` under
@@ -51,7 +52,7 @@ import bitstrata_runtime as runtime
 from bitstrata.nn.layers import QuantizedLayer
 from bitstrata_runtime import _engine
 
-QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=9, turn_s=0.0)
+QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=7, turn_s=0.0, steady=2)
 BITS, JOINT = 4, (1, 2, 3, 4)
 FULL_BF16 = "torch-bf16-full"
 PEERS = (
@@ -338,11 +339,23 @@ def _left_out() -> dict[str, str]:
     return found if refusal is None else {**found, "fused": refusal}
 
 
+def _among(made: argparse.ArgumentParser, case: Case, wanted: tuple[str, ...]) -> Case:
+    """The case with nobody else."""
+    unknown = [who for who in wanted if who not in (*case.peers, *case.ours)]
+    if unknown:
+        made.error(f"--contestants: {unknown[0]} is not among {', '.join((*case.peers, *case.ours))} of {case.name}")
+    ours, others = (tuple(who for who in those if who in wanted) for those in (case.ours, case.peers))
+    if not ours or FULL_BF16 not in others:
+        made.error(f"--contestants: {FULL_BF16} and one of {', '.join(case.ours)} must be among them")
+    return replace(case, ours=ours, peers=others)
+
+
 def _arguments() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--cases", type=names, help=f"default all: {','.join(CASES)}; with --quick resnet20")
     made.add_argument("--batch", type=int, help="default 128, 8 and 128 in this order; with --quick 32, 2 and 16")
     made.add_argument("--threads", type=numbers, help="default 2 as far as there are cores; with --quick 1")
+    made.add_argument("--contestants", type=names, help="only these, which then follow each other closely")
     made.add_argument("--recipe", choices=tuple(RECIPES), default="lsq", help="of ours; the peers' quantizer is lsq")
     made.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     made.add_argument("--memory-of", metavar="CONTESTANT", help="print its memory alone, in MB; first case and threads")
@@ -363,6 +376,8 @@ def _arguments() -> argparse.Namespace:
         CASES[name].only(arguments.batch or batches[name], arguments.left_out, arguments.quick)
         for name in arguments.cases
     ]
+    if arguments.contestants:
+        arguments.chosen = [_among(made, case, arguments.contestants) for case in arguments.chosen]
     first = arguments.chosen[0]
     if arguments.memory_of is not None and arguments.memory_of not in (*first.ours, *first.peers):
         made.error(f"--memory-of: {arguments.memory_of} is not among {', '.join((*first.ours, *first.peers))}")

@@ -11,6 +11,7 @@ namespace bitstrata {
 namespace {
 
 enum Own { kScratch, kSums, kRows };
+enum class Order { first, last, turned };  // of a row's results: taps last; channels last, so read or turned into it
 
 constexpr const char* kOp = "qat_weight_gradient";
 constexpr int64_t kSharePixels = 2048;             // at least, so that adding shares takes little
@@ -43,22 +44,22 @@ class WeightGradient {
   }
 
   void run(const float* factor, bool channels_last, float* out) {
-    if (channels_last)
+    const Order order = !channels_last ? Order::first : kernel_->read_last != nullptr ? Order::last : Order::turned;
+    if (order == Order::turned)
       for (int i = 0; i < threads_; ++i) own_[i].get(kRows, kReadTogether * row() * 4);
     parallel_for(threads_, shares_ * slices_, 1, [&](int64_t begin, int64_t end) {
       const int i = own_.take();
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % slices_ * kSliceOuts, last = std::min(first + kSliceOuts, shape_.out_c);
         add(task / slices_, first, last, own_[i].get(kScratch, 0));
-        if (shares_ == 1) finish(first, last, factor, channels_last ? rows(i) : nullptr, out);  // while sums are cached
+        if (shares_ == 1) finish(first, last, factor, order, rows(i), out);  // while sums are cached
       }
       own_.give(i);
     });
     if (shares_ == 1) return;
     parallel_for(threads_, (shape_.out_c + kReadTogether - 1) / kReadTogether, 1, [&](int64_t begin, int64_t end) {
       const int i = own_.take();
-      finish(begin * kReadTogether, std::min(end * kReadTogether, shape_.out_c), factor,
-             channels_last ? rows(i) : nullptr, out);
+      finish(begin * kReadTogether, std::min(end * kReadTogether, shape_.out_c), factor, order, rows(i), out);
       own_.give(i);
     });
   }
@@ -83,24 +84,27 @@ class WeightGradient {
     }
   }
 
-  // The results of output channels [out_begin, out_end). turned: room for kReadTogether rows where channels are last.
-  void finish(int64_t out_begin, int64_t out_end, const float* factor, float* turned, float* out) const {
+  // The results of output channels [out_begin, out_end). room: for kReadTogether rows that are turned.
+  void finish(int64_t out_begin, int64_t out_end, const float* factor, Order order, float* room, float* out) const {
     const int64_t size = row(), taps = size / shape_.in_c;
     for (int64_t first = out_begin; first < out_end; first += kReadTogether) {
       const int64_t last = std::min(first + kReadTogether, out_end);
-      float* to = out + first * size;
-      float* rows = turned == nullptr ? to : turned;
+      float *const to = out + first * size, *const rows = order == Order::turned ? room : to;
       for (int64_t share = 0; share < shares_; ++share)
-        kernel_->read(shape_, sums(share), {first, last, 0, shape_.in_c}, rows, size, share == 0);
-      for (int64_t o = first; o < last; ++o, rows += size, to += size) {
-        if (turned == nullptr) {
-          for (int64_t n = 0; n < size; ++n) rows[n] *= factor[o];
-          continue;
-        }
-        for (int64_t t = 0; t < taps; ++t)
-          for (int64_t c = 0; c < shape_.in_c; ++c) to[t * shape_.in_c + c] = rows[c * taps + t] * factor[o];
-      }
+        if (order == Order::last)
+          kernel_->read_last(shape_, sums(share), first, last, rows, share == 0);
+        else
+          kernel_->read(shape_, sums(share), {first, last, 0, shape_.in_c}, rows, size, share == 0);
+      for (int64_t o = first; o < last; ++o)
+        scale(rows + (o - first) * size, order == Order::turned ? taps : 1, size, factor[o], to + (o - first) * size);
     }
+  }
+
+  // A row times a factor; with several taps, (channels, taps) as (taps, channels).
+  static void scale(const float* from, int64_t taps, int64_t size, float factor, float* to) {
+    const int64_t channels = size / taps;
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < channels; ++c) to[t * channels + c] = from[c * taps + t] * factor;
   }
 
   int threads_;

@@ -52,6 +52,8 @@ struct FloatWeightGradKernel {
               float* sums, bool fresh);
   // Adds the sums of a block of weights to rows, as WeightGradKernel::read.
   void (*read)(const ConvShape&, const float* sums, const WeightBlock&, float* rows, int64_t pitch, bool fresh);
+  // The same for whole rows of some output channels, (taps, in_c) each. Null if that is no faster than turning rows.
+  void (*read_last)(const ConvShape&, const float* sums, int64_t out_begin, int64_t out_end, float* rows, bool fresh);
 };
 
 struct FloatProducts {

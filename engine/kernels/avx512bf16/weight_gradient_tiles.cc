@@ -198,37 +198,59 @@ void add(const ConvShape& s, const void* x, const uint16_t* g, const FloatWeight
       for (int64_t panel = begin; panel < end; ++panel) block(c, vector, panel, product, sums, fresh);
 }
 
-// The weights of kLanes input channels and one output, in their order; from: the sums of product 0 and kernel row 0.
-void read_weights(const float* from, float* to) {
-  alignas(64) float taps[kTaps][kLanes];
+// The taps of kLanes input channels and one output; from: the sums of product 0 and kernel row 0.
+BITSTRATA_INLINE void read_taps(const float* from, __m512 (&taps)[kTaps]) {
   const __m512 half = _mm512_set1_ps(0.5f);
   each<kRows>([&](auto ky) {
     const auto product = [&](int m) { return _mm512_loadu_ps(from + (m * kRows + ky) * kBlock); };
     const __m512 m1 = _mm512_mul_ps(product(1), half), m2 = _mm512_mul_ps(product(2), half),
                  both = _mm512_add_ps(m1, m2);
-    _mm512_store_ps(taps[ky * 3], _mm512_add_ps(product(0), both));
-    _mm512_store_ps(taps[ky * 3 + 1], _mm512_sub_ps(m1, m2));
-    _mm512_store_ps(taps[ky * 3 + 2], _mm512_add_ps(both, product(3)));
+    taps[ky * 3] = _mm512_add_ps(product(0), both);
+    taps[ky * 3 + 1] = _mm512_sub_ps(m1, m2);
+    taps[ky * 3 + 2] = _mm512_add_ps(both, product(3));
   });
-  for (int i = 0; i < kLanes; ++i, to += kTaps) each<kTaps>([&](auto tap) { to[tap] = taps[tap][i]; });
+}
+
+const float* sums_of(const Plan& p, const float* sums, int64_t out, int64_t vector) {
+  return sums + (vector * p.panels + out / kOuts) * p.panel_sums + out % kOuts * kLanes;
 }
 
 void read(const ConvShape& s, const float* sums, const WeightBlock& b, float* rows, int64_t pitch, bool fresh) {
   const Plan p(s, 1, 1);
-  float found[kLanes * kTaps];
+  alignas(64) float found[kTaps][kLanes];
   for (int64_t o = b.out_begin; o < b.out_end; ++o, rows += pitch)
     for (int64_t v = b.in_begin / kLanes; v * kLanes < b.in_end; ++v) {
-      read_weights(sums + (v * p.panels + o / kOuts) * p.panel_sums + o % kOuts * kLanes, found);
+      __m512 taps[kTaps];
+      read_taps(sums_of(p, sums, o, v), taps);
+      each<kTaps>([&](auto tap) { _mm512_store_ps(found[tap], taps[tap]); });
       const int64_t first = std::max(v * kLanes, b.in_begin), last = std::min((v + 1) * kLanes, b.in_end);
-      const float* from = found + (first - v * kLanes) * kTaps;
       float* to = rows + (first - b.in_begin) * kTaps;
-      const int64_t count = (last - first) * kTaps;
-      for (int64_t n = 0; n < count; ++n) to[n] = fresh ? from[n] : to[n] + from[n];
+      for (int64_t i = first - v * kLanes; i < last - v * kLanes; ++i, to += kTaps)
+        each<kTaps>([&](auto tap) { to[tap] = fresh ? found[tap][i] : to[tap] + found[tap][i]; });
+    }
+}
+
+void read_last(const ConvShape& s, const float* sums, int64_t out_begin, int64_t out_end, float* rows, bool fresh) {
+  const Plan p(s, 1, 1);
+  for (int64_t o = out_begin; o < out_end; ++o, rows += kTaps * s.in_c)
+    for (int64_t v = 0; v < p.vectors; ++v) {
+      __m512 taps[kTaps];
+      read_taps(sums_of(p, sums, o, v), taps);
+      const int64_t left = s.in_c - v * kLanes;
+      const __mmask16 mask = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1u << left) - 1);
+      each<kTaps>([&](auto tap) {
+        float* to = rows + tap * s.in_c + v * kLanes;
+        if (!fresh) taps[tap] = _mm512_add_ps(taps[tap], _mm512_maskz_loadu_ps(mask, to));
+        if (left >= kLanes)  // stores with a mask take long
+          _mm512_storeu_ps(to, taps[tap]);
+        else
+          _mm512_mask_storeu_ps(to, mask, taps[tap]);
+      });
     }
 }
 
 }  // namespace
 
-const FloatWeightGradKernel kAvx512Bf16TilesWeightGrad = {"avx512bf16-tiles", kOuts, sums, scratch_bytes, add, read};
+const FloatWeightGradKernel kAvx512Bf16TilesWeightGrad = {"avx512bf16-tiles", kOuts, sums, scratch_bytes, add, read, read_last};
 
 }  // namespace bitstrata

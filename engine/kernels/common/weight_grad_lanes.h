@@ -367,7 +367,7 @@ struct LanesWeightGrad {
 
   static constexpr auto kernel(const char* name) {
     if constexpr (kFloat)
-      return FloatWeightGradKernel{name, kOuts, sums, scratch_bytes, add_outs, read<float>};
+      return FloatWeightGradKernel{name, kOuts, sums, scratch_bytes, add_outs, read<float>, nullptr};
     else
       return WeightGradKernel{name, sums, scratch_bytes, add, read<int64_t>, read<int32_t>};
   }

@@ -106,7 +106,7 @@ void read(const ConvShape& s, const float* sums, const WeightBlock& b, float* ro
   }
 }
 
-constexpr FloatWeightGradKernel kWeightGrad = {"generic", 1, weights, block_bytes, add, read};
+constexpr FloatWeightGradKernel kWeightGrad = {"generic", 1, weights, block_bytes, add, read, nullptr};
 
 }  // namespace
 
