@@ -368,9 +368,7 @@ Levels = tuple[float, float]  # least and largest code
 # Least and largest code; the interval of u in which gradients pass; the factor of the step's gradient inside of it.
 PassRule = tuple[float, float, float, float, float] | None
 
-def qat_integers(
-    values: Array, channels_last: bool, unit: Array, high: Array, low: Array | None, threads: int
-) -> bool:
+def qat_integers(values: Array, channels_last: bool, unit: Array, high: Array, low: Array | None, threads: int) -> bool:
     """values / unit[o] as integers high * 2 + low, int8 (out, in, h, w); False if not finite or out of range.
 
     values: float32 of that shape, or with channels_last (out, h, w, in).
