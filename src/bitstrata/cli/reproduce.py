@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -90,9 +92,14 @@ class Reproduce:
             for cost in reproduce.estimate(table, self.root):
                 shared[cost.float_key] = max(shared.get(cost.float_key, 0.0), cost.float_seconds)
                 total += cost.seconds
-                console.print(
-                    f"{table.paper},{table.name},{cost.row},{cost.seeds},{cost.seconds / 3600:.3f},"
-                    f"{cost.float_seconds / 3600:.3f}"
-                )
+                hours = (f"{s / 3600:.3f}" for s in (cost.seconds, cost.float_seconds))
+                console.print(_line(table.paper, table.name, cost.row, cost.seeds, *hours))
         floats = sum(shared.values())
         console.print(f"total,,,,{total / 3600:.3f},{floats / 3600:.3f}")
+
+
+def _line(*values: object) -> str:
+    """A line of a table of values separated by commas."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(values)
+    return out.getvalue()
