@@ -163,8 +163,8 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
     grid = layer.weight_grid()
     fit = fit_of(grid)
     last = not quantized.is_contiguous() and quantized.is_contiguous(memory_format=torch.channels_last)
-    values = quantized.detach()
-    values = values.permute(0, 2, 3, 1).numpy() if last else values.contiguous().numpy()
+    detached = quantized.detach()
+    values = (detached.permute(0, 2, 3, 1) if last else detached.contiguous()).numpy()
     scale = grid.scale.detach().double().reshape(-1).numpy() * 2.0**-fit.shift
     unit = np.ascontiguousarray(np.broadcast_to(scale, (values.shape[0],)))
     shape = tuple(quantized.shape)
