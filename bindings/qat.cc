@@ -221,8 +221,8 @@ void max_pool_gradient(Maps g, In<uint8_t, 4> places, PoolWindow window, Real ou
 }  // namespace
 
 void bind_qat(nb::module_& m) {
-  m.def("qat_integers", &integers, "values"_a.noconvert(), "channels_last"_a, "unit"_a.noconvert(), "high"_a.noconvert(),
-        "low"_a.noconvert().none(), "threads"_a);
+  m.def("qat_integers", &integers, "values"_a.noconvert(), "channels_last"_a, "unit"_a.noconvert(),
+        "high"_a.noconvert(), "low"_a.noconvert().none(), "threads"_a);
   m.def("qat_convolution", &convolution, "x"_a.noconvert(), "range"_a, "high"_a.noconvert(), "low"_a.noconvert().none(),
         "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "out"_a.noconvert(), "moments"_a, "isa"_a, "threads"_a);
   m.def("qat_codes", &codes, "x"_a.noconvert(), "scale"_a.noconvert(), "offset"_a.noconvert(), "rectified"_a,

@@ -5,10 +5,11 @@
 // kernel's row from its last column to its first, its pixels d0 h0 + d1 h1 + d2 h2, d1 h0 + d2 h1 + d3 h2 are
 //   m0 + m1 + m2, m1 - m2 - m3 with m0 = (d0 - d2) h0, m1 = (d1 + d2) (h0 + h1 + h2) / 2,
 //   m2 = (d2 - d1) (h0 - h1 + h2) / 2, m3 = (d1 - d3) h2.
-// Each of the four products is summed over channels and kernel rows, two at a time in bfloat16, and the pixels are taken
-// of the sums. Weights within kLargest have sums that bfloat16 holds; sums and differences of gradients are rounded to
-// it once, as the gradients themselves were. Tiles of several rows lie one after the other, so that a kernel's row is
-// one address away, and as many tiles as registers hold are computed together, whatever the width of the map.
+// Each of the four products is summed over channels and kernel rows, two at a time in bfloat16, and the pixels are
+// taken of the sums. Weights within kLargest have sums that bfloat16 holds; sums and differences of gradients are
+// rounded to it once, as the gradients themselves were. Tiles of several rows lie one after the other, so that a
+// kernel's row is one address away, and as many tiles as registers hold are computed together, whatever the width of
+// the map.
 #include "avx512bf16.h"
 #include "gradient_plan.h"
 #include "gradient_tile.h"
@@ -63,9 +64,7 @@ BITSTRATA_INLINE __m512i words_of(__m512 first, __m512 second) {
 BITSTRATA_INLINE void weight_factors(__m512i h0, __m512i h1, __m512i h2, uint32_t* to, int64_t next) {
   const __m512 half = _mm512_set1_ps(0.5f), one = first_of(h1), two = second_of(h1);
   const __m512 ends[] = {_mm512_add_ps(first_of(h0), first_of(h2)), _mm512_add_ps(second_of(h0), second_of(h2))};
-  const auto halved = [&](__m512 a, __m512 b) {
-    return words_of(_mm512_mul_ps(a, half), _mm512_mul_ps(b, half));
-  };
+  const auto halved = [&](__m512 a, __m512 b) { return words_of(_mm512_mul_ps(a, half), _mm512_mul_ps(b, half)); };
   _mm512_storeu_si512(to, h0);
   _mm512_storeu_si512(to + next, halved(_mm512_add_ps(ends[0], one), _mm512_add_ps(ends[1], two)));
   _mm512_storeu_si512(to + 2 * next, halved(_mm512_sub_ps(ends[0], one), _mm512_sub_ps(ends[1], two)));
@@ -222,6 +221,6 @@ void run(const ConvShape& s, const void* packed, const uint16_t* g, void* scratc
 }  // namespace
 
 const InputGradientKernel kAvx512Bf16TilesInputGradient = {"avx512bf16-tiles", packed_bytes, pack_parts, pack,
-                                                          scratch_bytes, run};
+                                                           scratch_bytes,      run};
 
 }  // namespace bitstrata

@@ -251,6 +251,7 @@ void read_last(const ConvShape& s, const float* sums, int64_t out_begin, int64_t
 
 }  // namespace
 
-const FloatWeightGradKernel kAvx512Bf16TilesWeightGrad = {"avx512bf16-tiles", kOuts, sums, scratch_bytes, add, read, read_last};
+const FloatWeightGradKernel kAvx512Bf16TilesWeightGrad = {"avx512bf16-tiles", kOuts, sums, scratch_bytes, add, read,
+                                                          read_last};
 
 }  // namespace bitstrata
