@@ -1,4 +1,4 @@
-"""The way from data to a verified artifact, shared by `train` and `quantize` (torch side).
+"""The way from data to a verified artifact, shared by `train` and `quantize` (torch side); its end is in outcome.py.
 
 Stages: float -> quantize, calibrate -> joint -> lower, pack -> measure. Each stage that has finished is skipped when
 the command is given again; the training stages resume from their checkpoints. Launched as several processes, all train,
@@ -8,36 +8,29 @@ and the first alone writes files and does what comes after.
 from __future__ import annotations
 
 import copy
-import shutil
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import bitstrata as bs
-import bitstrata_runtime as runtime
-from bitstrata.cli import factories, loading, measure
+from bitstrata.cli import factories, loading, outcome
 from bitstrata.cli.common import (
     CommandError,
-    bytes_of,
-    environment,
     output,
     parse_floats,
     read_json,
     write_json,
 )
-from bitstrata.cli.options import FREE, RunOptions, provenance, resolved
+from bitstrata.cli.options import FREE, RunOptions, resolved
 from bitstrata.cli.quantize import Quantize
 from bitstrata.cli.saved import FROZEN
 from bitstrata.cli.stages import chain_stages, diagnosis, float_config, joint_config
 from bitstrata.cli.train import Train
 from bitstrata.cli.weights import load_weights
+from bitstrata.cli.work import Run
 from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError, UnsupportedError
 from bitstrata.objectives import warm_start_
@@ -48,50 +41,8 @@ from bitstrata.train.keeper import Keeper
 from bitstrata.train.lock import DirectoryLock
 from bitstrata.train.signals import StopsAtOnce
 
-T = TypeVar("T")
 STAGES = ("float", "joint")
 AGAIN = "stopped; the stages that are done are saved, run the same again to continue"
-
-
-@dataclass
-class Run:
-    """A run in progress: its options, directory (None writes nothing), data and what has been measured."""
-
-    options: RunOptions
-    out: Path | None
-    bits: tuple[int, ...]
-    train: Dataset
-    test: Dataset
-    console: Console = field(default_factory=Console)
-    seconds: dict[str, float] = field(default_factory=dict)
-    refusal: str | None = None  # why the quantized network has no integer program
-
-    @property
-    def example(self) -> Tensor:
-        """One test input as the network takes it, such as a normalized image (1, C, H, W)."""
-        return Loader(self.test, 1, train=False).batch(0, 0)[0]
-
-    def loader(self, train: bool) -> Loader:
-        """Batches of the training set (augmented, permuted) or of the test set."""
-        if not train:
-            return Loader(self.test, measure.BATCH, train=False)
-        transform = loading.augmentation(self.options.data, self.train, self.options.augment)
-        return Loader(
-            self.train,
-            self.options.batch_size,
-            train=True,
-            transform=transform,
-            seed=self.options.seed,
-            # Batch statistics of a short last batch would disturb every normalization.
-            drop_last=len(self.train) >= self.options.batch_size,
-        )
-
-    def timed(self, stage: str, work: Callable[[], T]) -> T:
-        """Run a stage and note how long it took."""
-        begun = time.monotonic()
-        result = work()
-        self.seconds[stage] = round(time.monotonic() - begun, 1)
-        return result
 
 
 @StopsAtOnce(AGAIN)
@@ -147,7 +98,7 @@ def begin(options: RunOptions, out: Path, lock: DirectoryLock, **statistics: tup
         if (out / "results.json").exists():
             if first_process():
                 print(f"{out} is complete; --fresh starts over")
-                print_results(output(), read_json(out / "results.json"))
+                outcome.print_results(output(), read_json(out / "results.json"))
             return None
     train, test = (
         loading.load_data(options.data, options.root, split, limit, options=options.data_set, **statistics)
@@ -320,93 +271,9 @@ def refusal(run: Run, model: nn.Module) -> str | None:
 
 def finish(run: Run, model: nn.Module, float_accuracy: float) -> None:
     """From a float network to results.json."""
-    assert run.out is not None
     fake = joint_stage(run, model)
-    if not first_process():
-        return
-    if run.refusal is not None:
-        rows = [{"bits": p, "float_accuracy": float_accuracy, "fake_accuracy": fake[p]} for p in run.bits]
-        results = {"rows": rows, "no_artifact": run.refusal, "seconds": run.seconds, "seed": run.options.seed}
-        write_json(run.out / "results.json", {**results, **environment()})
-        print_results(run.console, results)
-        return
-    artifact = run.out / "model.strata"
-    program = packed(run, model, artifact)
-    rows = run.timed("measure", lambda: measured_rows(run, model, artifact, float_accuracy, fake))
-    report = run.timed("verify", lambda: verified(run, model, program))
-    results = {
-        "rows": rows,
-        "verify": {"ok": bool(report.ok), "images": run.options.verify_images, "report": str(report)},
-        "files": bytes_of(artifact),
-        "seconds": run.seconds,
-        "seed": run.options.seed,
-        "executor": measure.executor(),
-        "isa": measure.isa_in_use(runtime.load(artifact, executor=measure.executor()), run.options.isa),
-        **environment(),
-    }
-    write_json(run.out / "results.json", results)
-    print_results(run.console, results)
-    if not report.ok:
-        raise CommandError(f"verification failed; see {run.out / 'results.json'}")
-
-
-def packed(run: Run, model: nn.Module, artifact: Path) -> Any:
-    """Lower the network and write the artifact anew; returns the program."""
-    for left in artifact.parent.glob(f".{artifact.name}.*"):  # of a process that was killed while it packed
-        shutil.rmtree(left, ignore_errors=True)
-    program = run.timed("lower", lambda: bs.lower(model, run.example))
-    bs.pack(program, artifact, provenance(run.options), overwrite=artifact.exists())
-    return program
-
-
-def measured_rows(
-    run: Run, model: nn.Module, artifact: Path, float_accuracy: float, fake: dict[Level, float]
-) -> list[dict[str, Any]]:
-    """One row a precision: the engine on the whole test set, beside the fake-quantized network in float64."""
-    labels = run.test.labels.numpy()
-    exact = measure.reference_top1(model, run.test, run.bits)
-    session = runtime.load(artifact, bits=run.bits[0], executor=measure.executor(), isa=run.options.isa)
-    rows = []
-    for bits in run.bits:
-        if bits != run.bits[0]:
-            session.upgrade(bits)
-        engine = measure.engine_top1(session, run.test)
-        rows.append(
-            {
-                "bits": bits,
-                "float_accuracy": float_accuracy,
-                "fake_accuracy": fake[bits],
-                "fake64_accuracy": measure.share_equal(exact[bits], labels),
-                "engine_accuracy": measure.share_equal(engine, labels),
-                "top1_agreement": measure.share_equal(engine, exact[bits]),
-                "bytes": measure.bytes_fetched(session),
-                "images": len(labels),
-                "disagreements": measure.disagreements(engine, exact[bits], labels),
-            }
-        )
-    return rows
-
-
-def verified(run: Run, model: nn.Module, program: Any) -> Any:
-    """Verify every layer on a sample of the test set, as uint8 pixels."""
-    count = min(run.options.verify_images, len(run.test))
-    return bs.verify(model, program, measure.inputs_of(program, run.test.batch(range(count))[0], run.test))
-
-
-def print_results(console: Console, results: dict[str, Any]) -> None:
-    """The rows as a table, and whether verification passed."""
-    table = Table(title="accuracy on the test set", title_justify="left")
-    for column in ("bits", "float", "fake-quantized", "integer engine", "same class", "bytes read"):
-        table.add_column(column, justify="right")
-    shares = ("float_accuracy", "fake_accuracy", "engine_accuracy", "top1_agreement")
-    for row in results["rows"]:
-        cells = [f"{row[key]:.2%}" if key in row else "-" for key in shares]
-        table.add_row(str(row["bits"]), *cells, f"{row['bytes']:,}" if "bytes" in row else "-")
-    console.print(table)
-    if "no_artifact" in results:
-        console.print(f"no artifact: {results['no_artifact']}")
-        return
-    console.print(f"verified layer by layer: {'ok' if results['verify']['ok'] else 'FAILED'}")
+    if first_process():
+        outcome.write(run, model, float_accuracy, fake)
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

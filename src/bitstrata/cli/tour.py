@@ -10,10 +10,11 @@ from rich.table import Table
 
 import bitstrata as bs
 import bitstrata_runtime as runtime
-from bitstrata.cli import loading, measure, pipeline
+from bitstrata.cli import loading, measure, outcome, pipeline
 from bitstrata.cli.common import output, write_json
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.train import Train
+from bitstrata.cli.work import Run
 from bitstrata.train.checkpoint import seed_all
 
 
@@ -25,14 +26,14 @@ def run(options: Demo) -> None:
         torch.set_num_threads(options.threads)
     bits = loading.make_recipe(training).precisions
     train, test = (loading.load_data("digits", None, split) for split in ("train", "test"))
-    work = pipeline.Run(training, None, bits, train, test, console)
+    work = Run(training, None, bits, train, test, console)
     seed_all(training.seed)
     model = loading.make_model(training.model, train)
     float_accuracy = pipeline.float_stage(work, model, training)
     fake = pipeline.joint_stage(work, model)
     artifact = options.out / "digits.strata"
     options.out.mkdir(parents=True, exist_ok=True)
-    pipeline.packed(work, model, artifact)
+    outcome.packed(work, model, artifact)
     rows = upgrade(work, model, artifact, float_accuracy, fake)
     write_json(options.out / "results.json", rows)
     figure = options.out / "accuracy_vs_bytes.png"
@@ -65,7 +66,7 @@ def training_options(options: Demo) -> Train:
 
 
 def upgrade(
-    work: pipeline.Run, model: Any, artifact: Path, float_accuracy: float, fake: dict[bs.train.Level, float]
+    work: Run, model: Any, artifact: Path, float_accuracy: float, fake: dict[bs.train.Level, float]
 ) -> list[dict[str, Any]]:
     """Load the artifact at the narrowest precision and upgrade it; one row a precision."""
     labels = work.test.labels.numpy()
