@@ -47,6 +47,7 @@ nb::dict work(const Graph& g, int value) {
   d["group"] = w.group;
   d["output_in_tile"] = w.output_in_tile, d["input_in_tile"] = w.input_in_tile;
   d["peak"] = w.peak == nullptr ? "" : w.peak->name;
+  d["passes"] = w.passes;
   return d;
 }
 

@@ -60,6 +60,7 @@ OpWork Graph::work(int index) const {
   OpWork work{};
   work.operations = op.operations();
   work.peak = op.peak();
+  work.passes = op.passes();
   work.output_bytes = values_[i + 1].bytes();
   work.weight_bytes = op.constant_bytes();
   work.scratch_bytes = op.scratch_bytes(1);

@@ -217,7 +217,7 @@ def _op_profile(
         (2 * counts["scratch_bytes"], chunk),
         (constants, machine.level(weights + executor.arena_bytes)),
     )
-    rate = 2 * machine.peaks[work["peak"]] if work["peak"] else float("inf")
+    rate = 2 * machine.peaks[work["peak"]] / work["passes"] if work["peak"] else float("inf")
     value = executor.plan.values[op.output]
     return OpProfile(
         name=op.name,

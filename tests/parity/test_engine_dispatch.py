@@ -279,6 +279,23 @@ def test_low_bits_have_their_own_kernels(isa: str) -> None:
     assert chosen[8, 8] == {"avx2": "avx2-wide"}.get(isa, isa)
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize(("a_bits", "w_bits"), [(1, 1), (2, 1), (2, 2), (4, 4)])
+def test_limits_count_what_a_product_takes(isa: str, a_bits: int, w_bits: int) -> None:
+    """Of the peak's products: one for each pair of planes, or of a plane and a digit of two bits; else one."""
+    shape, wide = (14, 14, 128), (-(2**31), 2**31 - 1)
+    values = (p.Value("x", shape, "u8", 0, 2**a_bits - 1), p.Value("y", shape, "i32", *wide))
+    op = conv("y", 0, 1, np.random.default_rng(0), channels=128, out=128, bits=w_bits)
+    executor = EngineExecutor(p.Plan(values, (op,), 0, 1, 1.0, (0.0,)), isa=isa)
+    work = executor.work(1)
+    expected = {
+        "avx2-table": ("vpshufb + vpaddb", w_bits * ((a_bits + 1) // 2)),
+        "avx512vpopcnt": ("vpandd + vpopcntd + vpaddd", w_bits * a_bits),
+    }
+    peak, passes = expected.get(executor.kernels["y"], (work["peak"], 1))
+    assert (work["peak"], work["passes"]) == (peak, passes)
+
+
 def test_default_is_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITSTRATA_ISA", raising=False)
     assert EngineExecutor(residual_plan()).isa == available_isas()[-1]

@@ -15,7 +15,7 @@ extern const ConvKernel kAvx2Table;
 extern const ConvKernel kAvx2Depthwise;
 
 // What bounds the first and the last of them; the narrow kernel's products are the row's fastest.
-extern const PeakLoop kAvx2WidePeak;
+extern const PeakLoop kAvx2WidePeak, kAvx2TablePeak;
 
 // Whether int16 holds several of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
 bool avx2_narrow_fits(const ConvShape&);

@@ -362,6 +362,19 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
   }
 }
 
+// Pairs of a plane and a digit.
+int64_t passes(const ConvShape& s) {
+  const CodePlanes form(s);
+  return int64_t{form.weight_bits} * ((form.input_bits + 1) / 2);
+}
+
+constexpr ConvKernel kernel() {
+  ConvKernel made{"avx2-table", packed_bytes, pack, staged_row_bytes, stage, run};
+  made.peak = &kAvx2TablePeak;
+  made.passes = passes;
+  return made;
+}
+
 }  // namespace
 
 bool avx2_table_fits(const ConvShape& s) {
@@ -386,6 +399,6 @@ bool avx2_table_pays(const ConvShape& s, double step_cycles, double vector_cycle
   return by_tables * 1.06 < pixels * (8 + byte_vectors * (vector_cycles + step_cycles * byte_steps));
 }
 
-extern const ConvKernel kAvx2Table = {"avx2-table", packed_bytes, pack, staged_row_bytes, stage, run};
+extern const ConvKernel kAvx2Table = kernel();
 
 }  // namespace bitstrata

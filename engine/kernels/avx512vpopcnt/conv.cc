@@ -8,6 +8,7 @@
 
 #include "../common/cell_stage.h"
 #include "../common/code_planes.h"
+#include "../common/limits.h"
 #include "../common/unroll.h"
 #include "avx512vpopcnt.h"
 
@@ -240,8 +241,31 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
   }
 }
 
+int64_t passes(const ConvShape& s) {
+  const CodePlanes form(s);
+  return int64_t{form.weight_bits} * form.input_bits;
+}
+
+constexpr int kSums = 8;  // of the peak, independent of each other
+
+void count_registers(int64_t rounds) {
+  __m512i sum[kSums], a = _mm512_set1_epi32(5), b = _mm512_set1_epi32(3);
+  for (auto& s : sum) s = _mm512_setzero_si512();
+  for (int64_t round = 0; round < rounds; ++round) each<kSums>([&](auto i) { sum[i] = add_ones(sum[i], a, b); });
+  keep(sum);
+}
+
+constexpr PeakLoop kPeak = {"vpandd + vpopcntd + vpaddd", kSums * kLanes * 32, count_registers};
+
+constexpr ConvKernel kernel() {
+  ConvKernel made{"avx512vpopcnt", packed_bytes, pack, staged_row_bytes, stage, run};
+  made.peak = &kPeak;
+  made.passes = passes;
+  return made;
+}
+
 }  // namespace
 
-extern const ConvKernel kAvx512VpopcntConv = {"avx512vpopcnt", packed_bytes, pack, staged_row_bytes, stage, run};
+extern const ConvKernel kAvx512VpopcntConv = kernel();
 
 }  // namespace bitstrata
