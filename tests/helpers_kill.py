@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bitstrata.cli import main, pipeline
+from bitstrata.cli import main, outcome, pipeline
 from bitstrata.cli.common import environment, write_json
 from bitstrata.train import Trainer, checkpoint
 from bitstrata.train.keeper import Keeper
@@ -86,16 +86,17 @@ def instrument(phase: Phase, die_at: float | None) -> None:
     told(Trainer, "_evaluation", lambda trainer, *_: f"{trainer.name}: evaluating")
     told(Trainer, "_begin", lambda trainer, *_: f"{trainer.name}: beginning")
     told(Keeper, "save", lambda keeper, state, *_: f"{keeper.name}: saving after step {state['position']['step']}")
-    for name, words in {
-        "begin": "opening the data",
-        "claim": "claiming the directory",
-        "quantized": "quantizing, calibrating",
-        "packed": "lowering, packing",
-        "measured_rows": "measuring",
-        "verified": "verifying",
-        "write_json": "writing results",
-    }.items():
-        told(pipeline, name, lambda *_, words=words: words)
+    for owner, name, words in (
+        (pipeline, "begin", "opening the data"),
+        (pipeline, "claim", "claiming the directory"),
+        (pipeline, "quantized", "quantizing, calibrating"),
+        (outcome, "packed", "lowering, packing"),
+        (outcome, "measured_rows", "measuring"),
+        (outcome, "verified", "verifying"),
+        (pipeline, "write_json", "writing the options"),
+        (outcome, "write_json", "writing results"),
+    ):
+        told(owner, name, lambda *_, words=words: words)
     for name in CALLS:
         count_calls(name, phase, die_at)
 

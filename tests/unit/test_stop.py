@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitstrata.cli import main, pipeline
+from bitstrata.cli import main, outcome, pipeline
 from bitstrata.train import TrainConfig, Trainer, TrainingStopped, checkpoint
 from bitstrata.train.metrics import read, reproducible
 
@@ -158,7 +158,7 @@ def whole_run(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "place",
-    [(Trainer, "_step"), (pipeline, "quantized"), (pipeline.bs, "pack"), (pipeline, "measured_rows")],
+    [(Trainer, "_step"), (pipeline, "quantized"), (outcome.bs, "pack"), (outcome, "measured_rows")],
 )
 def test_the_command_ends_with_0_wherever_it_is(
     whole_run: Path, tmp_path: Path, monkeypatch, capsys, place: tuple[Any, str]
