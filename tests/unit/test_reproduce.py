@@ -15,6 +15,8 @@ from bitstrata.reproduce import (
     ConfigError,
     MissingDataError,
     Queue,
+    Record,
+    RecordError,
     collect,
     estimate,
     execute,
@@ -141,6 +143,59 @@ def test_a_run_that_diverges_is_a_result_and_the_queue_goes_on(root: Path, tmp_p
     assert "| wild | diverged |  | 1.00 |" in write_page(root, "paper").read_text()
     Queue([table], None, tmp_path / "runs", seeds=(0,)).work(made.append)
     assert len(made) == 4
+
+
+def test_recorded_runs_and_float_networks_are_not_made_again(root: Path, tmp_path: Path) -> None:
+    table = load_table(root, "paper", "table1", "cpu")
+    record = Record(root / "record")
+    made: list[str] = []
+    Queue([table], None, tmp_path / "here", record=record, seeds=(0,), environment=ENVIRONMENT).work(made.append)
+    assert len(made) == 3
+    assert len(list((root / "record").glob("*.json"))) == 3
+    assert len(list((root / "record").glob("float-*.safetensors"))) == 1
+    there = tmp_path / "there"  # as on another machine: nothing but the record
+    assert Queue([table], None, there, record=record, seeds=(0,)).missing() == []
+    assert collect(table, there, record) == collect(table, tmp_path / "here")
+    job = next(job for job in Queue([table], None, there, seeds=(0,)).jobs if job.row.name == "LSQ; 4 bits")
+    again = execute(job.config, None, there, record=Record(_without(record, digest(job.config), tmp_path)))
+    assert not list(there.glob("float-*/*.ckpt"))  # the float network is the recorded one
+    assert again == execute(job.config, None, tmp_path / "here")
+
+
+def _without(record: Record, name: str, tmp_path: Path) -> Path:
+    """A copy of a record without one result."""
+    assert record.folder is not None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in record.folder.iterdir():
+        if file.stem != name:
+            (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "not the result of a run"), ('{"config": {}, "metrics": {}}', "measured missing")],
+)
+def test_a_recorded_result_that_is_none_is_an_error(root: Path, tmp_path: Path, text: str, message: str) -> None:
+    config = load_table(root, "paper", "table1", "smoke").rows[0].run(0)
+    record = tmp_path / "record"
+    record.mkdir()
+    (record / f"{digest(config)}.json").write_text(text)
+    with pytest.raises(RecordError, match=message):
+        execute(config, None, tmp_path / "runs", record=Record(record))
+
+
+def test_a_recorded_float_network_of_another_kind_is_an_error(root: Path, tmp_path: Path) -> None:
+    config = load_table(root, "paper", "table1", "smoke").rows[0].run(0)
+    record = Record(tmp_path / "record")
+    execute(config, None, tmp_path / "runs", record=record)
+    for file in (tmp_path / "record").glob("*.json"):
+        file.unlink()
+    (network,) = (tmp_path / "record").glob("float-*.safetensors")
+    network.write_bytes(network.read_bytes()[:-10])
+    with pytest.raises(RecordError, match="not this run's float network"):
+        execute(config, None, tmp_path / "elsewhere", record=record)
 
 
 def test_rows_that_share_a_float_network_train_it_once(root: Path, tmp_path: Path) -> None:

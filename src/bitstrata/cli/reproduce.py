@@ -13,7 +13,7 @@ import tyro
 from bitstrata.cli.common import CommandError, environment, need_training, output
 
 if TYPE_CHECKING:
-    from bitstrata.reproduce import Table
+    from bitstrata.reproduce import Record, Table
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Reproduce:
     recipes: Path = Path("recipes")
     """Directory of the tables' files."""
     runs: Path = Path("runs/reproduce")
-    """Directory where runs are kept."""
+    """Directory where runs are kept; those of the scale cpu are also recorded in RECIPES/record."""
     seeds: tuple[int, ...] = ()
     """Only these of the seeds that rows name; all by default."""
     cost: bool = False
@@ -67,7 +67,9 @@ class Reproduce:
         if self.cost:
             self._costs(tables)
             return
-        queue = reproduce.Queue(tables, self.root, self.runs, seeds=self.seeds or None, environment=environment())
+        queue = reproduce.Queue(
+            tables, self.root, self.runs, record=self._record(), seeds=self.seeds or None, environment=environment()
+        )
         queue.work(lambda text: print(text, flush=True), self._write)
         for table in tables:
             print(f"wrote {self._write(table)}", flush=True)
@@ -76,8 +78,14 @@ class Reproduce:
         from bitstrata import reproduce
 
         target = table.folder / "results.csv" if self.scale == "cpu" else self.runs / self._file(table)
-        reproduce.write_results(target, reproduce.collect(table, self.runs))
+        reproduce.write_results(target, reproduce.collect(table, self.runs, self._record()))
         return target
+
+    def _record(self) -> Record:
+        """Runs of the scale that is published are recorded beside the tables, those of the others nowhere."""
+        from bitstrata.reproduce import Record
+
+        return Record(self.recipes / "record" if self.scale == "cpu" else None)
 
     def _file(self, table: Table) -> str:
         return f"{table.paper}-{table.name}-{self.scale}.csv"

@@ -1,7 +1,7 @@
 """Tables of the papers, run again: one small configuration a row, cached runs, results beside the paper's numbers.
 
-Reading order: config (files to runs), execute (one run), metrics, memory, queue (many runs, several processes), table
-(results), page, cost.
+Reading order: config (files to runs), record (what outlasts a folder of runs), execute (one run), metrics, memory,
+queue (many runs, several processes), table (results), page, cost.
 """
 
 from .config import ConfigError, Row, Table, load_table, tables
@@ -9,6 +9,7 @@ from .cost import Cost, estimate
 from .execute import MissingDataError, execute
 from .page import write_page
 from .queue import Queue
+from .record import Record, RecordError
 from .table import collect, write_results
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Cost",
     "MissingDataError",
     "Queue",
+    "Record",
+    "RecordError",
     "Row",
     "Table",
     "collect",

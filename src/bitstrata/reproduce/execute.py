@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from ..recipes import Recipe
 from ..train import TrainConfig, Trainer, checkpoint, quiet
 from .config import digest, merge, recipe_of, training
 from .metrics import measure
+from .record import Record, read_result, write_result
 
 EVALUATION_BATCH = 500
 SMALL = 32  # images a step of calibration where the training batch is smaller
@@ -42,13 +41,23 @@ class Run:
         config: of one run, from `Row.run`.
         root: folder of the data set's files.
         runs: where runs are kept.
+        record: see `Record`.
         wait: for another process that is training a network which the run needs; else BusyError.
     """
 
-    def __init__(self, config: Mapping[str, Any], root: Path | None, runs: Path, *, wait: bool = True) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        root: Path | None,
+        runs: Path,
+        *,
+        record: Record | None = None,
+        wait: bool = True,
+    ) -> None:
         self.config = config
         self.root = root
         self.runs = runs
+        self.record = record or Record(None)
         self.folder = runs / digest(config)
         self.seed = int(config["seed"])
         self.wait = wait
@@ -91,23 +100,24 @@ def execute(
     root: Path | None,
     runs: Path,
     *,
+    record: Record | None = None,
     wait: bool = True,
     environment: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Run what is missing of a run and give its metrics, name -> value; a finished run is read from its folder.
+    """Run what is missing of a run and give its metrics, name -> value; a finished run is read, not made again.
 
     A run whose training diverges is finished, without metrics; its result says where it happened.
 
-    environment: JSON values to keep with the result.
+    record: finished runs and float networks that outlast `runs`. environment: JSON values to keep with the result.
 
     Raises:
         MissingDataError: the data set is not there.
         CheckpointError: the folder holds a checkpoint that cannot be continued.
         BusyError: with wait=False, if another process is training a network that the run needs.
     """
-    run = Run(config, root, runs, wait=wait)
+    run = Run(config, root, runs, record=record, wait=wait)
     wanted = list(config["metrics"])
-    done = finished(run.folder)
+    done = finished(config, runs, run.record)
     if done is not None and set(wanted) <= set(done["measured"]):
         return dict(done["metrics"])
     begun = time.monotonic()
@@ -131,16 +141,15 @@ def execute(
     if diverged:
         result["diverged"] = diverged
     result["environment"] = dict(environment or {})
-    temporary = run.folder / "result.json.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, run.folder / "result.json")
+    write_result(run.folder / "result.json", result)
+    run.record.keep_result(run.folder.name, result)
     return values
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
+def finished(config: Mapping[str, Any], runs: Path, record: Record) -> dict[str, Any] | None:
     """What a finished run wrote, None for one that is not finished."""
-    file = folder / "result.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    name = digest(config)
+    return read_result(runs / name / "result.json") or record.result(name)
 
 
 def trained(run: Run, train: Dataset) -> nn.Module:
@@ -154,7 +163,7 @@ def trained(run: Run, train: Dataset) -> nn.Module:
     prepared(run, model, recipe, train, example)
     if "warm_start" in config:
         stage = {k: v for k, v in merge(config, config["warm_start"]).items() if k != "warm_start"}
-        before = Run(stage, run.root, run.runs, wait=run.wait)
+        before = Run(stage, run.root, run.runs, record=run.record, wait=run.wait)
         warm_start_(model, trained(before, train).state_dict())
         calibrate_(model, calibration(run, train, training(recipe, config["train"]).batch_size))
     settings = training(recipe, {"seed": run.seed, **config["train"]})
@@ -203,13 +212,17 @@ def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
     settings = TrainConfig(**{**config["float"], "seed": run.seed, "distill": None})
     form = hashlib.sha256(str(model).encode()).hexdigest()
     same = {"float": settings.to_dict(), "data": config["data"], "model": config["model"], "form": form}
-    folder = run.runs / f"float-{digest({**same, 'seed': run.seed})}"
+    name = f"float-{digest({**same, 'seed': run.seed})}"
+    if run.record.load_float_(name, model):
+        return model
+    folder = run.runs / name
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder, wait=run.wait) as lock:
         if not lock.held:
             raise BusyError(str(folder))
         loader = run.loader(train, settings.batch_size)
         Trainer(model, settings, loader, None, folder, name="float", reporter=quiet).fit()
+        run.record.keep_float(name, model)
     return model
 
 

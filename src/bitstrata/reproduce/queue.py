@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import Row, Table, digest
 from .execute import BusyError, FolderLock, execute, finished, torch_threads
+from .record import Record
 
 PAUSE_S = 2.0  # between looks at runs that another process has in hand
 
@@ -37,6 +38,7 @@ class Queue:
         tables: in the order in which their runs are made; first seeds of all tables come before second seeds.
         root: folder of the data sets' files.
         runs: where runs are kept.
+        record: finished runs and float networks that outlast `runs`.
         seeds: only these; None for all that the rows name.
         environment: JSON values kept with each result: "commit", "cpu" and "cores" get into results.csv.
     """
@@ -47,11 +49,13 @@ class Queue:
         root: Path | None,
         runs: Path,
         *,
+        record: Record | None = None,
         seeds: Container[int] | None = None,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self.root = root
         self.runs = runs
+        self.record = record or Record(None)
         self.environment = dict(environment or {})
         self.jobs = [job for job in _by_seed(tables) if seeds is None or job.seed in seeds]
 
@@ -84,7 +88,9 @@ class Queue:
             torch_threads(job.config)
             begun = time.monotonic()
             try:
-                values = execute(job.config, self.root, self.runs, wait=False, environment=self.environment)
+                values = execute(
+                    job.config, self.root, self.runs, record=self.record, wait=False, environment=self.environment
+                )
             except BusyError:
                 return False
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items()) or self._diverged(job)
@@ -95,11 +101,11 @@ class Queue:
         return True
 
     def _diverged(self, job: Job) -> str:
-        done = finished(self.runs / digest(job.config)) or {}
+        done = finished(job.config, self.runs, self.record) or {}
         return f"diverged: {done.get('diverged', 'without metrics')}"
 
     def _done(self, job: Job) -> bool:
-        done = finished(self.runs / digest(job.config))
+        done = finished(job.config, self.runs, self.record)
         return done is not None and set(job.row.metrics) <= set(done["measured"])
 
 

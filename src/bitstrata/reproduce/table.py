@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, Table, digest
+from .config import ConfigError, Table
 from .execute import finished
+from .record import Record
 
 DIVERGED = "diverged"
 COLUMNS = ("row", "metric", "mean", "spread", "seeds", "epochs", "commit", "hardware")
@@ -35,7 +36,7 @@ class Result:
     hardware: tuple[str, ...] = ()
 
 
-def collect(table: Table, runs: Path) -> list[Result]:
+def collect(table: Table, runs: Path, record: Record | None = None) -> list[Result]:
     """Results of the runs that are finished, in the table's order; rows without any are left out.
 
     Where training diverged, the metric "diverged" gives the share of a row's seeds for which it did; others are of the
@@ -47,7 +48,7 @@ def collect(table: Table, runs: Path) -> list[Result]:
         diverged: dict[int, float] = {}
         places: list[Mapping[str, Any]] = []
         for seed in row.seeds:
-            done = finished(runs / digest(row.run(seed)))
+            done = finished(row.run(seed), runs, record or Record(None))
             if done is None:
                 continue
             diverged[seed] = float(DIVERGED in done)
