@@ -39,17 +39,22 @@ void Graph::find_fusions(int output) {
 }
 
 // A maximum of requantized values is the requantized maximum, where the requantization never falls: a group that ends
-// with one leaves it to the next group, which begins with a maximum pooling and has fewer pixels. The sums go where the
-// requantized values would be.
+// with one leaves it to the next group, which begins with a maximum pooling and has fewer pixels. That group also has
+// the sums computed, row by row as its windows need them, so that they are read from the cache.
 void Graph::find_deferred(int output, Group* group, Group* next) {
   const size_t last = group->end - 1, pool = next->first;
   if (group->unit == 0 || last != group->first + 1 || group->fused || pool != group->end) return;
+  if (group->taken != group->end) return;  // it is not there to have its own rows computed from elsewhere
   const Part part = ops_[last]->part();
   const Op& pooling = *ops_[pool];
   if (part.kind != Part::rescale || !pooling.takes_maximum() || pooling.inputs[0] != ops_[last]->output) return;
   if (!read_once(pool, ops_[last]->output, output) || ops_[last]->inputs[0] != ops_[group->first]->output) return;
   if (!read_once(last, ops_[group->first]->output, output) || !rises(*part.requant)) return;
   group->deferred = next->taken = last;
+  for (int64_t item = 0; item < pooling.items(0, 1); ++item) {
+    const Rows rows = pooling.rows_read(item);
+    next->window = std::max(next->window, rows.end - rows.begin);
+  }
 }
 
 }  // namespace bitstrata

@@ -34,7 +34,7 @@ void Graph::form_groups(int output) {
     if (op.items_of_pixel() > 0 && !groups_.empty() && groups_.back().unit > 0 && groups_.back().pixels == pixels)
       groups_.back().end = i + 1;
     else
-      groups_.push_back({i, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0, false, 0, 0});
+      groups_.push_back({i, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0, false, 0, 0, 0, 0});
   }
   for (Group& group : groups_) find_locals(output, &group);
   find_fusions(output);
@@ -66,7 +66,15 @@ void Graph::lay_out_locals(int64_t images, Group* group) {
   for (const Group::Local& l : group->locals) buffers.push_back({l.pixel_bytes * group->tile, l.value - 1, l.last});
   const Layout layout = lay_out(buffers);
   for (size_t i = 0; i < buffers.size(); ++i) group->locals[i].at = layout.offset[i];
-  local_bytes_ = std::max(local_bytes_, layout.bytes);
+  group->at = align_up(layout.bytes);
+  const int64_t window = group->window > 0 ? group->window * row_bytes(*group) : 0;
+  local_bytes_ = std::max(local_bytes_, group->at + window);
+}
+
+// Of the sums that the group before has deferred.
+int64_t Graph::row_bytes(const Group& group) const {
+  const Value& sums = values_[static_cast<size_t>(ops_[group.taken]->output)];
+  return sums.shape.w * sums.shape.c * size_of(sums.dtype);
 }
 
 // Buffers: the values and the operations' scratch. Input and output are the caller's, local values are elsewhere. Time
@@ -78,10 +86,11 @@ void Graph::lay_out_arena(int output, int64_t images) {
     const Group& group = groups_[static_cast<size_t>(g)];
     for (size_t i = group.first; i < group.end; ++i) {
       const Op& op = *ops_[i];
+      const int last = group.deferred == group.end ? g : g + 1;  // the next group runs its convolution
       Lifetime& result = buffers[static_cast<size_t>(op.output)];
       result.first = result.last = g;
-      for (int x : op.inputs) buffers[static_cast<size_t>(x)].last = g;
-      buffers.push_back({op.scratch_bytes(images), g, g});
+      for (int x : op.inputs) buffers[static_cast<size_t>(x)].last = last;
+      buffers.push_back({op.scratch_bytes(images), g, last});
     }
   }
   for (Group& group : groups_) {

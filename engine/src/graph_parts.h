@@ -34,6 +34,8 @@ struct Graph::Group {
   bool fused;                 // the first two operations run as one
   size_t deferred;  // the operation that this group leaves to the next one, see Graph::find_deferred; end: none
   size_t taken;     // such an operation of the group before, done after this one's; end: none
+  int64_t window;   // rows of sums kept for a maximum over those that the group before has deferred
+  int64_t at;       // of the window, in the thread's buffer
 };
 
 }  // namespace bitstrata

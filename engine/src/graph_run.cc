@@ -133,8 +133,9 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, int threa
   if (call.share_rows)
     for (int t = 1; t < call.threads; ++t)
       std::copy_n(worker.values, values_.size(), this->worker(call.lease, t).values);
+  int64_t cost = 0;
   for (const Group& group : groups_) {
-    int64_t cost = 0;
+    const bool defers = call.fused && group.deferred != group.end;
     for (size_t i = group.first; i < group.end; ++i) cost += ops_[i]->cost() * images;
     const auto divide = [&](int64_t items, const auto& work) {
       if (call.share_rows && cost >= kSharedCost)
@@ -149,10 +150,12 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, int threa
       divide(op.items(phase, images), [&](int t, int64_t from, int64_t to) {
         run_op(call.profile, t, group.first, op, phase, frame, from, to);
       });
+    if (defers) continue;  // the next group computes its sums
     if (group.unit > 0)
       divide(group.pixels * images / group.unit, [&](int t, int64_t from, int64_t to) {
         run_tiles(group, call, images, worker.arena, t, from * group.unit, to * group.unit);
       });
+    cost = 0;
   }
 }
 
@@ -167,11 +170,6 @@ void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint
       if (call.destinations[static_cast<size_t>(l.value)] == nullptr)
         worker.values[l.value] = reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(worker.locals + l.at) -
                                                             static_cast<uintptr_t>(from * l.pixel_bytes));
-    const bool defers = call.fused && group.deferred != group.end;
-    if (defers) {  // the sums go where the requantized values would be, the whole of them
-      const Op& left_out = *ops_[group.deferred];
-      worker.values[left_out.inputs[0]] = worker.values[left_out.output];
-    }
     for (size_t i = group.first; i < group.end; ++i) {
       const Op& op = *ops_[i];
       const Frame frame{worker.values, arena + offsets_[values_.size() + i], images};
@@ -179,15 +177,40 @@ void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint
       if (call.fused && group.fused && i == group.first) {
         run_timed(call.profile, thread, i, [&] { op.run_fused(frame, from / group.unit, to / group.unit); });
         ++i;
-      } else if (defers && i == group.deferred) {
-        continue;
+      } else if (call.fused && group.taken != group.end && i == group.first) {
+        run_streamed(group, call, arena, images, thread, from / group.unit, to / group.unit);
+        run_taken(group, call, frame, thread, from, to);
       } else if (each > 0) {
         run_op(call.profile, thread, i, op, op.phases() - 1, frame, from * each, to * each);
       } else {
         run_op(call.profile, thread, i, op, op.phases() - 1, frame, from / group.unit, to / group.unit);
-        if (call.fused && group.taken != group.end) run_taken(group, call, frame, thread, from, to);
       }
     }
+  }
+}
+
+// Items [begin, end) of a maximum pooling, over sums of the group before that are computed as they are needed: the rows
+// of an item's windows exist, in the thread's window; those that it shares with the item before are moved up.
+void Graph::run_streamed(const Group& group, const Call& call, uint8_t* arena, int64_t images, int thread,
+                         int64_t begin, int64_t end) const {
+  const Worker worker = this->worker(call.lease, thread);
+  const size_t maker = group.first - 2;  // its sums, then the requantization that is left out
+  const Op &pooling = *ops_[group.first], &sums = *ops_[maker];
+  const Frame frame{worker.values, arena + offsets_[values_.size() + maker], images};
+  const int64_t bytes = row_bytes(group);
+  uint8_t* window = worker.locals + group.at;
+  Rows held{0, 0};
+  for (int64_t item = begin; item < end; ++item) {
+    const Rows rows = pooling.rows_read(item);
+    const int64_t kept = rows.begin >= held.begin ? std::max<int64_t>(held.end - rows.begin, 0) : 0;
+    std::memmove(window, window + (held.end - held.begin - kept) * bytes, static_cast<size_t>(kept * bytes));
+    // Rows are addressed from the start of the value, of which only these exist.
+    worker.values[sums.output] = worker.values[ops_[group.taken]->output] = reinterpret_cast<uint8_t*>(
+        reinterpret_cast<uintptr_t>(window) - static_cast<uintptr_t>(rows.begin * bytes));
+    if (rows.begin + kept < rows.end)
+      run_op(call.profile, thread, maker, sums, sums.phases() - 1, frame, rows.begin + kept, rows.end);
+    run_op(call.profile, thread, group.first, pooling, 0, frame, item, item + 1);
+    held = rows;
   }
 }
 

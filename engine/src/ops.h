@@ -25,6 +25,11 @@ struct Part {
   const RequantArgs* requant = nullptr;  // rescale: from i32 to i32; codes: to 8 bits, all channels low or all high
 };
 
+// [begin, end).
+struct Rows {
+  int64_t begin, end;
+};
+
 class Op {
  public:
   Op(std::vector<int> inputs, int output) : inputs(std::move(inputs)), output(output) {}
@@ -55,6 +60,8 @@ class Op {
   // What the operation is to those that may run it together with others.
   virtual Part part() const { return {}; }
   virtual bool takes_maximum() const { return false; }  // of windows of fixed point, all of which hold some
+  // Rows of its one input, of all images, that item `item` is made of; only of operations that take a maximum.
+  virtual Rows rows_read(int64_t /*item*/) const { return {0, 0}; }
   // Whether the last phase can be run together with `next`, an operation that alone reads the result. From then on
   // run_fused does that: it computes the result of `next`, and not its own.
   virtual bool fuse(const Op& /*next*/) { return false; }

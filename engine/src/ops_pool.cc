@@ -20,6 +20,11 @@ class PoolOp final : public Op {
   int64_t items(int, int64_t images) const override { return shape_.out_h * images; }
   int64_t pixels_of_item() const override { return shape_.out_w; }
   bool takes_maximum() const override { return maximum_; }
+  Rows rows_read(int64_t item) const override {
+    const int64_t i = item / shape_.out_h * shape_.in_h;
+    const int64_t first = item % shape_.out_h * shape_.stride_h - shape_.pad_top;
+    return {i + std::max<int64_t>(first, 0), i + std::min(first + shape_.kernel_h, shape_.in_h)};
+  }
   int64_t cost() const override {
     return shape_.out_h * shape_.out_w * shape_.channels * shape_.kernel_h * shape_.kernel_w;
   }

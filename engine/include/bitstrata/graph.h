@@ -175,6 +175,9 @@ class Graph {
   void run_chunk(const Call& call, int64_t begin, int64_t images, int thread) const;
   void run_taken(const Group& group, const Call& call, const Frame& frame, int thread, int64_t begin,
                  int64_t end) const;
+  int64_t row_bytes(const Group& group) const;
+  void run_streamed(const Group& group, const Call& call, uint8_t* arena, int64_t images, int thread, int64_t begin,
+                    int64_t end) const;
   void run_tiles(const Group& group, const Call& call, int64_t images, uint8_t* arena, int thread, int64_t begin,
                  int64_t end) const;
 
