@@ -80,11 +80,14 @@ BITSTRATA_INLINE void each_step(const Packed& p, const uint8_t* const* x, const 
     }
 }
 
-// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums.
+// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums. On the way it has
+// a vector a step of what lies `ahead` fetched into the second-level cache.
 template <int kP, int kV>
-BITSTRATA_INLINE void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, __m512i (&sum)[kP][kV]) {
+BITSTRATA_INLINE void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, const __m512i* ahead,
+                               __m512i (&sum)[kP][kV]) {
   each_step<kP>(p, x, [&](const uint8_t* const* at, int64_t b) {
     __m512i weights[kV];
+    _mm_prefetch(reinterpret_cast<const char*>(ahead++), _MM_HINT_T1);
     each<kV>([&](auto j) { weights[j] = _mm512_load_si512(w + j); });
     each<kP>([&](auto i) {
       const __m512i a = broadcast(at[i] + b);
@@ -114,6 +117,7 @@ struct Block {
   const uint8_t* const* window;  // where each pixel's window starts
   const int32_t* window_sum;     // add * the sum of its activations
   const __m512i* weights;
+  const __m512i* ahead;  // weights that are used next, at least as many as there are steps
   const int32_t* correction;
   int64_t channels;  // that are real
   Results<Out> out;
@@ -129,7 +133,7 @@ void convolve(const Block<Out>& b) {
     const __m512i first = whole ? _mm512_loadu_si512(b.correction + j * kLanes) : _mm512_setzero_si512();
     each<kP>([&](auto i) { sum[i][j] = first; });
   });
-  multiply<kP, kV>(b.p, b.window, b.weights, sum);
+  multiply<kP, kV>(b.p, b.window, b.weights, b.ahead, sum);
   if (!whole) {
     const __m512i mul = _mm512_set1_epi32(b.p.form.mul);
     each<kV>([&](auto j) {
@@ -157,14 +161,16 @@ constexpr BlockFn<Out> kBlocks[kPixels] = {convolve<1, kV, Out>, convolve<2, kV,
 template <typename Out>
 constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<1, Out>, kBlocks<2, Out>, kBlocks<3, Out>, kBlocks<4, Out>};
 
-// All `pixels` of a tile, for one set of vectors: as few blocks as can be, of nearly equal size.
+// All `pixels` of a tile, for one set of vectors: as few blocks as can be, of nearly equal size. The first blocks have
+// the weights after the set's own fetched, `after` vectors: they would else be waited for, where a set has many.
 template <typename Out>
-void convolve_tile(Block<Out> b, int64_t vectors, int64_t pixels) {
+void convolve_tile(Block<Out> b, int64_t vectors, int64_t after, int64_t pixels) {
   const BlockFn<Out>* by_pixels = kBySet<Out>[vectors - 1];
   const int64_t most = pixels_of(static_cast<int>(vectors)), blocks = (pixels + most - 1) / most;
   for (int64_t left = blocks; left > 0; --left) {
     const int64_t count = (pixels + left - 1) / left;
     by_pixels[count - 1](b);
+    b.ahead = --after > 0 ? b.ahead + b.p.steps : b.weights;
     b.window += count, b.window_sum += count, b.out = b.out.from(count, 0);
     pixels -= count;
   }
@@ -220,10 +226,12 @@ void run_to(const ConvShape& s, const void* packed, const void* staged, const Re
       }
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v, first = group * p.vectors + v;
+        const int64_t next = (first + vectors) % (s.groups * p.vectors), set_after = (set + 1) % p.sets;
+        const int64_t after = p.first_vector(set_after + 1) - p.first_vector(set_after);
         convolve_tile<Out>(
-            {p, window, sums, weights + first * p.steps, correction + first * kLanes,
+            {p, window, sums, weights + first * p.steps, weights + next * p.steps, correction + first * kLanes,
              min64(vectors * kLanes, s.group_out() - v * kLanes), out.from(begin, group * s.group_out() + v * kLanes)},
-            vectors, pixels);
+            vectors, after, pixels);
       }
     }
   }
