@@ -70,14 +70,21 @@ struct Packed {
 
   explicit Packed(const ConvShape& s)
       : form(s, kWide),
-        stage(s, round_up(s.group_in(), kStep), form.offset, !form.whole),
-        runs(s, stage),
+        stage(dense_rows(s, kStep) ? dense_staging<Staged>(s, kStep, form.offset, !form.whole)
+                                   : Staging<Staged>(s, round_up(s.group_in(), kStep), form.offset, !form.whole)),
+        runs(dense_runs(s, stage, kStep)),
         vectors(round_up(s.group_out(), kLanes) / kLanes),
         steps(runs.count * runs.elements / kStep),
         correction_at(64),
         padding_at(correction_at + s.groups * vectors * kLanes * 4),
         weights_at(round_up(padding_at + s.groups * stage.lanes * static_cast<int64_t>(sizeof(Staged)), 64)),
         bytes(weights_at + s.groups * vectors * steps * 32) {}
+
+  // Where a tap's first channel is in a window.
+  int64_t place(int64_t tap) const {
+    const int64_t columns = runs.elements / stage.lanes;  // of a run
+    return tap / columns * runs.elements + tap % columns * stage.lanes;
+  }
 
   Form form;
   Staging<Staged> stage;
@@ -107,7 +114,7 @@ int64_t pack_channels(const Packed<kWide>& p, const int8_t* codes, int64_t taps,
   for (int64_t i = begin; i < end; ++i)
     for (int64_t tap = 0; tap < taps; ++tap) {
       const int32_t c = codes[i * taps + tap];
-      const int64_t at = tap * p.stage.lanes + i;
+      const int64_t at = p.place(tap) + i;
       weights[at / kStep * pitch + at % kStep] =
           static_cast<typename Packed<kWide>::Weight>(p.form.pack_mul * c + p.form.pack_add);
       sum += c;
@@ -192,9 +199,20 @@ inline void clear(__m256i (&sum)[kPixels][kVectors]) {
     for (auto& v : row) v = _mm256_setzero_si256();
 }
 
+// Weights that are used after those at hand: fetched into the second-level cache little by little, as they would else be
+// waited for where there are many.
+struct Ahead {
+  const char* next;
+  int64_t blocks;  // that share the work
+  // After so many steps.
+  void fetch(int64_t steps) {
+    for (; steps > 0; steps -= blocks, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+};
+
 // The raw sums of a block: windows start at x[i].
 template <bool kWide, int kVectors>
-inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x, const __m256i* w,
+inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x, const __m256i* w, Ahead* ahead,
                   __m256i (&total)[kPixels][kVectors]) {
   const int64_t run_steps = p.runs.elements / Packed<kWide>::kStep;
   const uint8_t* at[kPixels];
@@ -205,6 +223,7 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
       const int64_t offset = p.runs.offset(run);
       for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset;
       multiply<kWide, kVectors>(at, w, run_steps, sum);
+      ahead->fetch(run_steps);
     }
     for (int i = 0; i < kPixels; ++i)
       for (int j = 0; j < kVectors; ++j) total[i][j] = _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1));
@@ -223,6 +242,7 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
       const int64_t count = kWide ? run_steps : min64(left, run_steps - s);
       for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset + 4 * s;
       multiply<kWide, kVectors>(at, w, count, sum);
+      ahead->fetch(count);
       w += count * kVectors;
       s += count;
       left -= count;
@@ -250,12 +270,13 @@ struct Tile {
 
 // kVectors vectors of output channels, `channels` of them real, for all pixels of a tile.
 template <bool kWide, int kVectors>
-void convolve(const Packed<kWide>& p, int64_t chunk, const Tile& tile, const __m256i* w, const int32_t* correction,
-              int64_t channels, int32_t* out, int64_t out_pitch) {
+void convolve(const Packed<kWide>& p, int64_t chunk, const Tile& tile, const __m256i* w, const __m256i* next,
+              const int32_t* correction, int64_t channels, int32_t* out, int64_t out_pitch) {
   const __m256i mul = _mm256_set1_epi32(p.form.mul);
+  Ahead ahead{reinterpret_cast<const char*>(next), (tile.pixels + kPixels - 1) / kPixels};
   for (int64_t first = 0; first < tile.pixels; first += kPixels) {
     __m256i total[kPixels][kVectors];
-    block<kWide, kVectors>(p, chunk, tile.window + first, w, total);
+    block<kWide, kVectors>(p, chunk, tile.window + first, w, &ahead, total);
     for (int i = 0; i < kPixels && first + i < tile.pixels; ++i) {
       int32_t* to = out + (first + i) * out_pitch;
       alignas(32) int32_t row[kVectors * kLanes];
@@ -311,12 +332,13 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
       for (int64_t v = 0; v < p.vectors; v += 2) {
         const int64_t first = group * p.vectors + v;
         const __m256i* w = weights + first * p.steps;
+        const __m256i* next = weights + (first + 2) % (s.groups * p.vectors) * p.steps;
         const int64_t channels = min64(2 * kLanes, s.group_out() - v * kLanes);
         int32_t* to = out + begin * s.out_c + group * s.group_out() + v * kLanes;
         if (v + 1 < p.vectors)
-          convolve<kWide, 2>(p, chunk, tile, w, correction + first * kLanes, channels, to, s.out_c);
+          convolve<kWide, 2>(p, chunk, tile, w, next, correction + first * kLanes, channels, to, s.out_c);
         else
-          convolve<kWide, 1>(p, chunk, tile, w, correction + first * kLanes, channels, to, s.out_c);
+          convolve<kWide, 1>(p, chunk, tile, w, next, correction + first * kLanes, channels, to, s.out_c);
       }
     }
   }

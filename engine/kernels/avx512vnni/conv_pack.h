@@ -20,22 +20,9 @@ constexpr int kStep = 4;     // activations of a step
 
 int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
 
-// Whether pixels are staged without filling their channels up: where a kernel row as a whole then takes fewer steps.
-bool dense(const ConvShape& s) {
-  return s.groups == 1 && s.dilation_w == 1 && !narrow_fits(s) &&
-         round_up(s.kernel_w * s.in_c, kStep) < s.kernel_w * round_up(s.in_c, kStep);
-}
-
 Staging<uint8_t> staging_of(const ConvShape& s, const WeightForm& form) {
-  Staging<uint8_t> stage(s, dense(s) ? s.in_c : round_up(s.group_in(), kStep), form.offset, !form.whole);
-  if (dense(s)) stage.row_bytes += kStep;  // the last step of a row's last window reads beyond it, for weights 0
-  return stage;
-}
-
-Runs<uint8_t> runs_of(const ConvShape& s, const Staging<uint8_t>& stage) {
-  Runs<uint8_t> runs(s, stage);
-  runs.elements = round_up(runs.elements, kStep);
-  return runs;
+  if (dense_rows(s, kStep) && !narrow_fits(s)) return dense_staging<uint8_t>(s, kStep, form.offset, !form.whole);
+  return {s, round_up(s.group_in(), kStep), form.offset, !form.whole};
 }
 
 // Sizes and positions of everything that is packed: int32 correction[groups][vectors * kLanes]; padding; weights.
@@ -44,7 +31,7 @@ struct Packed {
   Packed(const ConvShape& s, bool direct)
       : form(s),
         stage(staging_of(s, form)),
-        runs(runs_of(s, stage)),
+        runs(dense_runs(s, stage, kStep)),
         vectors(round_up(s.group_out(), kLanes) / kLanes),
         sets((vectors + kVectors - 1) / kVectors),
         steps(runs.count * runs.elements / kStep),

@@ -29,6 +29,20 @@ struct Staging {
   int64_t sums_at, row_bytes;
 };
 
+// Whether pixels are staged without filling their channels up, where a kernel's steps take `step` values: where a row
+// of the kernel as a whole then takes fewer of them. Staging and runs are those of `dense_staging` and `dense_runs`.
+inline bool dense_rows(const ConvShape& s, int64_t step) {
+  return s.groups == 1 && s.dilation_w == 1 &&
+         round_up(s.kernel_w * s.in_c, step) < s.kernel_w * round_up(s.in_c, step);
+}
+
+template <typename T>
+Staging<T> dense_staging(const ConvShape& s, int64_t step, int32_t offset, bool sums) {
+  Staging<T> stage(s, s.in_c, offset, sums);
+  stage.row_bytes += step * static_cast<int64_t>(sizeof(T));  // a row's last window is read beyond it, for weights 0
+  return stage;
+}
+
 // pad: (in_c,) -> padding: (groups, lanes).
 template <typename T>
 void stage_padding(const ConvShape& s, const Staging<T>& g, const int32_t* pad, T* padding) {
@@ -101,6 +115,13 @@ struct Runs {
 
   int64_t count, elements, per_row, row_step, column_step;
 };
+
+template <typename T>
+Runs<T> dense_runs(const ConvShape& s, const Staging<T>& stage, int64_t step) {
+  Runs<T> runs(s, stage);
+  runs.elements = round_up(runs.elements, step);
+  return runs;
+}
 
 // The weight mul * code + add at (o, i, ky, kx).
 inline int32_t weight_at(const ConvShape& s, const int8_t* codes, int64_t o, int64_t i, int64_t ky, int64_t kx) {

@@ -69,21 +69,34 @@ struct Window {
   int64_t begin, end;
 };
 
+// Of `count` channels: the largest of rows x columns pixels. Where the count is a constant, in registers.
+template <typename T>
+inline void largest_of(const T* from, int64_t rows, int64_t row_step, int64_t columns, int64_t step, int64_t count,
+                       T* to) {
+  T most[64];
+  for (int64_t c = 0; c < count; ++c) most[c] = from[c];
+  for (int64_t v = 0; v < rows; ++v, from += row_step)
+    for (int64_t u = 0; u < columns; ++u)
+      for (int64_t c = 0; c < count; ++c) most[c] = larger(most[c], from[u * step + c]);
+  for (int64_t c = 0; c < count; ++c) to[c] = most[c];
+}
+
 template <typename T>
 void max_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, int64_t row_end) {
+  constexpr int64_t kBlock = 64 / sizeof(T);  // channels together
   const T* in = static_cast<const T*>(x);
+  const int64_t row_step = s.in_w * s.channels;
   for (int64_t y = row_begin; y < row_end; ++y) {
     const Window h(y * s.stride_h - s.pad_top, s.kernel_h, s.in_h);
     T* to = static_cast<T*>(out) + y * s.out_w * s.channels;
     for (int64_t i = 0; i < s.out_w; ++i, to += s.channels) {
       const Window w(i * s.stride_w - s.pad_left, s.kernel_w, s.in_w);
-      const T* first = in + (h.begin * s.in_w + w.begin) * s.channels;
-      for (int64_t c = 0; c < s.channels; ++c) to[c] = first[c];
-      for (int64_t v = h.begin; v < h.end; ++v)
-        for (int64_t u = w.begin; u < w.end; ++u) {
-          const T* from = in + (v * s.in_w + u) * s.channels;
-          for (int64_t c = 0; c < s.channels; ++c) to[c] = larger(to[c], from[c]);
-        }
+      const T* from = in + (h.begin * s.in_w + w.begin) * s.channels;
+      const int64_t rows = h.end - h.begin, columns = w.end - w.begin;
+      int64_t c = 0;
+      for (; c + kBlock <= s.channels; c += kBlock)
+        largest_of(from + c, rows, row_step, columns, s.channels, kBlock, to + c);
+      if (c < s.channels) largest_of(from + c, rows, row_step, columns, s.channels, s.channels - c, to + c);
     }
   }
 }
