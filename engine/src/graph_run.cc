@@ -197,7 +197,9 @@ void Graph::run_streamed(const Group& group, const Call& call, uint8_t* arena, i
   const size_t maker = group.first - 2;  // its sums, then the requantization that is left out
   const Op &pooling = *ops_[group.first], &sums = *ops_[maker];
   const Frame frame{worker.values, arena + offsets_[values_.size() + maker], images};
-  const int64_t bytes = row_bytes(group);
+  const int64_t bytes = row_bytes(group), width = values_[static_cast<size_t>(sums.output)].shape.w;
+  const int64_t each = sums.items_of_pixel();
+  const auto items = [&](int64_t row) { return each > 0 ? row * width * each : row * width / sums.pixels_of_item(); };
   uint8_t* window = worker.locals + group.at;
   Rows held{0, 0};
   for (int64_t item = begin; item < end; ++item) {
@@ -208,7 +210,7 @@ void Graph::run_streamed(const Group& group, const Call& call, uint8_t* arena, i
     worker.values[sums.output] = worker.values[ops_[group.taken]->output] = reinterpret_cast<uint8_t*>(
         reinterpret_cast<uintptr_t>(window) - static_cast<uintptr_t>(rows.begin * bytes));
     if (rows.begin + kept < rows.end)
-      run_op(call.profile, thread, maker, sums, sums.phases() - 1, frame, rows.begin + kept, rows.end);
+      run_op(call.profile, thread, maker, sums, sums.phases() - 1, frame, items(rows.begin + kept), items(rows.end));
     run_op(call.profile, thread, group.first, pooling, 0, frame, item, item + 1);
     held = rows;
   }

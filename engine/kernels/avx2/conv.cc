@@ -9,6 +9,8 @@
 // mul * sum(c*a) + add * sum(a).
 #include <immintrin.h>
 
+#include <vector>
+
 #include "../common/conv_stage.h"
 #include "avx2.h"
 
@@ -18,7 +20,8 @@ namespace {
 constexpr int kLanes = 8;  // output channels of a vector
 constexpr int kPixels =
     5;  // of a block: with two vectors, ten sums, two weights and a few temporaries fill the registers
-constexpr int kTile = 192;  // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
+// Pixels convolved with all weights in turn, so that their windows stay in the L1 cache: whole blocks.
+constexpr int kTile = 38 * kPixels;
 
 // Where fewer steps than this fit int16, widening so often makes the wide kernel faster.
 constexpr int32_t kLeastChunk = 3;
@@ -73,6 +76,7 @@ struct Packed {
         stage(dense_rows(s, kStep) ? dense_staging<Staged>(s, kStep, form.offset, !form.whole)
                                    : Staging<Staged>(s, round_up(s.group_in(), kStep), form.offset, !form.whole)),
         runs(dense_runs(s, stage, kStep)),
+        columns(s.kernel_w / runs.per_row),
         vectors(round_up(s.group_out(), kLanes) / kLanes),
         steps(runs.count * runs.elements / kStep),
         correction_at(64),
@@ -81,14 +85,12 @@ struct Packed {
         bytes(weights_at + s.groups * vectors * steps * 32) {}
 
   // Where a tap's first channel is in a window.
-  int64_t place(int64_t tap) const {
-    const int64_t columns = runs.elements / stage.lanes;  // of a run
-    return tap / columns * runs.elements + tap % columns * stage.lanes;
-  }
+  int64_t place(int64_t tap) const { return tap / columns * runs.elements + tap % columns * stage.lanes; }
 
   Form form;
   Staging<Staged> stage;
   Runs<Staged> runs;
+  int64_t columns;  // of a run
   int64_t vectors;  // of output channels, in each group
   int64_t steps;    // of a window
   int64_t correction_at, padding_at, weights_at, bytes;
@@ -122,6 +124,53 @@ int64_t pack_channels(const Packed<kWide>& p, const int8_t* codes, int64_t taps,
   return sum;
 }
 
+// How many steps int16 sums hold, whatever the activations: any partial sum of a chunk lies between the sums of its
+// negative and of its positive products.
+class Chunk {
+ public:
+  explicit Chunk(int64_t largest_input) : most_(INT16_MAX / max64(largest_input, 1)) {}
+
+  // `steps` steps of `lanes` int16 sums, two weights each.
+  void add(const int8_t* weights, int64_t steps, int64_t lanes) {
+    const int64_t blocks = (steps + kBlock - 1) / kBlock;
+    sums_[0].assign(static_cast<size_t>(blocks * lanes), 0);
+    sums_[1] = sums_[0];
+    for (int64_t s = 0; s < steps; ++s, weights += 2 * lanes) {
+      int32_t *positive = sums_[0].data() + s / kBlock * lanes, *negative = sums_[1].data() + s / kBlock * lanes;
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int32_t a = weights[2 * i], b = weights[2 * i + 1];
+        const int32_t high = (a > 0 ? a : 0) + (b > 0 ? b : 0);
+        positive[i] += high;
+        negative[i] += high - a - b;
+        largest_pair_ = static_cast<int32_t>(max64(largest_pair_, max64(high, high - a - b)));
+      }
+    }
+    for (const std::vector<int32_t>& sums : sums_)
+      for (int64_t i = 0; i < lanes; ++i) add_lane(sums.data() + i, blocks, lanes);
+  }
+
+  // All of them if there is no limit.
+  int64_t steps(int64_t all) const {
+    return blocks_ == INT64_MAX ? all : max64(blocks_ * kBlock, most_ / max64(largest_pair_, 1));
+  }
+
+ private:
+  static constexpr int64_t kBlock = 16;  // steps
+
+  // The shortest stretch of blocks whose sum is too large sets the limit.
+  void add_lane(const int32_t* sums, int64_t blocks, int64_t pitch) {
+    int64_t sum = 0;
+    for (int64_t first = 0, b = 0; b < blocks; ++b) {
+      sum += sums[b * pitch];
+      for (; sum > most_; sum -= sums[first * pitch], ++first) blocks_ = min64(blocks_, b - first);
+    }
+  }
+
+  int64_t most_, blocks_ = INT64_MAX;
+  int32_t largest_pair_ = 0;
+  std::vector<int32_t> sums_[2];  // of the positive and of the negative weights, [block][lane]
+};
+
 // Vectors come in pairs, interleaved by step, a last odd one alone: the weights of vector v of a group start at
 // (v & ~1) * steps, and follow each other at 2 vectors' distance, or 1.
 template <bool kWide>
@@ -135,7 +184,7 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
   stage_padding(s, p.stage, pad, reinterpret_cast<typename P::Staged*>(base + p.padding_at));
   int32_t* correction = reinterpret_cast<int32_t*>(base + p.correction_at);
   const int64_t taps = s.kernel_h * s.kernel_w, row = s.group_in() * taps;
-  int64_t largest_pair = 1;
+  Chunk chunk(p.form.largest_input);
   for (int64_t group = 0; group < s.groups; ++group)
     for (int64_t v = 0; v < p.vectors; v += 2) {
       const int64_t pitch = (v + 1 < p.vectors ? 2 : 1) * kLanes * P::kStep;
@@ -152,15 +201,9 @@ void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* pac
                              static_cast<uint32_t>(row) * static_cast<uint32_t>(s.add);  // of the full weights
         correction[group * p.vectors * kLanes + o] = static_cast<int32_t>(sum * static_cast<uint32_t>(-p.form.offset));
       }
-      if (kWide) continue;
-      for (int64_t two = 0; two < p.steps * pitch; two += 2) {  // what is left out is 0
-        const int64_t low = min64(weights[two], 0) + min64(weights[two + 1], 0);
-        const int64_t high = max64(weights[two], 0) + max64(weights[two + 1], 0);
-        largest_pair = max64(largest_pair, max64(-low, high) * p.form.largest_input);
-      }
+      if constexpr (!kWide) chunk.add(weights, p.steps, pitch / 2);
     }
-  // Any partial sum of `chunk` pairs is within +-32767: each lies between its negative and its positive part's sum.
-  *static_cast<int64_t*>(packed) = INT16_MAX / largest_pair;
+  *static_cast<int64_t*>(packed) = chunk.steps(p.steps);
 }
 
 template <bool kWide>
@@ -177,6 +220,17 @@ inline __m256i broadcast(const uint8_t* x) {
   std::memcpy(&four, x, 4);
   return _mm256_set1_epi32(four);
 }
+
+// Weights that are used after those at hand: fetched into the second-level cache little by little, as they would else be
+// waited for where there are many.
+struct Ahead {
+  const char* next;
+  int64_t blocks;  // that share the work
+  // After so many steps.
+  void fetch(int64_t steps) {
+    for (; steps > 0; steps -= blocks, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+};
 
 // `count` steps: sum[i][j] += the products of pixel i and vector j, in int16 pairs (narrow) or int32 (wide).
 template <bool kWide, int kVectors>
@@ -199,16 +253,8 @@ inline void clear(__m256i (&sum)[kPixels][kVectors]) {
     for (auto& v : row) v = _mm256_setzero_si256();
 }
 
-// Weights that are used after those at hand: fetched into the second-level cache little by little, as they would else be
-// waited for where there are many.
-struct Ahead {
-  const char* next;
-  int64_t blocks;  // that share the work
-  // After so many steps.
-  void fetch(int64_t steps) {
-    for (; steps > 0; steps -= blocks, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-  }
-};
+// Steps between fetches, at most: lines of which too many are asked for at once are waited for.
+constexpr int64_t kFetch = 128;
 
 // The raw sums of a block: windows start at x[i].
 template <bool kWide, int kVectors>
@@ -221,9 +267,12 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
   if (!kWide && chunk >= p.steps) {  // int16 holds the whole sum
     for (int64_t run = 0; run < p.runs.count; ++run, w += run_steps * kVectors) {
       const int64_t offset = p.runs.offset(run);
-      for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset;
-      multiply<kWide, kVectors>(at, w, run_steps, sum);
-      ahead->fetch(run_steps);
+      for (int64_t s = 0; s < run_steps; s += kFetch) {
+        const int64_t count = min64(kFetch, run_steps - s);
+        for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset + 4 * s;
+        ahead->fetch(count);
+        multiply<kWide, kVectors>(at, w + s * kVectors, count, sum);
+      }
     }
     for (int i = 0; i < kPixels; ++i)
       for (int j = 0; j < kVectors; ++j) total[i][j] = _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1));
@@ -239,10 +288,10 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
   for (int64_t run = 0; run < p.runs.count; ++run) {
     const int64_t offset = p.runs.offset(run);
     for (int64_t s = 0; s < run_steps;) {
-      const int64_t count = kWide ? run_steps : min64(left, run_steps - s);
+      const int64_t count = min64(kWide ? run_steps : min64(left, kFetch), run_steps - s);
       for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset + 4 * s;
-      multiply<kWide, kVectors>(at, w, count, sum);
       ahead->fetch(count);
+      multiply<kWide, kVectors>(at, w, count, sum);
       w += count * kVectors;
       s += count;
       left -= count;
