@@ -34,7 +34,8 @@ void Graph::form_groups(int output) {
     if (op.items_of_pixel() > 0 && !groups_.empty() && groups_.back().unit > 0 && groups_.back().pixels == pixels)
       groups_.back().end = i + 1;
     else
-      groups_.push_back({i, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0, false, 0, 0, 0, 0});
+      groups_.push_back(
+          {i, i + 1, pixels, op.items_of_pixel() > 0 ? 1 : op.pixels_of_item(), {}, 0, 0, false, 0, 0, 0, 0});
   }
   for (Group& group : groups_) find_locals(output, &group);
   find_fusions(output);

@@ -207,8 +207,8 @@ void Graph::run_streamed(const Group& group, const Call& call, uint8_t* arena, i
     const int64_t kept = rows.begin >= held.begin ? std::max<int64_t>(held.end - rows.begin, 0) : 0;
     std::memmove(window, window + (held.end - held.begin - kept) * bytes, static_cast<size_t>(kept * bytes));
     // Rows are addressed from the start of the value, of which only these exist.
-    worker.values[sums.output] = worker.values[ops_[group.taken]->output] = reinterpret_cast<uint8_t*>(
-        reinterpret_cast<uintptr_t>(window) - static_cast<uintptr_t>(rows.begin * bytes));
+    worker.values[sums.output] = worker.values[ops_[group.taken]->output] =
+        reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(window) - static_cast<uintptr_t>(rows.begin * bytes));
     if (rows.begin + kept < rows.end)
       run_op(call.profile, thread, maker, sums, sums.phases() - 1, frame, items(rows.begin + kept), items(rows.end));
     run_op(call.profile, thread, group.first, pooling, 0, frame, item, item + 1);

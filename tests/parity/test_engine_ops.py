@@ -320,6 +320,62 @@ def test_conv_of_single_pixels(stride: tuple[int, int], padding: tuple[int, int,
         conv_case(4, stride=stride, padding=padding, x_range=(0, x_max), form=(2, 1), **shape)
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_conv_of_nothing_but_zeros(bits: int) -> None:
+    """An input whose bounds leave it no choice: whatever is divided by its largest value must be guarded."""
+    for channels, kernel in product([(3, 5), (64, 40)], [(1, 1), (3, 3)]):
+        conv_case(8, channels=channels, kernel=kernel, padding=(1, 1, 1, 1), x_range=(0, 0), bits=bits, hw=(4, 4))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_conv_of_few_dense_channels(bits: int) -> None:
+    """Rows of a kernel that are staged without filling their channels up, of every remainder."""
+    for channels, width, stride in product([1, 2, 3, 5], [1, 2, 3, 5, 7], [1, 2]):
+        case = {"bits": bits, "x_range": (0, (1 << bits) - 1), "batch": 1, "form": (2, 1)}
+        shape = {"hw": (8, 11), "kernel": (3, width), "padding": (1, 1, width // 2, width // 2)}
+        conv_case(9, channels=(channels, 21), stride=(stride, stride), **shape, **case)
+
+
+POOLS = [  # kernel, stride, padding
+    ((3, 3), (2, 2), (1, 1, 1, 1)),
+    ((2, 2), (2, 2), (0, 0, 0, 0)),
+    ((3, 2), (1, 1), (1, 0, 0, 1)),
+    ((1, 1), (2, 2), (0, 0, 0, 0)),
+    ((2, 3), (3, 2), (0, 1, 1, 1)),
+    ((5, 5), (1, 2), (2, 2, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), POOLS)
+def test_a_pooling_that_has_its_sums_computed(kernel: Any, stride: Any, padding: Any, threads: int) -> None:
+    """Convolution, rescaling that never falls, maximum, codes: rows of sums exist as the pooling needs them."""
+    rng = np.random.default_rng(3)
+    for (h, w), batch, channels in product([(9, 8), (23, 5)], [1, 4], [7, 40]):
+        x = fill(rng, (batch, h, w, 3), np.uint8, 0, 255, how="random")
+        codes = fill(rng, (channels, 3, 3, 3), np.int8, -128, 127, how="random")
+        conv = p.Conv("conv", (0,), 1, "layer", codes, 1, 0, (1, 1), (1, 1, 1, 1), (1, 1), 1, np.zeros(3, np.int32))
+        rise = rng.integers(1 << 10, 1 << 14, channels).astype(np.int32)
+        bias = rng.integers(-(1 << 20), 1 << 20, channels)
+        fixed = p.Requant("fixed", (1,), 2, rise, bias, np.full(channels, 8, np.uint8), *LIMITS["i32"])
+        pool = p.MaxPool("pool", (2,), 3, kernel, stride, padding)
+        last = p.Requant("codes", (3,), 4, rise, bias * 64, np.full(channels, 27, np.uint8), 0, 255)
+        values, names = [x.astype(np.int64)], ("x", "sums", "fixed", "most", "y")
+        for op in (conv, fixed, pool, last):
+            values.append(formula(op, values[-1]))
+        dtypes = ("u8", "i32", "i32", "i32", "u8")
+        limits = ((0, 255), *[LIMITS["i32"]] * 3, (0, 255))
+        described = [p.Value(n, v.shape[1:], d, *b) for n, v, d, b in zip(names, values, dtypes, limits, strict=True)]
+        plan = p.Plan(tuple(described), (conv, fixed, pool, last), 0, 4, 1.0, (0.0,))
+        assert len(np.unique(values[-1])) > 20, "the case tells nothing"
+        np.testing.assert_array_equal(ReferenceExecutor(plan).run(x), values[-1])
+        for isa in (*available_isas(), *emulated_isas()):
+            engine = EngineExecutor(plan, isa=isa, threads=threads)
+            np.testing.assert_array_equal(engine.run(x), values[-1], isa)
+            for name, value in zip(names, values, strict=True):
+                np.testing.assert_array_equal(engine.run_all(x)[name], value, f"{isa}: {name}")
+
+
 def requant_case(x: NDArray[Any], m: Any, b: Any, s: Any, dtype: str, *, bounds: tuple[int, int] | None = None) -> None:
     low, high = LIMITS[{v: k for k, v in DTYPES.items()}[x.dtype.type]]
     c = x.shape[-1]

@@ -221,8 +221,8 @@ inline __m256i broadcast(const uint8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-// Weights that are used after those at hand: fetched into the second-level cache little by little, as they would else be
-// waited for where there are many.
+// Weights that are used after those at hand: fetched into the second-level cache little by little, as they would else
+// be waited for where there are many.
 struct Ahead {
   const char* next;
   int64_t blocks;  // that share the work

@@ -80,8 +80,8 @@ BITSTRATA_INLINE void each_step(const Packed& p, const uint8_t* const* x, const 
     }
 }
 
-// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums. On the way it has
-// a vector a step of what lies `ahead` fetched into the second-level cache.
+// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums. On the way it
+// has a vector a step of what lies `ahead` fetched into the second-level cache.
 template <int kP, int kV>
 BITSTRATA_INLINE void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, const __m512i* ahead,
                                __m512i (&sum)[kP][kV]) {
