@@ -1,7 +1,7 @@
 """Tables of the papers, run again: one small configuration a row, cached runs, results beside the paper's numbers.
 
 Reading order: config (files to runs), record (what outlasts a folder of runs), execute (one run), metrics, memory,
-queue (many runs, several processes), table (results), page, cost.
+queue (many runs, several processes), table (results), page, plot, cost.
 """
 
 from .config import ConfigError, Row, Table, load_table, tables
