@@ -6,11 +6,17 @@ import platform
 from pathlib import Path
 
 
-def cpu_name() -> str:
-    """The processor's model name as the operating system tells it."""
-    info = Path("/proc/cpuinfo")
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as the operating system tells it, with family and model where it has them.
+
+    Virtual machines often say no more than a brand: processors of several generations are all called "AMD EPYC".
+    """
+    found: dict[str, str] = {}
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip().lower(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if found.get("cpu family") and found.get("model"):
+        return f"{name} (family {found['cpu family']}, model {found['model']})"
+    return name
