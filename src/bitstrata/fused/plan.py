@@ -218,16 +218,18 @@ class Planner:
                 self._done.update(n for n in (node, last) if n is not None)
                 self.units.append(self._join_unit((own.name, other.name), (last or node).name, last is not None))
             else:
-                module = self._module(node)
-                reads = tuple(n.name for n in node.all_input_nodes)
-                inplace = self._writes(node, module)
-                if inplace and len(node.all_input_nodes[0].users) > 1:
-                    written = node.all_input_nodes[0].name
-                    raise FuseError(f"fuse: {node.name!r} writes into {written!r}, which other operations read too")
-                self.units.append(TorchOp(reads, node.name, node, module, inplace))
+                self.units.append(self._by_torch(node))
         if not self.fused:
             raise FuseError(f"fuse: {type(self.model).__name__} has no {self.wanted}")
         return self.units
+
+    def _by_torch(self, node: fx.Node) -> TorchOp:
+        module = self._module(node)
+        inplace = self._writes(node, module)
+        if inplace and len(node.all_input_nodes[0].users) > 1:
+            written = node.all_input_nodes[0].name
+            raise FuseError(f"fuse: {node.name!r} writes into {written!r}, which other operations read too")
+        return TorchOp(tuple(n.name for n in node.all_input_nodes), node.name, node, module, inplace)
 
     _max_pool_unit: Callable[..., Unit] = MaxPool
     _join_unit: Callable[..., Unit] = Join

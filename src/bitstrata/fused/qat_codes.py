@@ -19,6 +19,7 @@ from ..quantizers.base import ActivationQuantizer, Grid, Quantizer
 from ..quantizers.int8 import Int8Activation
 from ..quantizers.lsq import LSQActivation
 from ..quantizers.pact import CGPactActivation, PactActivation
+from ..quantizers.pixels import PixelInput
 from ..quantizers.uniq import UniqActivation
 from .torch_op import sources_of
 from .units import Sources
@@ -27,6 +28,7 @@ from .values import NotFiniteError
 TINY = float(np.finfo(np.float32).tiny)  # the smallest number above 0 that no processor takes for 0
 FINEST = 9  # offsets of weight grids that are multiples of 2^-FINEST become integers
 LARGEST_SUM = 2**28  # of a convolution in codes, as the engine takes it
+PIXELS = (0, 255)
 QUANTIZERS = (LSQActivation, UniqActivation, PactActivation, CGPactActivation, Int8Activation)
 
 
@@ -68,12 +70,14 @@ class Rule:
 
 
 def fusable_quantizer(quantizer: Quantizer | None) -> bool:
-    """Whether `rule_of` knows the quantizer's gradient, and its grid has code 0 for 0."""
-    return type(quantizer) in QUANTIZERS and not quantizer.shifted  # type: ignore[union-attr]
+    """Whether `rule_of` knows the quantizer's gradient, and its grid has code 0 for 0; or its codes are pixels."""
+    return type(quantizer) is PixelInput or (type(quantizer) in QUANTIZERS and not quantizer.shifted)  # type: ignore[union-attr]
 
 
 def ready(quantizer: Quantizer) -> bool:
     """Whether the step is set, and no calibration is going on."""
+    if isinstance(quantizer, PixelInput):
+        return True
     return isinstance(quantizer, ActivationQuantizer) and quantizer.is_initialized() and not quantizer.observing
 
 
@@ -180,12 +184,12 @@ def integer_weight(layer: QuantConv2d) -> IntegerWeight:
 def fusable_weight(layer: QuantConv2d) -> bool:
     """Whether the weight is integers at every precision, and all sums of a convolution fit, whatever the weight."""
     here, inner = layer.precision, layer.weight[0].numel()
-    assert isinstance(layer.act_quant, ActivationQuantizer)
     try:
         for precision in layer.precisions:
             layer.set_precision(precision)
             fit = fit_of(layer.weight_grid())
-            lo, hi = layer.act_quant.limits()
+            quantizer = layer.act_quant
+            lo, hi = quantizer.limits() if isinstance(quantizer, ActivationQuantizer) else PIXELS
             if inner * (256 if fit.wide else 128) * max(-lo, hi) > LARGEST_SUM:
                 return False
     except NotCodesError:

@@ -7,8 +7,10 @@ from torch import fx, nn
 
 from ..nn.layers import QuantConv2d
 from ..nn.norm import PrecisionBatchNorm
+from ..quantizers.pixels import PixelInput
 from .plan import Planner, plain
 from .qat_codes import fusable_quantizer, fusable_weight, ready
+from .qat_pixels import QatPixelConvNorm
 from .qat_units import QatConvNorm, QatJoin, QatMaxPool
 from .units import Unit
 
@@ -31,7 +33,7 @@ class QatPlanner(Planner):
     """Planner of networks after `quantize_`."""
 
     wanted = (
-        "convolution (QuantConv2d without bias, codes on both sides, code 0 for 0 in its input) that only a "
+        "convolution (QuantConv2d without bias, codes on both sides, code 0 for 0 in its input or pixels) that only a "
         "BatchNorm2d reads; make it one with quantize_(model, recipe, example), on the CPU"
     )
 
@@ -57,6 +59,7 @@ class QatPlanner(Planner):
             and module.weight.device.type == "cpu"
             and all(part is not None and plain(part) for part in parts)
             and fusable_quantizer(module.act_quant)
+            and (module.groups == 1 or not isinstance(module.act_quant, PixelInput))
             and fusable_weight(module)
         )
 
@@ -77,8 +80,10 @@ class QatPlanner(Planner):
         assert isinstance(source, fx.Node)
         self._done.update(n for n in (conv, norm, last) if n is not None)
         self.fused.append(str(conv.target))
-        self.units.append(
-            QatConvNorm(
-                (source.name,), result.name, layer, normalization, str(conv.target), last is not None, self.repeated
-            )
+        unit = QatConvNorm(
+            (source.name,), result.name, layer, normalization, str(conv.target), last is not None, self.repeated
         )
+        if isinstance(layer.act_quant, PixelInput):
+            parts = [self._by_torch(n) for n in (conv, norm, last) if n is not None]
+            unit = QatPixelConvNorm(**vars(unit), parts=parts)
+        self.units.append(unit)

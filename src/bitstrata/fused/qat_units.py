@@ -76,23 +76,14 @@ class QatConvNorm(Unit):
         return cast("nn.BatchNorm2d", norm)
 
     def run(self, step: Step) -> None:
-        x = step.env[self.reads[0]]
-        if not isinstance(x, Activation):
-            raise ValueError(
-                f"fused convolution {self.name!r}: its input must be (N, C, H, W) in float32 or bfloat16 on the CPU"
-            )
         layer, norm = self.conv, self.level()
-        quantizer = cast("ActivationQuantizer", layer.act_quant)
-        n, h, w, c = x.shape
-        rule = rule_of(quantizer, (n, c, h, w))
-        self._check_input(x, rule)
+        x, rule = self._coded(step, self._input(step))
+        n, h, w, _ = x.shape
         try:
             weight = integer_weight(layer)
         except NotFiniteError as error:
             raise NotFiniteError(f"{self.name}: {error}") from error
-        height, width = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).output(
-            (h, w), (layer.weight.shape[2], layer.weight.shape[3])
-        )
+        height, width = self._geometry().output((h, w), (layer.weight.shape[2], layer.weight.shape[3]))
         shape = (n, height, width, layer.weight.shape[0])
         if n * height * width == 1:
             raise ValueError(f"{self.name}: batch normalization in training needs more than one value a channel")
@@ -100,7 +91,7 @@ class QatConvNorm(Unit):
         batch, scale, offset = self._normalize(norm, rule.step * weight.unit, moments)
         if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
             raise NotFiniteError(f"{self.name}: its normalized result contains NaN or infinity")
-        step.statistics.append((norm, (batch, moments, n * height * width)))
+        step.statistics.append((norm, (self._seen(batch, weight), moments, n * height * width)))
         value = Activation(
             data,
             shape,
@@ -116,11 +107,31 @@ class QatConvNorm(Unit):
         pending = Pending(x, rule, weight, value, norm, batch)
         step.tape.append(lambda s: self._backward(s, pending))
 
-    def _check_input(self, x: Activation, rule: Rule) -> None:
-        if not np.isfinite(rule.step):
-            raise NotFiniteError(f"{self.name}: the step of its input is not finite")
+    def _input(self, step: Step) -> Activation:
+        x = step.env[self.reads[0]]
+        if not isinstance(x, Activation):
+            raise ValueError(
+                f"fused convolution {self.name!r}: its input must be (N, C, H, W) in float32 or bfloat16 on the CPU"
+            )
         if x.foreign and not bool(torch.isfinite(to_map(x.data, x.shape).sum())):
             raise NotFiniteError(f"{self.name}: its input contains NaN or infinity")
+        return x
+
+    def _coded(self, step: Step, x: Activation) -> tuple[Activation, Rule]:
+        """What the convolution reads, and the rule of its codes."""
+        n, h, w, c = x.shape
+        rule = rule_of(cast("ActivationQuantizer", self.conv.act_quant), (n, c, h, w))
+        if not np.isfinite(rule.step):
+            raise NotFiniteError(f"{self.name}: the step of its input is not finite")
+        return x, rule
+
+    def _seen(self, batch: Batch, weight: IntegerWeight) -> Batch:
+        """The batch as running statistics see it."""
+        return batch
+
+    def _geometry(self) -> Geometry:
+        layer = self.conv
+        return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def _sums(self, x: Activation, rule: Rule, weight: IntegerWeight, shape: Shape) -> tuple[NDArray[Any], Any]:
         precision = self.conv.precision
@@ -145,8 +156,7 @@ class QatConvNorm(Unit):
 
     def _convolve(self, x: Activation, rule: Rule, weight: IntegerWeight, out: NDArray[Any]) -> tuple[bool, Any]:
         """Sums into `out`. Returns whether they fit, and their mean and variance a channel."""
-        layer = self.conv
-        planar = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups).planar(2)
+        planar = self._geometry().planar(2)
         found: tuple[bool, Any] = _engine.qat_convolution(
             x.codes(rule),
             (rule.lo, rule.hi),
@@ -155,7 +165,7 @@ class QatConvNorm(Unit):
             planar["stride"],
             planar["dilation"],
             planar["padding"],
-            layer.groups,
+            self.conv.groups,
             out,
             True,
             FASTEST,
@@ -231,10 +241,6 @@ class QatConvNorm(Unit):
         if trained:
             self._to_parameters(step, weight, of_weight)
 
-    def _geometry(self) -> Geometry:
-        layer = self.conv
-        return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-
     @staticmethod
     def _channels_last(maps: Tensor) -> NDArray[Any]:
         """(N, C, H, W) as (N, H, W, C): the same memory if channels are last in it."""
@@ -251,21 +257,21 @@ class QatConvNorm(Unit):
         self, x: Activation, rule: Rule, weight: IntegerWeight, gradient: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, Tensor]:
         """What is wanted of the gradients of input and weight."""
-        layer = self.conv
         if not any(wanted):
             return gradient, gradient
+        geometry = self._geometry()
         codes = x.code_values(rule)
         of_input, of_weight, _ = torch.ops.aten.convolution_backward(
             gradient,
             to_map(codes, x.shape),
             weight.real(x.dtype),
             None,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
             False,
             (0, 0),
-            layer.groups,
+            geometry.groups,
             (*wanted, False),
         )
         x.pool.give(codes)
