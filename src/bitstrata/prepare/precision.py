@@ -36,7 +36,10 @@ def set_precision(model: nn.Module, precision: int | Mapping[str, int]) -> None:
     Raises:
         ValueError: a precision the model was not quantized for, an unknown layer, or a float model; nothing is changed.
     """
-    layers = quantized_layers(model)
+    _set(quantized_layers(model), precision)
+
+
+def _set(layers: Mapping[str, QuantizedLayer], precision: int | Mapping[str, int]) -> None:
     if not layers:
         raise ValueError("set_precision: the model has no quantized layers; call quantize_ first")
     wanted = dict.fromkeys(layers, precision) if not isinstance(precision, Mapping) else dict(precision)
@@ -54,9 +57,11 @@ def set_precision(model: nn.Module, precision: int | Mapping[str, int]) -> None:
 @contextmanager
 def precision(model: nn.Module, value: int | Mapping[str, int]) -> Iterator[nn.Module]:
     """Run at another precision inside the `with` block; the former per-layer precisions return after it."""
-    before = precision_map(model)
-    set_precision(model, value)
+    layers = quantized_layers(model)  # once: training does this at every step
+    before = [(layer, layer.precision) for layer in layers.values()]
+    _set(layers, value)
     try:
         yield model
     finally:
-        set_precision(model, before)
+        for layer, own in before:
+            layer.set_precision(own)
