@@ -9,6 +9,7 @@
 #include "graph_parts.h"
 #include "lease.h"
 #include "timed.h"
+#include "upper_halves.h"
 
 namespace bitstrata {
 namespace {
@@ -112,6 +113,7 @@ void Graph::run_batch(const Lease& lease, const void* input, int64_t batch, cons
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
       run_chunk(call, i * images, std::min(images, batch - i * images), t);
   };
+  clear_upper_halves();
   if (profile != nullptr) profile->begin();
   if (share_rows)
     work(0);
