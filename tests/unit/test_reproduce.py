@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from bitstrata import data, zoo
+from bitstrata.data import ArrayDataset, Dataset
 from bitstrata.reproduce import (
     ConfigError,
     MissingDataError,
     Queue,
     Record,
     RecordError,
+    Table,
     collect,
     estimate,
     execute,
@@ -26,7 +31,7 @@ from bitstrata.reproduce import (
     write_results,
 )
 from bitstrata.reproduce.config import SCALES, digest
-from bitstrata.reproduce.execute import FolderLock
+from bitstrata.reproduce.execute import FolderLock, Run, trained
 from bitstrata.train import checkpoint
 
 COMMITTED = Path(__file__).parents[2] / "recipes"
@@ -244,6 +249,62 @@ def test_two_processes_share_a_queue(root: Path, tmp_path: Path) -> None:
     assert len({line.partition(":")[2].partition(":")[0] for line in made}) == 5
 
 
+def checkpoint_table(root: Path, state: dict[str, torch.Tensor], tmp_path: Path, row: str = ROWS["lsq"]) -> Table:
+    """The table with one row that starts from a file."""
+    folder = root / "paper" / "table2"
+    folder.mkdir()
+    save_file(state, tmp_path / "net.safetensors")
+    digest_of_file = hashlib.sha256((tmp_path / "net.safetensors").read_bytes()).hexdigest()
+    named = f'start = "checkpoint"\ncheckpoint = {{ file = "net.safetensors", sha256 = "{digest_of_file}" }}\n'
+    (folder / "base.toml").write_text(named + BASE)
+    (folder / "row.toml").write_text(row)
+    return load_table(root, "paper", "table2", "smoke")
+
+
+def few_digits(run: Run, split: str) -> Dataset:
+    """In the place of Run.dataset: digits have no files, and refuse a root that is for the checkpoint alone."""
+    found = data.load("digits", None, split)
+    images, labels = found.batch(range(64))
+    return ArrayDataset(
+        images=images, labels=labels, classes=found.classes, mean=found.mean, std=found.std, split=split
+    )
+
+
+def test_a_run_starts_from_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "dataset", few_digits)
+    state = zoo.create("digits_cnn", classes=10, in_channels=1).state_dict()
+    row = 'row = "float"\nquantize = false\nrecipe = { name = "float" }\n'
+    table = checkpoint_table(root, state, tmp_path, row)
+    run = Run(table.rows[0].run(0), tmp_path, tmp_path / "runs")
+    found = trained(run, run.dataset("train")).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert not list((tmp_path / "runs").glob("float-*"))
+    (root / "paper" / "table2" / "row.toml").write_text(ROWS["lsq"])
+    quantized = load_table(root, "paper", "table2", "smoke").rows[0]
+    assert "accuracy@4" in execute(quantized.run(0), tmp_path, tmp_path / "runs")
+    assert estimate(load_table(root, "paper", "table2", "smoke"), tmp_path)[0].float_seconds == 0
+
+
+def test_checkpoints_that_are_not_what_the_table_names(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "dataset", few_digits)
+    state = zoo.create("digits_cnn", classes=10, in_channels=1).state_dict()
+    first = next(iter(state))
+    less = {key: value for key, value in state.items() if key != first}
+    config = checkpoint_table(root, less, tmp_path).rows[0].run(0)
+    with pytest.raises(MissingDataError, match=f"does not fit the network: no {first}"):
+        execute(config, tmp_path, tmp_path / "runs")
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(MissingDataError, match="its SHA-256 is"):
+        execute(config, tmp_path, tmp_path / "runs")
+    with pytest.raises(MissingDataError, match=r"net\.safetensors: no such file"):
+        execute(config, tmp_path / "elsewhere", tmp_path / "runs")
+    own_form = {**config, "recipe": {"name": "maqd", "options": {"m_w": 3, "m_a": 4}, "norm": ""}}
+    with pytest.raises(MissingDataError, match="a float network of its own form"):
+        execute(own_form, tmp_path, tmp_path / "runs")
+
+
 def test_an_interrupted_run_goes_on(root: Path, tmp_path: Path) -> None:
     config = next(r for r in load_table(root, "paper", "table1", "smoke").rows if r.name == "LSQ; 4 bits").run(0)
     whole = execute(config, None, tmp_path / "whole")
@@ -280,6 +341,8 @@ def test_costs_are_measured(root: Path) -> None:
         ("lsq", "[scale.huge]\nseeds = [0]", "scale 'huge' is unknown"),
         ("lsq", 'row = "strata"', "two rows are named 'strata'"),
         ("lsq", "row = ", "not TOML"),
+        ("lsq", 'start = "checkpoint"', "needs checkpoint.file, under --root, and checkpoint.sha256"),
+        ("lsq", 'start = "checkpoint"\ncheckpoint = { path = "x" }', "checkpoint.path is unknown"),
         ("lsq", "seeds = [0, 0]", "seeds must be different whole numbers"),
         ("lsq", 'scheme = "sideways"', "scheme='sideways' must be one of joint, ascending, top_then_finetune"),
     ],

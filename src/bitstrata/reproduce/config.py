@@ -22,11 +22,12 @@ from ..train import TrainConfig
 SCALES = ("smoke", "cpu", "paper")
 SCHEMES = ("joint", "ascending", "top_then_finetune")
 KINDS = ("train", "memory")
-STARTS = ("float", "scratch")
+STARTS = ("float", "scratch", "checkpoint")
 TEXTS = ("title", "source", "row")
 TOP = {*TEXTS, "scale", "seeds", "metrics", "kind", "scheme", "order", "calibration_batches", "data", "model", "float"}
-TOP |= {"recipe", "train", "warm_start", "quantize", "start"}
-DATA = {"name", "augment", "train_limit", "test_limit"}
+TOP |= {"recipe", "train", "warm_start", "quantize", "start", "checkpoint"}
+DATA = {"name", "augment", "train_limit", "test_limit", "mean", "std"}
+CHECKPOINT = {"file", "sha256"}
 NAMED = {"name", "options"}
 TRAIN = {f.name for f in fields(TrainConfig)} - {"seed"}
 #: Fields of the training configuration that change neither weights nor accuracies.
@@ -180,6 +181,13 @@ def _checked(config: dict[str, Any], file: Path) -> dict[str, Any]:
     allowed = {"data": DATA, "model": NAMED, "recipe": with_recipe, "float": TRAIN, "train": TRAIN}
     for part, allowed_keys in allowed.items():
         _known(full[part], allowed_keys, f"{part}.", file)
+    if full["start"] == "checkpoint":
+        given = full.get("checkpoint", {})
+        _known(given, CHECKPOINT, "checkpoint.", file)
+        if set(given) != CHECKPOINT:
+            raise ConfigError(f"{file}: start='checkpoint' needs checkpoint.file, under --root, and checkpoint.sha256")
+    else:
+        full.pop("checkpoint", None)
     if "warm_start" in full:
         _known(full["warm_start"], {"recipe", "train", "scheme"}, "warm_start.", file)
     _check_values(full, file)

@@ -46,7 +46,8 @@ def _row(row: Row, root: Path | None, folder: Path) -> Cost:
     recipe = None if config["recipe"]["name"] == "float" else recipe_of(config)
     full = TrainConfig(**{**config["float"], "distill": None})
     model = run.network(data)
-    float_s = _step_seconds(run, model, full, data) * full.epochs * (len(data) // full.batch_size)
+    trained = config["start"] != "checkpoint"
+    float_s = _step_seconds(run, model, full, data) * full.epochs * (len(data) // full.batch_size) if trained else 0.0
     key = digest({k: config[k] for k in ("data", "model", "float")} | {"form": str(recipe and recipe.transform)})
     seconds = 0.0
     if recipe is not None and config["quantize"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import data, zoo
@@ -27,7 +28,7 @@ SMALL = 32  # images a step of calibration where the training batch is smaller
 
 
 class MissingDataError(ValueError):
-    """The data set of a run cannot be read."""
+    """The data set of a run, or the checkpoint that it starts from, cannot be read."""
 
 
 class BusyError(Exception):
@@ -66,7 +67,7 @@ class Run:
         """A split of the run's data set, or its first images."""
         wanted = self.config["data"]
         try:
-            found = data.load(wanted["name"], self.root, split)
+            found = data.load(wanted["name"], self.root, split, mean=wanted.get("mean"), std=wanted.get("std"))
         except (OSError, ValueError) as error:
             raise MissingDataError(f"reproduce: data set {wanted['name']}: {error}") from error
         limit = wanted[f"{split}_limit"]
@@ -207,8 +208,14 @@ def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
     """
     config = run.config
     model = run.network(train)
+    plain = str(model)
     if recipe is not None:
         float_form_(model, recipe, Loader(train, 2, train=False).batch(0, 0)[0])
+    if config["start"] == "checkpoint":
+        if str(model) != plain:
+            raise MissingDataError("reproduce: the recipe starts from a float network of its own form, no checkpoint's")
+        load_checkpoint_(model, run)
+        return model
     settings = TrainConfig(**{**config["float"], "seed": run.seed, "distill": None})
     form = hashlib.sha256(str(model).encode()).hexdigest()
     same = {"float": settings.to_dict(), "data": config["data"], "model": config["model"], "form": form}
@@ -224,6 +231,31 @@ def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
         Trainer(model, settings, loader, None, folder, name="float", reporter=quiet).fit()
         run.record.keep_float(name, model)
     return model
+
+
+def load_checkpoint_(model: nn.Module, run: Run) -> None:
+    """Load the float network that the table names, a safetensors file under the run's root.
+
+    Raises:
+        MissingDataError: no such file, another file of that name, or weights of another network.
+    """
+    given = run.config["checkpoint"]
+    file = (run.root or Path()) / given["file"]
+    if not file.is_file():
+        raise MissingDataError(f"reproduce: checkpoint {file}: no such file")
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != given["sha256"]:
+        raise MissingDataError(
+            f"reproduce: checkpoint {file}: its SHA-256 is {found}, the table wants {given['sha256']}"
+        )
+    state = load_file(file)
+    absent = [key for key in model.state_dict() if key not in state and not key.endswith("num_batches_tracked")]
+    try:
+        if absent:
+            raise ValueError(f"no {absent[0]}")
+        model.load_state_dict({**model.state_dict(), **state})
+    except (RuntimeError, ValueError) as error:
+        raise MissingDataError(f"reproduce: checkpoint {file} does not fit the network: {error}") from error
 
 
 class FolderLock:
