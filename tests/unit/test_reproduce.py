@@ -32,6 +32,7 @@ from bitstrata.reproduce import (
 )
 from bitstrata.reproduce.config import SCALES, digest
 from bitstrata.reproduce.execute import FolderLock, Run, trained
+from bitstrata.reproduce.record import read_result
 from bitstrata.train import checkpoint
 
 COMMITTED = Path(__file__).parents[2] / "recipes"
@@ -96,6 +97,15 @@ def test_every_committed_table_can_be_read_at_every_scale() -> None:
             assert all(row.seeds for row in table.rows)
             theirs = {row for row, _ in _paper(table.folder)}
             assert theirs <= {row.name for row in table.rows}, f"{paper} {name}: paper.csv names other rows"
+
+
+def test_committed_runs_are_those_that_their_names_say() -> None:
+    """A recipe that has changed since is another run: remove the record, and run it again."""
+    for file in sorted((COMMITTED / "record").glob("*.json")):
+        found = read_result(file)
+        assert found is not None
+        assert digest(found["config"]) == file.stem, f"{file.name}: its recipe has changed"
+        assert found["environment"]["cpu"]
 
 
 def _paper(folder: Path) -> list[tuple[str, str]]:
