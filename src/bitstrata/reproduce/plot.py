@@ -1,4 +1,4 @@
-"""The picture of a table: our numbers as bars, the paper's as marks."""
+"""The picture of a table: our numbers as points, the paper's as diamonds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Lines = dict[tuple[str, str], dict[str, str]]  # (row, metric) -> a line of resu
 
 
 @dataclass(frozen=True)
-class _Bar:
+class _Point:
     """One line of results.csv in a panel: its place, its precision ("" if it has none) and the paper's number."""
 
     y: float
@@ -24,8 +24,8 @@ class _Bar:
 def draw(table: Table, ours: Lines, theirs: dict[tuple[str, str], float]) -> bool:
     """Write <paper>/tables/<table>.png; False if there is nothing to draw. Needs matplotlib.
 
-    A panel a kind of metric, a bar a row and precision, a mark for the paper's number. A row's precisions lie one below
-    the other in order of width; their colour says which they are.
+    A panel a kind of metric, a point a row and precision, a diamond for the paper's number. A row's precisions lie one
+    below the other in order of width; their colour says which they are.
     """
     import matplotlib
 
@@ -46,25 +46,27 @@ def draw(table: Table, ours: Lines, theirs: dict[tuple[str, str], float]) -> boo
     height = 1.4 + 0.2 * (sum(slots) + 0.6 * len(names))
     figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 + 3.2 * len(kinds), height), squeeze=False, sharey=True)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        bars = []
+        points = []
         for name, start in zip(names, starts, strict=True):
             for i, level in enumerate(levels[name, kind]):
                 key = (name, f"{kind}@{level}" if level else kind)
                 mean, spread = float(ours[key]["mean"]), float(ours[key]["spread"] or 0)
-                bars.append(_Bar(start + i, level, mean, spread, theirs.get(key)))
-        for bar in bars:
-            colour = colours.get(bar.level, "#4477aa")
-            axis.barh(bar.y, bar.mean, xerr=bar.spread or None, color=colour, height=0.8, ecolor="#444444")
-            if bar.paper is not None:
-                axis.plot(bar.paper, bar.y, "D", color="#cc6677", markersize=4)
-        ends = [bar.mean for bar in bars] + [bar.paper for bar in bars if bar.paper is not None]
+                points.append(_Point(start + i, level, mean, spread, theirs.get(key)))
+        for point in points:
+            colour = colours.get(point.level, "#4477aa")
+            axis.errorbar(point.mean, point.y, xerr=point.spread or None, fmt="o", color=colour, markersize=6)
+            if point.paper is not None:
+                axis.plot(point.paper, point.y, "D", color="#cc6677", markersize=4)
+        ends = [point.mean for point in points] + [point.paper for point in points if point.paper is not None]
         low, high = min(ends), max(ends)
         axis.set_xlim(max(low - 0.4 * (high - low) - 1, 0), high + 0.1 * (high - low) + 0.5)
         axis.set_title(kind.replace("_", " "), fontsize=9)
         axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
     axes[0][0].set_yticks([at + (n - 1) / 2 for at, n in zip(starts, slots, strict=True)], names, fontsize=8)
     axes[0][0].invert_yaxis()
-    handles = [Line2D([], [], color=colours[level], linewidth=6, label=_bits(level)) for level in shown]
+    handles = [Line2D([], [], color=colours[level], marker="o", linestyle="", label=_bits(level)) for level in shown]
     if theirs:
         handles.append(Line2D([], [], color="#cc6677", marker="D", linestyle="", label="paper"))
     if handles:
