@@ -9,10 +9,9 @@
 // mul * sum(c*a) + add * sum(a).
 #include <immintrin.h>
 
-#include <vector>
-
 #include "../common/conv_stage.h"
 #include "avx2.h"
+#include "chunk.h"
 
 namespace bitstrata {
 namespace {
@@ -26,8 +25,6 @@ constexpr int kTile = 38 * kPixels;
 // Where fewer steps than this fit int16, widening so often makes the wide kernel faster.
 constexpr int32_t kLeastChunk = 3;
 
-int64_t min64(int64_t a, int64_t b) { return b < a ? b : a; }
-int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t abs64(int64_t a) { return a < 0 ? -a : a; }
 
 // How the narrow kernel sees weights and inputs; the wide one uses weights and inputs as they are.
@@ -123,53 +120,6 @@ int64_t pack_channels(const Packed<kWide>& p, const int8_t* codes, int64_t taps,
     }
   return sum;
 }
-
-// How many steps int16 sums hold, whatever the activations: any partial sum of a chunk lies between the sums of its
-// negative and of its positive products.
-class Chunk {
- public:
-  explicit Chunk(int64_t largest_input) : most_(INT16_MAX / max64(largest_input, 1)) {}
-
-  // `steps` steps of `lanes` int16 sums, two weights each.
-  void add(const int8_t* weights, int64_t steps, int64_t lanes) {
-    const int64_t blocks = (steps + kBlock - 1) / kBlock;
-    sums_[0].assign(static_cast<size_t>(blocks * lanes), 0);
-    sums_[1] = sums_[0];
-    for (int64_t s = 0; s < steps; ++s, weights += 2 * lanes) {
-      int32_t *positive = sums_[0].data() + s / kBlock * lanes, *negative = sums_[1].data() + s / kBlock * lanes;
-      for (int64_t i = 0; i < lanes; ++i) {
-        const int32_t a = weights[2 * i], b = weights[2 * i + 1];
-        const int32_t high = (a > 0 ? a : 0) + (b > 0 ? b : 0);
-        positive[i] += high;
-        negative[i] += high - a - b;
-        largest_pair_ = static_cast<int32_t>(max64(largest_pair_, max64(high, high - a - b)));
-      }
-    }
-    for (const std::vector<int32_t>& sums : sums_)
-      for (int64_t i = 0; i < lanes; ++i) add_lane(sums.data() + i, blocks, lanes);
-  }
-
-  // All of them if there is no limit.
-  int64_t steps(int64_t all) const {
-    return blocks_ == INT64_MAX ? all : max64(blocks_ * kBlock, most_ / max64(largest_pair_, 1));
-  }
-
- private:
-  static constexpr int64_t kBlock = 16;  // steps
-
-  // The shortest stretch of blocks whose sum is too large sets the limit.
-  void add_lane(const int32_t* sums, int64_t blocks, int64_t pitch) {
-    int64_t sum = 0;
-    for (int64_t first = 0, b = 0; b < blocks; ++b) {
-      sum += sums[b * pitch];
-      for (; sum > most_; sum -= sums[first * pitch], ++first) blocks_ = min64(blocks_, b - first);
-    }
-  }
-
-  int64_t most_, blocks_ = INT64_MAX;
-  int32_t largest_pair_ = 0;
-  std::vector<int32_t> sums_[2];  // of the positive and of the negative weights, [block][lane]
-};
 
 // Vectors come in pairs, interleaved by step, a last odd one alone: the weights of vector v of a group start at
 // (v & ~1) * steps, and follow each other at 2 vectors' distance, or 1.
