@@ -43,7 +43,8 @@ class FusedNetwork(nn.Module):
     forward pass with values that are not finite is `model`'s.
 
     After `quantize_` (quantization-aware training): a convolution is computed in the integer codes of its input and its
-    weight, at the precision that the model has at the call, exactly; batch statistics come from these integers. Kept
+    weight, at the precision that the model has at the call, exactly; batch statistics come from these integers. So is
+    a first one that reads pixels, unless somebody wants the gradient of the input. Kept
     for the backward pass are integer sums (16 bits), or nothing where they are made again (see `recompute` of `fuse`),
     and residual sums as floats.
     The gradients are those of the fake-quantized formula. Floats are bfloat16 where torch.autocast("cpu",
