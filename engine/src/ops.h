@@ -53,7 +53,7 @@ class Op {
   virtual int64_t operations() const { return cost(); }
   virtual int64_t read_bytes(int64_t input_bytes) const { return input_bytes; }
   virtual const PeakLoop* peak() const { return nullptr; }
-  virtual int64_t passes() const { return 1; }
+  virtual double passes() const { return 1; }
   // Of each channel of the result, if more is proved than the Value says; else empty.
   virtual std::vector<Bounds> bounds() const { return {}; }
 

@@ -54,7 +54,7 @@ class ConvOp final : public Op {
   }
   int64_t constant_bytes() const override { return packed_bytes_; }
   const PeakLoop* peak() const override { return peak_; }
-  int64_t passes() const override { return kernel_.passes == nullptr ? 1 : kernel_.passes(shape_); }
+  double passes() const override { return kernel_.passes == nullptr ? 1 : kernel_.passes(shape_); }
   std::vector<Bounds> bounds() const override { return bounds_; }
 
   void run(int phase, const Frame& f, int64_t begin, int64_t end) const override {

@@ -1,8 +1,11 @@
 // Kernels for low bits on everything they are exact for, chosen there or not, and what is chosen where.
 #include "low_bit_test.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
+#include "../kernels/common/winograd.h"
 #include "bitstrata/dispatch.h"
 #include "conv_check.h"
 #ifdef BITSTRATA_HAVE_AVX2
@@ -111,6 +114,47 @@ void test_the_bound_of_tables(const char* isa) {
   }
 }
 
+// The kernel of that name that a row has, for any shape it fits.
+const ConvKernel& find(const char* isa, const char* name) {
+  const ConvShape typical = with_bounds(shape_of(14, 64, 64, 3, 1), {DType::u8, 0, 15}, 4);
+  for (const ConvKernel* kernel : conv_kernels(select_kernels(isa), typical))
+    if (std::strcmp(kernel->name, name) == 0) return *kernel;
+  std::fprintf(stderr, "%s has no %s\n", isa, name);
+  std::abort();
+}
+
+void test_winograd(const char* isa, const char* name, bool (*fits)(const ConvShape&)) {
+  const ConvKernel& kernel = find(isa, name);
+  test_kernel(isa, kernel, fits);
+  uint64_t seed = 9000;
+  for (int bits : {1, 2, 3, 4, 5, 6})
+    for (const Range& range : {Range{DType::u8, 0, (1 << bits) - 1}, Range{DType::s8, -(1 << bits) / 2, 3}})
+      for (int64_t width = 1; width < 10; ++width) {
+        Random random(++seed);
+        ConvShape s = shape_of(0, random.in(1, 70), random.in(1, 70), 3, 1);
+        s.in_w = width, s.pad_left = random.in(width < 3 ? 1 : 0, 3), s.out_w = width + 2 * s.pad_left - 2;
+        s.kernel_h = random.in(1, 4), s.stride_h = random.in(1, 3), s.dilation_h = random.in(1, 2);
+        s.pad_top = random.in(0, 2), s.in_h = random.in((s.kernel_h - 1) * s.dilation_h + 1, 9);
+        s.out_h = (s.in_h + 2 * s.pad_top - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+        s.mul = static_cast<int32_t>(random.in(1, 2)), s.add = s.mul - 1;
+        s = with_bounds(s, range, bits);
+        if (fits(s)) check_kernel(isa, kernel, s, seed % 2 == 0 ? Edge::end : Edge::begin, seed, seed % 3 == 0);
+      }
+  const Range four{DType::u8, 0, 15};
+  for (const ConvShape& s : {shape_of(56, 64, 64, 3, 1), shape_of(7, 512, 512, 3, 1)}) {
+    expect_chosen(isa, with_bounds(s, four, 4), name, true);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 127}, 4), name, std::strcmp(isa, "avx2") != 0);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 128}, 4), name, false);  // d1 + d2 is no byte
+    expect_chosen(isa, with_bounds(s, four, 7), name, false);                 // nor g0 + g1 + g2
+  }
+  ConvShape strided = shape_of(14, 64, 64, 3, 1);
+  strided.stride_w = 2, strided.out_w = 7;
+  expect_chosen(isa, with_bounds(strided, four, 4), name, false);
+  expect_chosen(isa, with_bounds(shape_of(14, 64, 64, 5, 1), four, 4), name, false);
+}
+
+bool fits_winograd(const ConvShape& s) { return winograd_fits(s); }
+
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
 bool always(const ConvShape&) { return true; }
 
@@ -146,7 +190,10 @@ void test_low_bit_kernels() {
   if (available("avx2")) {
     test_kernel("avx2", kAvx2Table, avx2_table_fits);
     test_the_bound_of_tables("avx2");
+    test_winograd("avx2", "avx2-winograd", avx2_winograd_fits);
   }
+  if (available("avx2vnni")) test_winograd("avx2vnni", "avx2vnni-winograd", fits_winograd);
+  if (available("avx512vnni")) test_winograd("avx512vnni", "avx512vnni-winograd", fits_winograd);
   for (const char* isa : {"avx2", "avx2vnni"})
     if (available(isa)) test_tables(isa);
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT

@@ -78,8 +78,8 @@ struct ConvKernel {
   // form. Null: none.
   void (*run_codes)(const ConvShape&, const void* packed, const void* staged, const RequantArgs&, uint8_t* out,
                     int64_t row_begin, int64_t row_end) = nullptr;
-  // Products of the peak that one product of the convolution takes, for kernels by planes. Null: 1.
-  int64_t (*passes)(const ConvShape&) = nullptr;
+  // Products of the peak that one product of the convolution takes, where it is not one. Null: 1.
+  double (*passes)(const ConvShape&) = nullptr;
 };
 
 // How sixteen neighbouring channels are requantized; all forms give the same integers where they may be used.

@@ -53,7 +53,7 @@ struct OpWork {
   int group;                           // operations of a group run together on tiles
   bool output_in_tile, input_in_tile;  // of which no more than a tile exists
   const PeakLoop* peak;                // the products of a convolution's kernel; null for other operations
-  int64_t passes;                      // of these products, that each of the convolution's takes
+  double passes;                       // of these products, that each of the convolution's takes
 };
 
 // The processor's caches and memory, from the inside.

@@ -160,7 +160,9 @@ void requant_i32(const RequantArgs& a, const void* x, void* out, int64_t pixels)
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1) return &kAvx2Depthwise;
   const bool narrow = avx2_narrow_fits(s);
-  if (avx2_table_pays(s, narrow ? 0.65 : 1.3, 6)) return &kAvx2Table;
+  const bool winograd = avx2_winograd_pays(s);
+  if (avx2_table_pays(s, winograd ? 0.5 : narrow ? 0.65 : 1.3, 6)) return &kAvx2Table;
+  if (winograd) return &kAvx2Winograd;
   return narrow ? &kAvx2Narrow : &kAvx2Wide;
 }
 

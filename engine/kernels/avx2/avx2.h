@@ -9,6 +9,8 @@ namespace bitstrata {
 extern const ConvKernel kAvx2Wide;
 // Products of u8 and s8 pairs, summed in int16: only where avx2_narrow_fits.
 extern const ConvKernel kAvx2Narrow;
+// Three neighbouring columns of weights of few bits, with stride 1, by two thirds of the narrow kernel's products.
+extern const ConvKernel kAvx2Winograd;
 // Sums of chosen inputs from tables, by planes of the weights' bits: only where avx2_table_fits.
 extern const ConvKernel kAvx2Table;
 // One input and one output channel in each group.
@@ -19,6 +21,10 @@ extern const PeakLoop kAvx2WidePeak, kAvx2TablePeak;
 
 // Whether int16 holds several of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
 bool avx2_narrow_fits(const ConvShape&);
+// Whether bytes hold what the Winograd kernel makes of weights and inputs, and int16 several of its pair sums.
+bool avx2_winograd_fits(const ConvShape&);
+// Whether it fits and is faster than the narrow one.
+bool avx2_winograd_pays(const ConvShape&);
 // Whether 16 bits hold every sum of products of codes moved to begin at 0.
 bool avx2_table_fits(const ConvShape&);
 // Whether the table kernel fits and is faster than one by bytes that takes, for each pixel and vector of eight output

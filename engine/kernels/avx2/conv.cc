@@ -12,6 +12,7 @@
 #include "../common/conv_stage.h"
 #include "avx2.h"
 #include "chunk.h"
+#include "steps.h"
 
 namespace bitstrata {
 namespace {
@@ -165,38 +166,6 @@ void stage(const ConvShape& s, const void* packed, const void* image, void* stag
   stage_rows(s, p.stage, padding, image, staged, row_begin, row_end);
 }
 
-inline __m256i broadcast(const uint8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
-}
-
-// Weights that are used after those at hand: fetched into the second-level cache little by little, as they would else
-// be waited for where there are many.
-struct Ahead {
-  const char* next;
-  int64_t blocks;  // that share the work
-  // After so many steps.
-  void fetch(int64_t steps) {
-    for (; steps > 0; steps -= blocks, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-  }
-};
-
-// `count` steps: sum[i][j] += the products of pixel i and vector j, in int16 pairs (narrow) or int32 (wide).
-template <bool kWide, int kVectors>
-inline void multiply(const uint8_t* const* x, const __m256i* w, int64_t count, __m256i (&sum)[kPixels][kVectors]) {
-  for (int64_t s = 0; s < count; ++s, w += kVectors) {
-    for (int i = 0; i < kPixels; ++i) {
-      const __m256i a = broadcast(x[i] + 4 * s);
-      for (int j = 0; j < kVectors; ++j) {
-        const __m256i b = _mm256_load_si256(w + j);
-        sum[i][j] = kWide ? _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(a, b))
-                          : _mm256_add_epi16(sum[i][j], _mm256_maddubs_epi16(a, b));
-      }
-    }
-  }
-}
-
 template <int kVectors>
 inline void clear(__m256i (&sum)[kPixels][kVectors]) {
   for (auto& row : sum)
@@ -221,7 +190,7 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
         const int64_t count = min64(kFetch, run_steps - s);
         for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset + 4 * s;
         ahead->fetch(count);
-        multiply<kWide, kVectors>(at, w + s * kVectors, count, sum);
+        multiply<kWide, kPixels, kVectors>(at, w + s * kVectors, count, sum);
       }
     }
     for (int i = 0; i < kPixels; ++i)
@@ -241,7 +210,7 @@ inline void block(const Packed<kWide>& p, int64_t chunk, const uint8_t* const* x
       const int64_t count = min64(kWide ? run_steps : min64(left, kFetch), run_steps - s);
       for (int i = 0; i < kPixels; ++i) at[i] = x[i] + offset + 4 * s;
       ahead->fetch(count);
-      multiply<kWide, kVectors>(at, w, count, sum);
+      multiply<kWide, kPixels, kVectors>(at, w, count, sum);
       w += count * kVectors;
       s += count;
       left -= count;

@@ -363,9 +363,9 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 }
 
 // Pairs of a plane and a digit.
-int64_t passes(const ConvShape& s) {
+double passes(const ConvShape& s) {
   const CodePlanes form(s);
-  return int64_t{form.weight_bits} * ((form.input_bits + 1) / 2);
+  return form.weight_bits * ((form.input_bits + 1) / 2);
 }
 
 constexpr ConvKernel kernel() {

@@ -12,10 +12,14 @@ struct Avx2VnniForm {
   ConvKernel conv;    // any convolution: products of u8 and s8 in fours, summed in int32
   ConvKernel direct;  // the same where pixels can be read from the input itself
   bool (*direct_fits)(const ConvShape&);
+  ConvKernel winograd;  // only where avx2vnni_winograd_pays
   WeightGradKernel weight_grad;
   WeightGradKernel depthwise_weight_grad;
   Limits limits;
 };
+
+// Whether the Winograd kernel fits and is faster than the first.
+bool avx2vnni_winograd_pays(const ConvShape&);
 
 extern const Avx2VnniForm kAvx2VnniVex;
 extern const Avx2VnniForm kAvx2VnniEvex;

@@ -41,24 +41,30 @@ inline const uint8_t* in_register(const uint8_t* address) {
   return address;
 }
 
+// Adds the products of kP runs of `bytes` bytes, which start at x[i] + offset, and kV vectors of weights to the sums;
+// moves to the weights after them.
+template <int kP, int kV>
+inline void multiply_run(const uint8_t* const* x, int64_t offset, int64_t bytes, const __m256i*& w,
+                         __m256i (&sum)[kP][kV]) {
+  const uint8_t* at[kP];
+  each<kP>([&](auto i) { at[i] = in_register(x[i] + offset); });
+  for (int64_t b = 0; b < bytes; b += Packed::kStep, w += kV) {
+    __m256i weights[kV];
+    each<kV>([&](auto j) { weights[j] = _mm256_load_si256(w + j); });
+    each<kP>([&](auto i) {
+      const __m256i a = broadcast(at[i] + b);
+      each<kV>([&](auto j) { sum[i][j] = dot(sum[i][j], a, weights[j]); });
+    });
+  }
+}
+
 // Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums.
 template <int kP, int kV>
 inline void multiply(const Packed& p, const uint8_t* const* x, const __m256i* w, __m256i (&sum)[kP][kV]) {
-  const int64_t rows = p.runs.count / p.runs.per_row, run_bytes = p.runs.elements;
+  const int64_t rows = p.runs.count / p.runs.per_row;
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = 0; column < p.runs.per_row; ++column) {
-      const int64_t offset = row * p.runs.row_step + column * p.runs.column_step;
-      const uint8_t* at[kP];
-      each<kP>([&](auto i) { at[i] = in_register(x[i] + offset); });
-      for (int64_t b = 0; b < run_bytes; b += Packed::kStep, w += kV) {
-        __m256i weights[kV];
-        each<kV>([&](auto j) { weights[j] = _mm256_load_si256(w + j); });
-        each<kP>([&](auto i) {
-          const __m256i a = broadcast(at[i] + b);
-          each<kV>([&](auto j) { sum[i][j] = dot(sum[i][j], a, weights[j]); });
-        });
-      }
-    }
+    for (int64_t column = 0; column < p.runs.per_row; ++column)
+      multiply_run<kP, kV>(x, row * p.runs.row_step + column * p.runs.column_step, p.runs.elements, w, sum);
 }
 
 template <int kP, int kV>

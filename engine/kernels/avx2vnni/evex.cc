@@ -3,9 +3,11 @@
 #include "conv.h"
 #include "limits.h"
 #include "weight_grad.h"
+#include "winograd.h"
 
 namespace bitstrata {
 
-extern const Avx2VnniForm kAvx2VnniEvex = {kStaged, kDirect, direct_fits, kWeightGrad, kDepthwiseWeightGrad, kLimits};
+extern const Avx2VnniForm kAvx2VnniEvex = {
+    kStaged, kDirect, direct_fits, kWinograd, kWeightGrad, kDepthwiseWeightGrad, kLimits};
 
 }  // namespace bitstrata

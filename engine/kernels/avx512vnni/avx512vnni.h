@@ -9,12 +9,16 @@ namespace bitstrata {
 extern const ConvKernel kAvx512VnniConv;
 // The same where pixels can be read from the input itself: unpadded 1x1 windows on u8.
 extern const ConvKernel kAvx512VnniDirect;
+// Three neighbouring columns of weights of few bits, with stride 1, by two thirds of the products.
+extern const ConvKernel kAvx512VnniWinograd;
 // One input and one output channel in each group; only where avx512vnni_depthwise_fits.
 extern const ConvKernel kAvx512VnniDepthwise;
 // Of any depthwise convolution; defined with the AVX2 kernels, which this row's processors can run too.
 extern const ConvKernel kAvx2Depthwise;
 
 bool avx512vnni_direct_fits(const ConvShape&);
+// Whether the Winograd kernel fits and is faster than the first.
+bool avx512vnni_winograd_pays(const ConvShape&);
 bool avx512vnni_depthwise_fits(const ConvShape&);
 
 }  // namespace bitstrata

@@ -14,6 +14,7 @@
 #include "conv_pack.h"
 #include "results.h"
 #include "stage.h"
+#include "steps.h"
 
 namespace bitstrata {
 namespace {
@@ -54,47 +55,14 @@ void stage(const ConvShape& s, const void* packed, const void* image, void* stag
 
 void stage_nothing(const ConvShape&, const void*, const void*, void*, int64_t, int64_t) {}
 
-inline __m512i broadcast(const uint8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm512_set1_epi32(four);
-}
-
-// Hides from the compiler where an address comes from. It would else keep parts of the sum that outlive the inner loop
-// in vector registers, and move one to a general register for every load.
-inline const uint8_t* in_register(const uint8_t* address) {
-  __asm__("" : "+r"(address));
-  return address;
-}
-
-// Calls step(at, b) for every kStep bytes b of every run of a window; at: where the run starts in each of kP windows.
-template <int kP, typename Step>
-BITSTRATA_INLINE void each_step(const Packed& p, const uint8_t* const* x, const Step& step) {
-  const int64_t rows = p.runs.count / p.runs.per_row, run_bytes = p.runs.elements;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = 0; column < p.runs.per_row; ++column) {
-      const int64_t offset = row * p.runs.row_step + column * p.runs.column_step;
-      const uint8_t* at[kP];
-      each<kP>([&](auto i) { at[i] = in_register(x[i] + offset); });
-      for (int64_t b = 0; b < run_bytes; b += kStep) step(at, b);
-    }
-}
-
-// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums. On the way it
-// has a vector a step of what lies `ahead` fetched into the second-level cache.
+// Adds the products of kP pixels' windows, which start at x[i], and kV vectors of weights to the sums.
 template <int kP, int kV>
 BITSTRATA_INLINE void multiply(const Packed& p, const uint8_t* const* x, const __m512i* w, const __m512i* ahead,
                                __m512i (&sum)[kP][kV]) {
-  each_step<kP>(p, x, [&](const uint8_t* const* at, int64_t b) {
-    __m512i weights[kV];
-    _mm_prefetch(reinterpret_cast<const char*>(ahead++), _MM_HINT_T1);
-    each<kV>([&](auto j) { weights[j] = _mm512_load_si512(w + j); });
-    each<kP>([&](auto i) {
-      const __m512i a = broadcast(at[i] + b);
-      each<kV>([&](auto j) { sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], a, weights[j]); });
-    });
-    w += kV;
-  });
+  const int64_t rows = p.runs.count / p.runs.per_row;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < p.runs.per_row; ++column)
+      multiply_run<kP, kV>(x, row * p.runs.row_step + column * p.runs.column_step, p.runs.elements, w, ahead, sum);
 }
 
 // add * the sum of the activations of each pixel of an image.

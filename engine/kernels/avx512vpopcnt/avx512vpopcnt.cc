@@ -14,7 +14,7 @@ bool avx512vpopcnt_supported() {
 
 // Estimated times of both kernels in cycles, from measurements on Zen 4: of a step, and what a vector of
 // sums, a pixel and a staged cell take besides.
-bool avx512vpopcnt_pays(const ConvShape& s) {
+bool avx512vpopcnt_pays(const ConvShape& s, double byte_share) {
   const CodePlanes form(s);
   const Cells cells(s, form.input_bits, 32, 4, true);
   const double pixels = static_cast<double>(s.groups * s.out_h * s.out_w);
@@ -27,7 +27,7 @@ bool avx512vpopcnt_pays(const ConvShape& s) {
   const double per_part = 5 + 2 * form.input_bits;
   const double per_cell = cells.overlap ? 3 + static_cast<double>(s.in_c) / 64 * per_part : 10 + parts * per_part;
   const double by_planes = pixels * (8 + vectors * (1.7 + pairs * (3.3 + steps * 1.55))) + staged * per_cell;
-  return by_planes * 1.1 < pixels * vectors * (4 + byte_steps);
+  return by_planes * 1.1 < pixels * vectors * (4 + byte_share * byte_steps);
 }
 
 }  // namespace bitstrata

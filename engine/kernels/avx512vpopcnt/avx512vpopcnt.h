@@ -11,6 +11,6 @@ extern const ConvKernel kAvx512VpopcntConv;
 // Whether this processor has AVX-512 VPOPCNTDQ; its operating system saves the registers if AVX-512 is supported.
 bool avx512vpopcnt_supported();
 // Whether pairs of planes are the fastest way to compute this convolution.
-bool avx512vpopcnt_pays(const ConvShape&);
+bool avx512vpopcnt_pays(const ConvShape&, double byte_share);
 
 }  // namespace bitstrata

@@ -241,9 +241,9 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
   }
 }
 
-int64_t passes(const ConvShape& s) {
+double passes(const ConvShape& s) {
   const CodePlanes form(s);
-  return int64_t{form.weight_bits} * form.input_bits;
+  return form.weight_bits * form.input_bits;
 }
 
 constexpr int kSums = 8;  // of the peak, independent of each other

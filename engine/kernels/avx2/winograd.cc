@@ -1,0 +1,162 @@
+// Convolution by Winograd's F(2, 3) on AVX2: pair sums of u8 and s8 products in int16, for `chunk` steps, then widened.
+#include <immintrin.h>
+
+#include "../common/unroll.h"
+#include "../common/winograd_conv.h"
+#include "avx2.h"
+#include "chunk.h"
+#include "steps.h"
+
+namespace bitstrata {
+namespace {
+
+constexpr int kLanes = 8;    // output channels of a vector
+constexpr int kVectors = 2;  // of a set, at most
+constexpr int kTiles = 5;    // of a block: with two vectors, ten sums and a few temporaries fill the registers
+
+// Where fewer steps than this fit int16, widening so often makes direct kernels faster.
+constexpr int64_t kLeastChunk = 8;
+
+// Where results are: pixels `pitch` elements apart.
+struct Results {
+  Results from(int64_t pixel, int64_t channel) const { return {to + pixel * pitch + channel, pitch}; }
+  int32_t* to;
+  int64_t pitch;
+};
+
+struct Ymm {
+  using Vector = __m256i;
+};
+using Block = WinogradBlock<Ymm, Results>;
+
+// Sums of products of a block.
+template <int kP, int kV>
+struct Sums {
+  void clear() { std::memset(at, 0, sizeof(at)); }
+  BITSTRATA_INLINE void widen(int64_t position, const __m256i (&sum)[kP][kV]) {
+    for (int i = 0; i < kP; ++i)
+      for (int j = 0; j < kV; ++j) {
+        __m256i& total = at[position][i][j];
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1)));
+      }
+  }
+  __m256i even(int i, int j, __m256i first) const { return halved(first, at[1][i][j], at[2][i][j], at[0][i][j]); }
+  __m256i odd(int i, int j, __m256i first) const {
+    return halved(_mm256_sub_epi32(first, at[2][i][j]), at[1][i][j], at[3][i][j], _mm256_setzero_si256());
+  }
+  static __m256i halved(__m256i a, __m256i b, __m256i c, __m256i d) {
+    return _mm256_srai_epi32(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)), 1);
+  }
+  __m256i at[kPositions][kP][kV];
+};
+
+template <int kP, int kV>
+inline void clear(__m256i (&sum)[kP][kV]) {
+  for (auto& row : sum)
+    for (auto& v : row) v = _mm256_setzero_si256();
+}
+
+template <int kP, int kV>
+void multiply_all(const Block& b, Sums<kP, kV>* sums) {
+  const __m256i* w = b.weights;
+  const int64_t row_steps = b.lanes / kWinogradStep;
+  Ahead ahead{reinterpret_cast<const char*>(b.ahead), 2};  // a line is two vectors
+  for (int64_t position = 0; position < kPositions; ++position) {
+    __m256i sum[kP][kV];
+    clear(sum);
+    int64_t left = b.chunk;  // steps until the int16 sums may be full
+    for (int64_t row = 0; row < b.kernel_h; ++row) {
+      const int64_t offset = position * b.lanes + row * b.row_step;
+      for (int64_t s = 0; s < row_steps;) {
+        const int64_t count = left < row_steps - s ? left : row_steps - s;
+        const uint8_t* at[kP];
+        for (int i = 0; i < kP; ++i) at[i] = b.window[i] + offset + 4 * s;
+        if (b.ahead != b.weights) ahead.fetch(count);
+        multiply<false, kP, kV>(at, w, count, sum);
+        w += count * kV, s += count, left -= count;
+        if (left == 0) {
+          sums->widen(position, sum);
+          clear(sum);
+          left = b.chunk;
+        }
+      }
+    }
+    if (left < b.chunk) sums->widen(position, sum);
+  }
+}
+
+inline __m256i load(const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+
+template <int kP, int kV>
+void convolve(const Block& b) {
+  Sums<kP, kV> sums;
+  sums.clear();
+  multiply_all<kP, kV>(b, &sums);
+  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(b.channels - (kV - 1) * kLanes));
+  const __m256i mask = _mm256_cmpgt_epi32(last, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256i all = _mm256_set1_epi32(-1);
+  for (int j = 0; j < kV; ++j) {
+    const __m256i even = load(b.even + j * kLanes), odd = load(b.odd + j * kLanes), real = j == kV - 1 ? mask : all;
+    for (int i = 0; i < kP; ++i) {
+      int32_t* to = b.out.to + b.pixel[i] * b.out.pitch + j * kLanes;
+      _mm256_maskstore_epi32(to, real, sums.even(i, j, even));
+      if (b.whole[i]) _mm256_maskstore_epi32(to + b.out.pitch, real, sums.odd(i, j, odd));
+    }
+  }
+}
+
+using BlockFn = void (*)(const Block&);
+template <int kV>
+constexpr BlockFn kBlocks[kTiles] = {convolve<1, kV>, convolve<2, kV>, convolve<3, kV>, convolve<4, kV>,
+                                     convolve<5, kV>};
+constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>};
+
+struct Avx2 {
+  static constexpr int64_t kLanes = bitstrata::kLanes, kVectors = bitstrata::kVectors;
+  using Registers = Ymm;
+  static int64_t tiles_of(int64_t) { return kTiles; }
+  template <typename R>
+  static BlockFn block(int64_t vectors, int64_t tiles) {
+    return kBySet[vectors - 1][tiles - 1];
+  }
+  static int64_t chunk(const ConvShape& s, const WinogradPacked<Avx2>& p, const int8_t* weights) {
+    Chunk chunk(WinogradOffsets(s).largest());
+    for (int64_t set = 0; set < p.sets; ++set) {
+      const int64_t vectors = p.first_vector(set + 1) - p.first_vector(set);
+      for (int position = 0; position < kPositions; ++position, weights += p.steps * vectors * 32)
+        chunk.add(weights, p.steps, vectors * 16);
+    }
+    return chunk.steps(p.steps);
+  }
+};
+
+using Conv = WinogradConv<Avx2>;
+
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+  Conv::run_to<Results>(s, packed, staged, {out, s.out_c}, row_begin, row_end);
+}
+
+}  // namespace
+
+bool avx2_winograd_fits(const ConvShape& s) {
+  return winograd_fits(s) && kLeastChunk * 2 * winograd_largest_weight(s) * WinogradOffsets(s).largest() <= INT16_MAX;
+}
+
+// With fewer channels, transforming inputs and sums takes what the products gain: from measurements on Zen 5.
+bool avx2_winograd_pays(const ConvShape& s) {
+  return avx2_winograd_fits(s) && s.out_w > 3 && s.in_c > 16 && s.out_c > 16;
+}
+
+extern const ConvKernel kAvx2Winograd = {"avx2-winograd",
+                                         Conv::packed_bytes,
+                                         Conv::pack,
+                                         Conv::staged_row_bytes,
+                                         Conv::stage,
+                                         run,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         winograd_passes};
+
+}  // namespace bitstrata
