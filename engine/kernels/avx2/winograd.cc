@@ -119,6 +119,7 @@ struct Avx2 {
   static BlockFn block(int64_t vectors, int64_t tiles) {
     return kBySet[vectors - 1][tiles - 1];
   }
+  static constexpr auto pack_set = pack_winograd_set<Avx2>;
   static int64_t chunk(const ConvShape& s, const WinogradPacked<Avx2>& p, const int8_t* weights) {
     Chunk chunk(WinogradOffsets(s).largest());
     for (int64_t set = 0; set < p.sets; ++set) {

@@ -64,6 +64,7 @@ struct Vnni256Tiles {
   static TileFn block(int64_t vectors, int64_t tiles) {
     return kTilesBySet[vectors - 1][tiles - 1];
   }
+  static constexpr auto pack_set = pack_winograd_set<Vnni256Tiles>;
   static int64_t chunk(const ConvShape&, const WinogradPacked<Vnni256Tiles>&, const int8_t*) { return 0; }
 };
 

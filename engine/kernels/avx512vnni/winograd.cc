@@ -4,13 +4,12 @@
 #include "../common/winograd_conv.h"
 #include "avx512vnni.h"
 #include "results.h"
+#include "set_packer.h"
 #include "steps.h"
 
 namespace bitstrata {
 namespace {
 
-constexpr int kLanes = 16;     // output channels of a vector
-constexpr int kVectors = 4;    // of a set, at most
 constexpr int kMostTiles = 8;  // of a block, at most: their window's addresses fill the general registers
 
 struct Zmm {
@@ -68,6 +67,48 @@ constexpr BlockFn<Out> kBlocks[kMostTiles] = {convolve<1, kV, Out>, convolve<2, 
 template <typename Out>
 constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<1, Out>, kBlocks<2, Out>, kBlocks<3, Out>, kBlocks<4, Out>};
 
+// Codes are packed with position kx of a row in the place of tap kx, and then made what belongs there.
+template <typename Packed>
+void pack_set(const ConvShape& s, const Packed& p, const WeightCodes& codes, const uint8_t* factor, int64_t set,
+              uint8_t* weights, int32_t* even, int32_t* odd) {
+  const int64_t first = p.first_vector(set), vectors = p.first_vector(set + 1) - first;
+  __m512i* at = reinterpret_cast<__m512i*>(weights);
+  SetPacker(s, codes, factor, {0, first, vectors, p.row_steps, 1, s.kernel_h}, at).pack();
+  const __m512i ones = _mm512_set1_epi8(1);
+  const __m512i mul = _mm512_set1_epi16(static_cast<int16_t>(s.mul & 255)), add = _mm512_set1_epi8(static_cast<char>(s.add));
+  const auto weight = [&](const __m512i& from) {
+    const __m512i code = _mm512_load_si512(&from);
+    if (s.mul == 1 && s.add == 0) return code;
+    const __m512i low = _mm512_mullo_epi16(code, mul), high = _mm512_mullo_epi16(_mm512_srli_epi16(code, 8), mul);
+    return _mm512_add_epi8(_mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, low, _mm512_slli_epi16(high, 8)), add);
+  };
+  const int64_t of_position = p.steps * vectors;
+  // Inputs that fill a step up are 0 without an offset: what weights they have matters not, but for the corrections.
+  const int64_t real = s.in_c % kStep == 0 ? kStep : s.in_c % kStep;
+  const __m512i last = _mm512_set1_epi32(static_cast<int32_t>(0x01010101u >> (8 * (kStep - real))));
+  for (int64_t v = 0; v < vectors; ++v) {
+    __m512i sum[kPositions];
+    each<kPositions>([&](auto k) { sum[k] = _mm512_setzero_si512(); });
+    for (int64_t step = 0; step < p.steps; ++step) {
+      __m512i* to = at + step * vectors + v;
+      const __m512i g0 = weight(to[0]), g1 = weight(to[of_position]), g2 = weight(to[2 * of_position]);
+      const __m512i both = _mm512_add_epi8(g0, g2);
+      const __m512i made[kPositions] = {_mm512_add_epi8(g0, g0), _mm512_add_epi8(both, g1), _mm512_sub_epi8(both, g1),
+                                        _mm512_sub_epi8(_mm512_setzero_si512(), _mm512_add_epi8(g2, g2))};
+      const __m512i counted = step % p.row_steps == p.row_steps - 1 ? last : ones;
+      each<kPositions>([&](auto k) {
+        _mm512_store_si512(to + k * of_position, made[k]);
+        sum[k] = _mm512_dpbusd_epi32(sum[k], counted, made[k]);
+      });
+    }
+    const WinogradOffsets offset(s);
+    const __m512i by = _mm512_set1_epi32(-offset.difference);
+    const __m512i m1 = _mm512_mullo_epi32(sum[1], _mm512_set1_epi32(-offset.sum)), m2 = _mm512_mullo_epi32(sum[2], by);
+    _mm512_storeu_si512(even + v * kLanes, _mm512_add_epi32(_mm512_add_epi32(m1, m2), _mm512_mullo_epi32(sum[0], by)));
+    _mm512_storeu_si512(odd + v * kLanes, _mm512_add_epi32(_mm512_sub_epi32(m1, m2), _mm512_mullo_epi32(sum[3], by)));
+  }
+}
+
 template <typename Results>
 struct OutOf;
 template <typename Out>
@@ -84,6 +125,7 @@ struct Vnni512 {
   static BlockFn<typename OutOf<R>::Type> block(int64_t vectors, int64_t tiles) {
     return kBySet<typename OutOf<R>::Type>[vectors - 1][tiles - 1];
   }
+  static constexpr auto pack_set = bitstrata::pack_set<WinogradPacked<Vnni512>>;
   static int64_t chunk(const ConvShape&, const WinogradPacked<Vnni512>&, const int8_t*) { return 0; }
 };
 

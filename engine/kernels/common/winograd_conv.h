@@ -6,7 +6,8 @@
 //
 // `Isa` has: kLanes, the output channels of a vector; kVectors, of a set, at most; Registers, whose Vector weights are
 // loaded in; tiles_of(vectors): of a block, at most; block<Results>(vectors, tiles): the function that computes one, of
-// WinogradBlock<Registers, Results>; chunk(shape, packed, weights): steps whose sums fit the kernel's 16 bits, in any
+// WinogradBlock<Registers, Results>; pack_set(shape, packed, codes, factor, set, weights, even,
+// odd), which may be pack_winograd_set; chunk(shape, packed, weights): steps whose sums fit the kernel's 16 bits, in any
 // block, for kernels that sum so, else anything. Results has `from(pixel, channel)`.
 #pragma once
 
@@ -39,6 +40,25 @@ struct WinogradPacked {
   static constexpr int64_t correction_at = 64;
   int64_t padding_at, weights_at, bytes;
 };
+
+// A set's weights and corrections, an output channel after the other.
+template <typename Isa>
+void pack_winograd_set(const ConvShape& s, const WinogradPacked<Isa>& p, const WeightCodes& codes,
+                       const uint8_t* factor, int64_t set, uint8_t* weights, int32_t* even, int32_t* odd) {
+  const int64_t first = p.first_vector(set), vectors = p.first_vector(set + 1) - first;
+  const int64_t begin = first * Isa::kLanes, left = s.out_c - begin, count = vectors * Isa::kLanes;
+  if (left < count) std::memset(weights, 0, static_cast<size_t>(vectors * p.of_vector()));
+  const WinogradWeights from{s, codes, factor};
+  for (int64_t o = 0; o < count; ++o, ++even, ++odd) {
+    *even = *odd = 0;
+    if (o >= left) continue;
+    uint8_t* lane = weights + o * kWinogradStep;
+    from.channel(begin + o, even, odd, [&](int position, int64_t ky, int64_t i, const int8_t* four) {
+      const int64_t step = position * p.steps + ky * p.row_steps + i / kWinogradStep;
+      std::memcpy(lane + step * vectors * p.kVectorBytes, four, kWinogradStep);
+    });
+  }
+}
 
 // What the blocks of a group of tiles need.
 template <typename Registers, typename Results>
@@ -80,21 +100,10 @@ struct WinogradConv {
       std::memset(base + p.padding_at, 0, static_cast<size_t>(p.rows.lanes));
       for (int64_t c = 0; c < s.in_c; ++c) base[p.padding_at + c] = static_cast<uint8_t>(pad[c]);
     }
-    const int64_t first = p.first_vector(part), together = p.first_vector(part + 1) - first;
-    const int64_t begin = first * kLanes, end = least_of(s.out_c, begin + together * kLanes);
-    uint8_t* weights = base + p.weights_at + first * p.of_vector();
-    if (end - begin < together * kLanes) std::memset(weights, 0, static_cast<size_t>(together * p.of_vector()));
-    int32_t* even = reinterpret_cast<int32_t*>(base + Packed::correction_at);
-    int32_t* odd = even + p.vectors * kLanes;
-    const WinogradWeights from{s, codes, factor};
-    for (int64_t o = begin; o < end; ++o) {
-      uint8_t* lane = weights + (o - begin) * kWinogradStep;
-      from.channel(o, even + o, odd + o, [&](int position, int64_t ky, int64_t i, const int8_t* four) {
-        const int64_t step = position * p.steps + ky * p.row_steps + i / kWinogradStep;
-        std::memcpy(lane + step * together * Packed::kVectorBytes, four, kWinogradStep);
-      });
-    }
-    for (int64_t o = end; o < begin + together * kLanes; ++o) even[o] = odd[o] = 0;
+    const int64_t first = p.first_vector(part);
+    int32_t* even = reinterpret_cast<int32_t*>(base + Packed::correction_at) + first * kLanes;
+    Isa::pack_set(s, p, codes, factor, part, base + p.weights_at + first * p.of_vector(), even,
+                  even + p.vectors * kLanes);
   }
 
   static void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
