@@ -1,4 +1,5 @@
-// The products of blocks: some output pixels by some vectors of eight output channels, four bytes of each at a step. See
+// The products of blocks: some output pixels by some vectors of eight output channels, four bytes of each at a step.
+// See
 // ../common/pointwise.h for the unnamed namespace.
 #pragma once
 

@@ -148,16 +148,11 @@ bool avx2_winograd_pays(const ConvShape& s) {
   return avx2_winograd_fits(s) && s.out_w > 3 && s.in_c > 16 && s.out_c > 16;
 }
 
-extern const ConvKernel kAvx2Winograd = {"avx2-winograd",
-                                         Conv::packed_bytes,
-                                         Conv::pack,
-                                         Conv::staged_row_bytes,
-                                         Conv::stage,
-                                         run,
-                                         nullptr,
-                                         nullptr,
-                                         nullptr,
-                                         nullptr,
+extern const ConvKernel kAvx2Winograd = {"avx2-winograd", Conv::packed_bytes,
+                                         Conv::pack,      Conv::staged_row_bytes,
+                                         Conv::stage,     run,
+                                         nullptr,         nullptr,
+                                         nullptr,         nullptr,
                                          winograd_passes};
 
 }  // namespace bitstrata

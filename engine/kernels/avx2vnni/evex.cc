@@ -7,7 +7,7 @@
 
 namespace bitstrata {
 
-extern const Avx2VnniForm kAvx2VnniEvex = {
-    kStaged, kDirect, direct_fits, kWinograd, kWeightGrad, kDepthwiseWeightGrad, kLimits};
+extern const Avx2VnniForm kAvx2VnniEvex = {kStaged, kDirect, direct_fits, kWinograd, kWeightGrad, kDepthwiseWeightGrad,
+                                           kLimits};
 
 }  // namespace bitstrata

@@ -75,7 +75,8 @@ void pack_set(const ConvShape& s, const Packed& p, const WeightCodes& codes, con
   __m512i* at = reinterpret_cast<__m512i*>(weights);
   SetPacker(s, codes, factor, {0, first, vectors, p.row_steps, 1, s.kernel_h}, at).pack();
   const __m512i ones = _mm512_set1_epi8(1);
-  const __m512i mul = _mm512_set1_epi16(static_cast<int16_t>(s.mul & 255)), add = _mm512_set1_epi8(static_cast<char>(s.add));
+  const __m512i mul = _mm512_set1_epi16(static_cast<int16_t>(s.mul & 255)),
+                add = _mm512_set1_epi8(static_cast<char>(s.add));
   const auto weight = [&](const __m512i& from) {
     const __m512i code = _mm512_load_si512(&from);
     if (s.mul == 1 && s.add == 0) return code;

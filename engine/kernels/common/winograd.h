@@ -19,7 +19,7 @@
 namespace bitstrata {
 namespace {
 
-constexpr int kPositions = 4;  // of a tile: the products m0..m3
+constexpr int kPositions = 4;         // of a tile: the products m0..m3
 constexpr int64_t kWinogradStep = 4;  // input channels of a step
 
 // What is added to a staged position, so that it is not negative.
@@ -43,7 +43,8 @@ inline int64_t winograd_largest_weight(const ConvShape& s) {
   return 3 * (of_p > of_q ? of_p : of_q);
 }
 
-// Whether weights and inputs stay bytes, and twice the results int32: halving a sum that has wrapped would not be exact.
+// Whether weights and inputs stay bytes, and twice the results int32: halving a sum that has wrapped would not be
+// exact.
 inline bool winograd_fits(const ConvShape& s) {
   if (s.kernel_w != 3 || s.stride_w != 1 || s.dilation_w != 1 || s.groups != 1) return false;
   const int64_t weight = winograd_largest_weight(s), input = s.input_hi > -s.input_lo ? s.input_hi : -s.input_lo;
@@ -58,8 +59,8 @@ inline double winograd_passes(const ConvShape& s) {
 
 // The positions of `count` channels, whose inputs are at d[0..3]; positions are `lanes` bytes apart.
 template <typename Count>
-BITSTRATA_INLINE void winograd_channels(const uint8_t* const* d, int64_t c, Count count, int64_t lanes, uint8_t difference,
-                                        uint8_t sum, uint8_t* __restrict to) {
+BITSTRATA_INLINE void winograd_channels(const uint8_t* const* d, int64_t c, Count count, int64_t lanes,
+                                        uint8_t difference, uint8_t sum, uint8_t* __restrict to) {
   const uint8_t *d0 = d[0] + c, *d1 = d[1] + c, *d2 = d[2] + c, *d3 = d[3] + c;
   uint8_t* at = to + c;
   for (int64_t i = 0; i < count; ++i) at[i] = static_cast<uint8_t>(d0[i] - d2[i] + difference);
@@ -122,7 +123,9 @@ struct WinogradWeights {
         const int8_t* at = codes.data + o * codes.out_step + i * codes.in_step + codes.first_tap + ky * codes.tap_y;
         for (int64_t k = 0; k < count; ++k, at += codes.in_step) {
           const int32_t by = factor != nullptr ? factor[i + k] : 1;
-          const auto weight = [&](int64_t kx) { return s.mul * static_cast<int8_t>(at[kx * codes.tap_x] * by) + s.add; };
+          const auto weight = [&](int64_t kx) {
+            return s.mul * static_cast<int8_t>(at[kx * codes.tap_x] * by) + s.add;
+          };
           const int32_t g0 = weight(0), g1 = weight(1), g2 = weight(2);
           four[0][k] = static_cast<int8_t>(2 * g0);
           four[1][k] = static_cast<int8_t>(g0 + g1 + g2);

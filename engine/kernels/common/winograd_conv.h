@@ -2,13 +2,14 @@
 // pointwise.h for the unnamed namespace.
 //
 // Tiles of two output pixels are convolved a group at a time with all weights in turn, so that their windows stay in
-// the cache; each set of vectors takes a group's tiles in blocks, whose sums stay in registers, position after position.
+// the cache; each set of vectors takes a group's tiles in blocks, whose sums stay in registers, position after
+// position.
 //
 // `Isa` has: kLanes, the output channels of a vector; kVectors, of a set, at most; Registers, whose Vector weights are
 // loaded in; tiles_of(vectors): of a block, at most; block<Results>(vectors, tiles): the function that computes one, of
 // WinogradBlock<Registers, Results>; pack_set(shape, packed, codes, factor, set, weights, even,
-// odd), which may be pack_winograd_set; chunk(shape, packed, weights): steps whose sums fit the kernel's 16 bits, in any
-// block, for kernels that sum so, else anything. Results has `from(pixel, channel)`.
+// odd), which may be pack_winograd_set; chunk(shape, packed, weights): steps whose sums fit the kernel's 16 bits, in
+// any block, for kernels that sum so, else anything. Results has `from(pixel, channel)`.
 #pragma once
 
 #include "winograd.h"
@@ -162,11 +163,11 @@ struct WinogradConv {
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v, next = (set + 1) % p.sets;
         const int64_t of_vector = kPositions * p.steps, left = s.out_c - v * kLanes;
-        convolve_group<Results>({s.kernel_h, s.dilation_h * p.rows.bytes, p.rows.lanes, p.steps, chunk, window, pixel,
-                                 whole, weights + v * of_vector, weights + p.first_vector(next) * of_vector,
-                                 even + v * kLanes, odd + v * kLanes, least_of(vectors * kLanes, left),
-                                 out.from(0, v * kLanes)},
-                                vectors, p.first_vector(next + 1) - p.first_vector(next), tiles);
+        convolve_group<Results>(
+            {s.kernel_h, s.dilation_h * p.rows.bytes, p.rows.lanes, p.steps, chunk, window, pixel, whole,
+             weights + v * of_vector, weights + p.first_vector(next) * of_vector, even + v * kLanes, odd + v * kLanes,
+             least_of(vectors * kLanes, left), out.from(0, v * kLanes)},
+            vectors, p.first_vector(next + 1) - p.first_vector(next), tiles);
       }
     }
   }
