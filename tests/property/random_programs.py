@@ -157,10 +157,14 @@ class _Builder:
         """A layer that can read a value of `source`'s shape, and the attributes of its conv node."""
         channels, *sizes = self.shapes[source]
         divisors = [g for g in (1, 2, 3, 4, channels) if channels % g == 0]
-        groups = 1 if linear else self.pick(1, *divisors)
-        most = self.pick(6, 20, 70) if self.wide else 6
-        out = groups * self.draw(st.integers(1, max(1, most // groups)))
         axes = [(1, 1, 1, 0, 0)] * 2 if linear else [self.window(size) for size in sizes]
+        if self.wide and not linear and self.pick(True, False):  # as most layers of most networks are
+            groups, out = 1, self.draw(st.integers(33, 70))
+            axes[1] = (3, 1, 1, 1, 1)
+        else:
+            groups = 1 if linear else self.pick(1, *divisors)
+            most = self.pick(6, 20, 70) if self.wide else 6
+            out = groups * self.draw(st.integers(1, max(1, most // groups)))
         kernel_h, kernel_w = (axis[0] for axis in axes)
         attrs = {
             "stride": [axis[1] for axis in axes],
@@ -307,7 +311,8 @@ def _with_inputs(layer: Layer, count: int) -> Layer:
 def programs(draw: Draw, blocks: int = 3, wide: bool = False) -> Program:
     """A valid program of up to `blocks` random blocks between a first and a last layer; it has the plan "mixed".
 
-    wide: also layers of up to 70 channels and larger maps, which fill vectors and tiles.
+    wide: also layers of up to 70 channels and larger maps, which fill vectors and tiles; many of them have three
+    neighbouring columns of weights and stride 1.
     """
     builder = _Builder(draw, wide)
     kind = builder.pick("pixels", "codes")
