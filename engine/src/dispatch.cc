@@ -138,6 +138,8 @@ const Kernels& select_kernels(const std::string& isa) {
 
 std::vector<const ConvKernel*> conv_kernels(const Kernels& row, const ConvShape& shape) {
   std::vector<const ConvKernel*> found = {row.conv(shape)};
+  const ConvKernel* own = row.other_conv != nullptr ? row.other_conv(shape) : nullptr;
+  if (own != nullptr) found.push_back(own);
   const auto end = std::find(std::begin(kTable), std::end(kTable), &row);
   const auto slower =
       end == std::end(kTable) ? std::begin(kTable) + 1 : end;  // below an emulated row, the portable one

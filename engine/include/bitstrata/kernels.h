@@ -188,6 +188,9 @@ struct Kernels {
   const Limits* (*limits)() = nullptr;  // null: the generic row's
   // Products of floats that this processor multiplies fast; null, or no function: the generic row's.
   const FloatProducts* (*float_products)() = nullptr;
+  // Another kernel of the row that is exact for a convolution, for which `conv` has an estimate only: on some processor
+  // it may be faster. Null, or no function: none.
+  const ConvKernel* (*other_conv)(const ConvShape&) = nullptr;
 };
 
 }  // namespace bitstrata

@@ -166,6 +166,12 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   return narrow ? &kAvx2Narrow : &kAvx2Wide;
 }
 
+const ConvKernel* other_conv(const ConvShape& s) {
+  if (!avx2_winograd_fits(s)) return nullptr;
+  if (pick_conv(s) != &kAvx2Winograd) return &kAvx2Winograd;
+  return avx2_narrow_fits(s) ? &kAvx2Narrow : &kAvx2Wide;
+}
+
 const char* lacks() {
   if (!__builtin_cpu_supports("avx2")) return "processor flag avx2";
   return __builtin_cpu_supports("bmi2") ? nullptr : "processor flag bmi2";
@@ -193,6 +199,8 @@ const Kernels kAvx2Kernels = {
     &kAvx2Products,
     lacks,
     [] { return &kAvx2Limits; },
+    nullptr,
+    other_conv,
 };
 
 }  // namespace bitstrata

@@ -48,6 +48,11 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   return form().direct_fits(s) ? &form().direct : &form().conv;
 }
 
+const ConvKernel* other_conv(const ConvShape& s) {
+  if (!winograd_fits(s)) return nullptr;
+  return pick_conv(s) == &form().winograd ? &form().conv : &form().winograd;
+}
+
 const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
   return depthwise(s) ? &form().depthwise_weight_grad : &form().weight_grad;
 }
@@ -79,6 +84,7 @@ Kernels kernels() {
   row.supported = supported;
   row.lacks = lacks;
   row.conv = pick_conv;
+  row.other_conv = other_conv;
   row.products = &kProducts;
   row.limits = [] { return &form().limits; };
   return row;

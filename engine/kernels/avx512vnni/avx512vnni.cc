@@ -152,6 +152,11 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   return avx512vnni_direct_fits(s) ? &kAvx512VnniDirect : &kAvx512VnniConv;
 }
 
+const ConvKernel* other_conv(const ConvShape& s) {
+  if (!avx512vnni_winograd_fits(s)) return nullptr;
+  return pick_conv(s) == &kAvx512VnniWinograd ? &kAvx512VnniConv : &kAvx512VnniWinograd;
+}
+
 // The compiler's checks include that the operating system saves the registers.
 const char* lacks() {
   if (!__builtin_cpu_supports("avx2")) return "processor flag avx2";
@@ -187,7 +192,10 @@ const Kernels kAvx512VnniKernels = {
     [] { return &kAvx512VnniLimits; },
 #ifdef BITSTRATA_HAVE_AVX512BF16
     avx512bf16_products,
+#else
+    nullptr,
 #endif
+    other_conv,
 };
 
 }  // namespace bitstrata

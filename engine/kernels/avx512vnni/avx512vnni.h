@@ -17,7 +17,8 @@ extern const ConvKernel kAvx512VnniDepthwise;
 extern const ConvKernel kAvx2Depthwise;
 
 bool avx512vnni_direct_fits(const ConvShape&);
-// Whether the Winograd kernel fits and is faster than the first.
+bool avx512vnni_winograd_fits(const ConvShape&);
+// Whether it fits and is faster than the first.
 bool avx512vnni_winograd_pays(const ConvShape&);
 bool avx512vnni_depthwise_fits(const ConvShape&);
 

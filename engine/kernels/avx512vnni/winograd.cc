@@ -143,6 +143,8 @@ void run_codes(const ConvShape& s, const void* packed, const void* staged, const
 
 }  // namespace
 
+bool avx512vnni_winograd_fits(const ConvShape& s) { return winograd_fits(s); }
+
 // With fewer channels, transforming inputs and sums takes what the products gain: from measurements on Zen 5.
 bool avx512vnni_winograd_pays(const ConvShape& s) {
   return winograd_fits(s) && s.out_w > 3 && s.in_c > 32 && s.out_c > 32;
