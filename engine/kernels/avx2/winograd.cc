@@ -1,8 +1,7 @@
 // Convolution by Winograd's F(2, 3) on AVX2: pair sums of u8 and s8 products in int16, for `chunk` steps, then widened.
 #include <immintrin.h>
 
-#include "../common/unroll.h"
-#include "../common/winograd_conv.h"
+#include "../common/winograd_lanes8.h"
 #include "avx2.h"
 #include "chunk.h"
 #include "steps.h"
@@ -17,38 +16,18 @@ constexpr int kTiles = 5;    // of a block: with two vectors, ten sums and a few
 // Where fewer steps than this fit int16, widening so often makes direct kernels faster.
 constexpr int64_t kLeastChunk = 8;
 
-// Where results are: pixels `pitch` elements apart.
-struct Results {
-  Results from(int64_t pixel, int64_t channel) const { return {to + pixel * pitch + channel, pitch}; }
-  int32_t* to;
-  int64_t pitch;
-};
+using Block = Lanes8Block;
 
-struct Ymm {
-  using Vector = __m256i;
-};
-using Block = WinogradBlock<Ymm, Results>;
-
-// Sums of products of a block.
 template <int kP, int kV>
-struct Sums {
-  void clear() { std::memset(at, 0, sizeof(at)); }
-  BITSTRATA_INLINE void widen(int64_t position, const __m256i (&sum)[kP][kV]) {
-    for (int i = 0; i < kP; ++i)
-      for (int j = 0; j < kV; ++j) {
-        __m256i& total = at[position][i][j];
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1)));
-      }
-  }
-  __m256i even(int i, int j, __m256i first) const { return halved(first, at[1][i][j], at[2][i][j], at[0][i][j]); }
-  __m256i odd(int i, int j, __m256i first) const {
-    return halved(_mm256_sub_epi32(first, at[2][i][j]), at[1][i][j], at[3][i][j], _mm256_setzero_si256());
-  }
-  static __m256i halved(__m256i a, __m256i b, __m256i c, __m256i d) {
-    return _mm256_srai_epi32(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)), 1);
-  }
-  __m256i at[kPositions][kP][kV];
-};
+using Sums = __m256i[kPositions][kP][kV];
+
+// Adds int16 sums to those of a position.
+template <int kP, int kV>
+inline void widen(const __m256i (&sum)[kP][kV], __m256i (&total)[kP][kV]) {
+  for (int i = 0; i < kP; ++i)
+    for (int j = 0; j < kV; ++j)
+      total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1)));
+}
 
 template <int kP, int kV>
 inline void clear(__m256i (&sum)[kP][kV]) {
@@ -57,7 +36,7 @@ inline void clear(__m256i (&sum)[kP][kV]) {
 }
 
 template <int kP, int kV>
-void multiply_all(const Block& b, Sums<kP, kV>* sums) {
+void multiply_all(const Block& b, Sums<kP, kV>& sums) {
   const __m256i* w = b.weights;
   const int64_t row_steps = b.lanes / kWinogradStep;
   Ahead ahead{reinterpret_cast<const char*>(b.ahead), 2};  // a line is two vectors
@@ -75,34 +54,22 @@ void multiply_all(const Block& b, Sums<kP, kV>* sums) {
         multiply<false, kP, kV>(at, w, count, sum);
         w += count * kV, s += count, left -= count;
         if (left == 0) {
-          sums->widen(position, sum);
+          widen<kP, kV>(sum, sums[position]);
           clear(sum);
           left = b.chunk;
         }
       }
     }
-    if (left < b.chunk) sums->widen(position, sum);
+    if (left < b.chunk) widen<kP, kV>(sum, sums[position]);
   }
 }
-
-inline __m256i load(const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 
 template <int kP, int kV>
 void convolve(const Block& b) {
   Sums<kP, kV> sums;
-  sums.clear();
-  multiply_all<kP, kV>(b, &sums);
-  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(b.channels - (kV - 1) * kLanes));
-  const __m256i mask = _mm256_cmpgt_epi32(last, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  const __m256i all = _mm256_set1_epi32(-1);
-  for (int j = 0; j < kV; ++j) {
-    const __m256i even = load(b.even + j * kLanes), odd = load(b.odd + j * kLanes), real = j == kV - 1 ? mask : all;
-    for (int i = 0; i < kP; ++i) {
-      int32_t* to = b.out.to + b.pixel[i] * b.out.pitch + j * kLanes;
-      _mm256_maskstore_epi32(to, real, sums.even(i, j, even));
-      if (b.whole[i]) _mm256_maskstore_epi32(to + b.out.pitch, real, sums.odd(i, j, odd));
-    }
-  }
+  std::memset(sums, 0, sizeof(sums));
+  multiply_all<kP, kV>(b, sums);
+  store_tiles<kP, kV>(b, sums);
 }
 
 using BlockFn = void (*)(const Block&);
@@ -113,7 +80,7 @@ constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>};
 
 struct Avx2 {
   static constexpr int64_t kLanes = bitstrata::kLanes, kVectors = bitstrata::kVectors;
-  using Registers = Ymm;
+  using Registers = Lanes8;
   static int64_t tiles_of(int64_t) { return kTiles; }
   template <typename R>
   static BlockFn block(int64_t vectors, int64_t tiles) {
@@ -134,7 +101,7 @@ struct Avx2 {
 using Conv = WinogradConv<Avx2>;
 
 void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
-  Conv::run_to<Results>(s, packed, staged, {out, s.out_c}, row_begin, row_end);
+  Conv::run_to<Sums32>(s, packed, staged, {out, s.out_c}, row_begin, row_end);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ void convolve(const Block<Out>& b) {
     each<kP>([&](auto i) { each<kV>([&](auto j) { sum[i][j] = _mm512_setzero_si512(); }); });
     for (int64_t row = 0; row < b.kernel_h; ++row) {
       const int64_t at = position * b.lanes + row * b.row_step;
-      each<kP>([&](auto i) { __builtin_prefetch(b.window[i] + at + b.lanes); });
+      each<kP>([&](auto i) { __builtin_prefetch(b.window[i] + at + b.lanes); });  // of the next position
       multiply_run<kP, kV>(b.window, at, b.lanes, w, ahead, sum);
     }
     each<kP>([&](auto i) { each<kV>([&](auto j) { sums.at[position][i][j] = sum[i][j]; }); });
