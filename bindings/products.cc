@@ -185,9 +185,9 @@ void conv_input_grad(Codes g, Range range, In<int8_t, 4> w, Pair stride, Pair di
   });
 }
 
-void conv_weight_grad(In<int8_t, 4> g, Codes x, Pair stride, Pair dilation, Sides padding, int64_t groups,
-                      const std::string& isa, int threads, std::optional<Out<int64_t, 4>> gw, Values values,
-                      std::optional<In<double, 1>> out_factor, std::optional<In<double, 1>> in_factor) {
+void conv_weight_grad(In<int8_t, 4> g, Range g_range, Codes x, Range x_range, Pair stride, Pair dilation, Sides padding,
+                      int64_t groups, const std::string& isa, int threads, std::optional<Out<int64_t, 4>> gw,
+                      Values values, std::optional<In<double, 1>> out_factor, std::optional<In<double, 1>> in_factor) {
   const char* op = "conv_weight_grad";
   bitstrata::WeightGradResult result;
   const auto run = [&](const auto& w) {
@@ -206,9 +206,10 @@ void conv_weight_grad(In<int8_t, 4> g, Codes x, Pair stride, Pair dilation, Side
       result.out_factor = out_factor->data();
       result.in_factor = in_factor->data();
     }
-    const DType dtype = dtype_of(op, "x", x);
+    const ProductCodes codes = to_codes(call, "x", x, x_range, {});
+    const ProductCodes gradient{g.data(), DType::s8, std::get<0>(g_range), std::get<1>(g_range)};
     nb::gil_scoped_release unlocked;
-    bitstrata::conv_weight_grad(call.kernels, threads, s, g.data(), x.data(), dtype, result);
+    bitstrata::conv_weight_grad(call.kernels, threads, s, gradient, codes, result);
   };
   if (gw)
     run(*gw);
@@ -232,7 +233,8 @@ std::tuple<std::string, std::string> product_kernels(const std::string& isa, Pai
   const DType dtype = std::get<0>(range) < 0 ? DType::s8 : DType::u8;
   return {bitstrata::forward_kernel(row, s, dtype, std::get<0>(range), std::get<1>(range), std::get<0>(weights),
                                     std::get<1>(weights)),
-          bitstrata::weight_grad_kernel(row, s, dtype)};
+          bitstrata::weight_grad_kernel(row, s, dtype, std::get<0>(range), std::get<1>(range), std::get<0>(weights),
+                                        std::get<1>(weights))};
 }
 
 }  // namespace
@@ -246,9 +248,9 @@ void bind_products(nb::module_& m) {
         "padding"_a, "groups"_a, "isa"_a, "threads"_a, nb::kw_only(), "shift"_a.noconvert() = nb::none(),
         "acc"_a.noconvert() = nb::none(), "lo"_a.noconvert() = nb::none(), "hi"_a.noconvert() = nb::none(),
         "values"_a.noconvert() = nb::none(), "factor"_a.noconvert() = nb::none());
-  m.def("conv_weight_grad", &conv_weight_grad, "g"_a.noconvert(), "x"_a.noconvert(), "stride"_a, "dilation"_a,
-        "padding"_a, "groups"_a, "isa"_a, "threads"_a, nb::kw_only(), "gw"_a.noconvert() = nb::none(),
-        "values"_a.noconvert() = nb::none(), "out_factor"_a.noconvert() = nb::none(),
+  m.def("conv_weight_grad", &conv_weight_grad, "g"_a.noconvert(), "g_range"_a, "x"_a.noconvert(), "x_range"_a,
+        "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "isa"_a, "threads"_a, nb::kw_only(),
+        "gw"_a.noconvert() = nb::none(), "values"_a.noconvert() = nb::none(), "out_factor"_a.noconvert() = nb::none(),
         "in_factor"_a.noconvert() = nb::none());
   m.def("product_kernels", &product_kernels, "isa"_a, "size"_a, "channels"_a, "kernel"_a, "groups"_a, "range"_a,
         "weights"_a);

@@ -78,8 +78,7 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
     result.values = out.weight;
     result.out_factor = channel.data();
     result.in_factor = x.channel;
-    conv_weight_grad(kernels, threads, s, static_cast<const int8_t*>(gradient.data), x.codes.data, x.codes.dtype,
-                     result);
+    conv_weight_grad(kernels, threads, s, gradient, x.codes, result);
   }
   return Status::kDone;
 }

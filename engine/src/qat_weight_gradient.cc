@@ -25,8 +25,7 @@ using Part = Stretch<uint16_t>;
 class WeightGradient {
  public:
   WeightGradient(const Kernels& kernels, int threads, const ProductShape& s, const ProductCodes& x, const uint16_t* g)
-      : threads_(std::max(threads, 1)), own_(threads_), stretches_(stretches(s, x.data, x.dtype, g, 1)) {
-    for (Part& part : stretches_) part.shape.input_lo = x.lo, part.shape.input_hi = x.hi;
+      : threads_(std::max(threads, 1)), own_(threads_), stretches_(stretches(s, x, g, 1)) {
     shape_ = stretches_[0].shape;
     kernel_ = float_products_of(kernels).weight_grad(shape_);
     const int64_t bytes = kernel_->sums(shape_) * 4;

@@ -10,10 +10,11 @@
 
 namespace bitstrata {
 
-inline ConvShape weight_grad_shape(const ProductShape& s, DType x_dtype) {
+inline ConvShape weight_grad_shape(const ProductShape& s, const ProductCodes& x) {
   ConvShape c = conv_shape(s);
   c.mul = 1;
-  c.input_dtype = x_dtype;
+  c.input_dtype = x.dtype;
+  c.input_lo = x.lo, c.input_hi = x.hi;
   return c;
 }
 
@@ -60,11 +61,11 @@ struct StretchBlock {
 
 // A batch; where no position sees its neighbours, all of them as rows of one image.
 template <typename Gradient>
-std::vector<Stretch<Gradient>> stretches(const ProductShape& s, const void* x, DType x_dtype, const Gradient* g,
+std::vector<Stretch<Gradient>> stretches(const ProductShape& s, const ProductCodes& x, const Gradient* g,
                                          int64_t sharers) {
   constexpr int64_t kMergedWidth = 64;
-  const uint8_t* from = static_cast<const uint8_t*>(x);
-  ConvShape c = weight_grad_shape(s, x_dtype);
+  const uint8_t* from = static_cast<const uint8_t*>(x.data);
+  ConvShape c = weight_grad_shape(s, x);
   if (s.kernel_h != 1 || s.kernel_w != 1 || s.stride_h != 1 || s.stride_w != 1 || s.in_h != s.out_h ||
       s.in_w != s.out_w || s.pad_top != 0 || s.pad_left != 0)
     return {Stretch<Gradient>(c, s.batch, from, g, sharers)};

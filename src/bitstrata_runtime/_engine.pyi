@@ -152,7 +152,9 @@ def conv_input_grad(
 ) -> None: ...
 def conv_weight_grad(
     g: Array,
+    g_range: Pair,
     x: Array,
+    x_range: Pair,
     stride: Pair,
     dilation: Pair,
     padding: Sides,
@@ -168,7 +170,7 @@ def conv_weight_grad(
 def product_kernels(
     isa: str, size: Pair, channels: Pair, kernel: Pair, groups: int, range: Pair, weights: Pair
 ) -> tuple[str, str]:
-    """Names of the kernels of a product and of its weight gradient."""
+    """Names of the kernels of a product and of its weight gradient; weights: their range, and that of gradients."""
 
 # Quantization and normalization of a training step (bindings/training.cc, bindings/norm.h). A tensor is rows of
 # channels: float32, bfloat16 as int16 where a function takes it, or int32 with `scale`, (channels,) float32. noise:

@@ -47,7 +47,9 @@ DEPTHWISE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution, and codes: bits of x (or g) and of w, groups of channels, whether codes have no sign."""
+    """A convolution, and codes: bits of x (or g) and of w (or a weight gradient's g), groups of channels, whether codes
+    have no sign.
+    """
 
     conv: Conv
     bits: int
@@ -162,15 +164,17 @@ def check_input_grad(case: Case, isa: str, threads: int) -> None:
 def check_weight_grad(case: Case, isa: str, threads: int) -> None:
     c = case.conv
     x = case.codes(c.x_shape, unsigned=case.unsigned, bits=case.bits, which=0)
-    g = case.codes(c.y_shape, unsigned=False, bits=8, which=5)
+    g = case.codes(c.y_shape, unsigned=False, bits=case.w_bits, which=5)
+    largest = 2 ** (case.w_bits - 1) - 1
+    operands = (g, (-largest, largest), x, case.bounds(case.unsigned))
     expected = c.weight_grad(g, x)
     gw, values = guarded(np.zeros(c.w_shape, np.int64)), guarded(np.zeros(c.w_shape, np.float32))
     rng = np.random.default_rng(1)
     outs, ins = guarded(rng.normal(size=c.outs)), guarded(np.exp2(-rng.integers(0, 8, c.ins).astype(np.float64)))
     fixed = c.arguments(isa, threads)
-    _engine.conv_weight_grad(g, x, **fixed, gw=gw)
+    _engine.conv_weight_grad(*operands, **fixed, gw=gw)
     np.testing.assert_array_equal(gw, expected)
-    _engine.conv_weight_grad(g, x, **fixed, values=values, out_factor=outs, in_factor=ins)
+    _engine.conv_weight_grad(*operands, **fixed, values=values, out_factor=outs, in_factor=ins)
     own = ins.reshape(c.groups, 1, -1).repeat(c.outs // c.groups, axis=1).reshape(c.outs, -1)
     np.testing.assert_array_equal(values, (expected * (outs[:, None] * own)[:, :, None, None]).astype(np.float32))
 
@@ -231,6 +235,25 @@ def test_few_outputs_of_every_width(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(3, (7, 7), 104, 170, (3, 3), padding=(1, 1, 1, 1)),  # more than 2^17 weights
+        Conv(2, (5, 6), 129, 133, (3, 3), (2, 2), padding=(0, 1, 1, 0)),
+        Conv(2, (6, 9), 70, 201, (3, 3), padding=(1, 0, 1, 2)),
+        Conv(2, (4, 5), 400, 350, (1, 1), (1, 1), padding=(1, 0, 0, 1)),
+    ],
+)
+@pytest.mark.parametrize(("bits", "g_bits", "unsigned"), [(4, 4, True), (7, 7, False), (6, 7, True), (8, 8, True)])
+def test_gradients_of_many_weights(
+    isa: str, threads: int, conv: Conv, bits: int, g_bits: int, unsigned: bool
+) -> None:
+    for fill in ("random", "largest"):
+        check_weight_grad(Case(conv, bits, g_bits, 1, unsigned, fill, 1), isa, threads)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize(("dtype", "code"), [(np.int8, -128), (np.int8, 127), (np.uint8, 255)])
 @pytest.mark.parametrize(
     "conv",
@@ -243,7 +266,8 @@ def test_few_outputs_of_every_width(isa: str) -> None:
 def test_weight_gradient_beyond_int32(isa: str, threads: int, dtype: type, code: int, conv: Conv) -> None:
     x, g = np.full(conv.x_shape, code, dtype), np.full(conv.y_shape, -128, np.int8)
     gw = np.zeros(conv.w_shape, np.int64)
-    _engine.conv_weight_grad(g, x, **conv.arguments(isa, threads), gw=gw)
+    ranges = (-128, 127), (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    _engine.conv_weight_grad(g, ranges[0], x, ranges[1], **conv.arguments(isa, threads), gw=gw)
     count = conv.batch * conv.out_size[0] * conv.out_size[1]
     assert abs(count * code * -128) > 2**31
     assert (gw == count * code * -128).all()
@@ -255,7 +279,8 @@ def test_the_kernels_are_those_of_the_instruction_set(isa: str) -> None:
     eight, four = {"range": (-127, 127), "weights": (-127, 127)}, {"range": (-7, 7), "weights": (-7, 7)}
     assert _engine.product_kernels(isa, **sizes, **eight) == KINDS[isa]
     narrow = "avx2-narrow" if isa == "avx2" else KINDS[isa][0]
-    assert _engine.product_kernels(isa, **sizes, **four) == (narrow, KINDS[isa][1])
+    winograd = f"{isa}-winograd" if isa in ("avx2vnni", "avx512vnni") else KINDS[isa][1]
+    assert _engine.product_kernels(isa, **sizes, **four) == (narrow, winograd)
     depthwise = {**sizes, "channels": (16, 16), "groups": 16}
     assert _engine.product_kernels(isa, **depthwise, **four)[0] == DEPTHWISE.get(isa, f"{isa}-depthwise")
 
@@ -333,6 +358,7 @@ def test_channels_last_goes_in_without_a_copy_and_comes_out() -> None:
 
 GOOD = Conv(2, (5, 6), 4, 6, (3, 3), padding=(1, 1, 1, 1), groups=2)
 X, W = np.zeros(GOOD.x_shape, np.int8), np.zeros(GOOD.w_shape, np.int8)
+BYTES = (-128, 127)
 ACC, GRAD = np.zeros(GOOD.y_shape, np.int32), np.zeros(GOOD.y_shape, np.int8)
 
 
@@ -367,16 +393,19 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 def test_errors_of_the_weight_gradient() -> None:
     fixed = GOOD.arguments(ISAS[0], 1)
     with pytest.raises(ValueError, match="conv_weight_grad': neither gw nor values is given"):
-        _engine.conv_weight_grad(GRAD, X, **fixed)
+        _engine.conv_weight_grad(GRAD, BYTES, X, BYTES, **fixed)
     with pytest.raises(ValueError, match="values needs out_factor and in_factor"):
-        _engine.conv_weight_grad(GRAD, X, **fixed, values=np.zeros(GOOD.w_shape, np.float32))
+        _engine.conv_weight_grad(GRAD, BYTES, X, BYTES, **fixed, values=np.zeros(GOOD.w_shape, np.float32))
     with pytest.raises(ValueError, match="x must be int8 or uint8"):
-        _engine.conv_weight_grad(GRAD, X.astype(np.int32), **fixed, gw=np.zeros(GOOD.w_shape, np.int64))
+        wider = X.astype(np.int32)
+        _engine.conv_weight_grad(GRAD, BYTES, wider, BYTES, **fixed, gw=np.zeros(GOOD.w_shape, np.int64))
     wide = Conv(1, (1, 70_000), 1, 1, (1, 3), padding=(0, 1, 0, 1))
     with pytest.raises(ValueError, match="output width is 70000, sums of rows longer than 65793 may leave int32"):
         _engine.conv_weight_grad(
             np.zeros(wide.y_shape, np.int8),
+            BYTES,
             np.zeros(wide.x_shape, np.uint8),
+            (0, 255),
             **wide.arguments(ISAS[0], 1),
             gw=np.zeros(wide.w_shape, np.int64),
         )

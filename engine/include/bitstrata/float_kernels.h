@@ -31,7 +31,7 @@ struct InputGradientKernel {
 };
 
 // Output rows [row_begin, row_end) of each of so many images, and output channels [out_begin, out_end).
-struct FloatWeightGradBlock {
+struct WeightGradBlock {
   int64_t images, row_begin, row_end, out_begin, out_end;
 };
 
@@ -48,8 +48,8 @@ struct FloatWeightGradKernel {
   int64_t (*scratch_bytes)(const ConvShape&, int64_t images, int64_t rows);
   // x: (images, in_h, in_w, in_c) codes of input_dtype; g: (images, out_h, out_w, out_c) bfloat16; sums: aligned to 64.
   // fresh: sums of the block's output channels are not set yet, and count as 0.
-  void (*add)(const ConvShape&, const void* x, const uint16_t* g, const FloatWeightGradBlock&, void* scratch,
-              float* sums, bool fresh);
+  void (*add)(const ConvShape&, const void* x, const uint16_t* g, const WeightGradBlock&, void* scratch, float* sums,
+              bool fresh);
   // Adds the sums of a block of weights to rows, as WeightGradKernel::read.
   void (*read)(const ConvShape&, const float* sums, const WeightBlock&, float* rows, int64_t pitch, bool fresh);
   // The same for whole rows of some output channels, (taps, in_c) each. Null if that is no faster than turning rows.

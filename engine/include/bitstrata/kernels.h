@@ -124,8 +124,9 @@ struct WeightBlock {
 };
 
 // One way to sum what every weight of a convolution multiplied: over images and output positions, gradient times input.
-// Shapes are those of the forward convolution; of `mul`, `add`, bounds and pad codes nothing is read, padding is 0.
-// Sums are kept modulo 2^32 in the kernel's own order.
+// Shapes are those of the forward convolution, with the bounds of the gradient in the place of the weight's; of `mul`
+// and `add` nothing is read, padding is 0. Sums are kept in the kernel's own order. They are exact while no sum of all
+// products' magnitudes could leave int32: who adds more reads in between.
 struct WeightGradKernel {
   const char* name;
   int64_t (*sums)(const ConvShape&);  // how many
@@ -141,6 +142,14 @@ struct WeightGradKernel {
   void (*read)(const ConvShape&, const int32_t* sums, const WeightBlock&, int64_t* rows, int64_t pitch, bool fresh);
   void (*read_short)(const ConvShape&, const int32_t* sums, const WeightBlock&, int32_t* rows, int64_t pitch,
                      bool fresh);
+  // The sums of some output channels alone, where there is one group: out_begin is a multiple of `outs`, and the sums
+  // are those of a convolution with no other output channels. `pack` puts into scratch (of scratch_bytes) what add_outs
+  // reads of x, for any blocks of these images and rows. 0 and null: only `add`.
+  int64_t outs = 0;
+  void (*pack)(const ConvShape&, const void* x, int64_t images, int64_t row_begin, int64_t row_end,
+               void* scratch) = nullptr;
+  void (*add_outs)(const ConvShape&, const int8_t* g, const WeightGradBlock&, void* scratch, int32_t* sums,
+                   bool fresh) = nullptr;
 };
 
 // Integer products of a training step: weight gradients, and the loops around products. Channels are the innermost

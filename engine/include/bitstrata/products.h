@@ -72,16 +72,17 @@ struct WeightGradResult {
   float* values = nullptr;
   const double *out_factor = nullptr, *in_factor = nullptr;
 };
-void conv_weight_grad(const Kernels&, int threads, const ProductShape&, const int8_t* g, const void* x, DType x_dtype,
+void conv_weight_grad(const Kernels&, int threads, const ProductShape&, const ProductCodes& g, const ProductCodes& x,
                       const WeightGradResult&);
 
 // Throws std::invalid_argument, naming the operation, on a shape that is none or does not agree with itself.
 void check_product(const std::string& op, const ProductShape&);
 
-// Names of the kernels that conv_forward and conv_weight_grad take for codes within lo..hi and weights within
-// w_lo..w_hi.
+// Names of the kernels that conv_forward and conv_weight_grad take for codes within lo..hi and weights, or gradients,
+// within w_lo..w_hi.
 const char* forward_kernel(const Kernels&, const ProductShape&, DType, int32_t lo, int32_t hi, int32_t w_lo,
                            int32_t w_hi);
-const char* weight_grad_kernel(const Kernels&, const ProductShape&, DType);
+const char* weight_grad_kernel(const Kernels&, const ProductShape&, DType, int32_t lo, int32_t hi, int32_t w_lo,
+                               int32_t w_hi);
 
 }  // namespace bitstrata

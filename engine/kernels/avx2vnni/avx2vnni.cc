@@ -54,7 +54,8 @@ const ConvKernel* other_conv(const ConvShape& s) {
 }
 
 const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
-  return depthwise(s) ? &form().depthwise_weight_grad : &form().weight_grad;
+  if (depthwise(s)) return &form().depthwise_weight_grad;
+  return form().winograd_weight_grad_pays(s) ? &form().winograd_weight_grad : &form().weight_grad;
 }
 
 const char* find_lacking() {

@@ -14,6 +14,8 @@ struct Avx2VnniForm {
   bool (*direct_fits)(const ConvShape&);
   ConvKernel winograd;  // only where avx2vnni_winograd_pays
   WeightGradKernel weight_grad;
+  WeightGradKernel winograd_weight_grad;
+  bool (*winograd_weight_grad_pays)(const ConvShape&);
   WeightGradKernel depthwise_weight_grad;
   Limits limits;
 };

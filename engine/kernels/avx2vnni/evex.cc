@@ -7,7 +7,14 @@
 
 namespace bitstrata {
 
-extern const Avx2VnniForm kAvx2VnniEvex = {kStaged, kDirect, direct_fits, kWinograd, kWeightGrad, kDepthwiseWeightGrad,
+extern const Avx2VnniForm kAvx2VnniEvex = {kStaged,
+                                           kDirect,
+                                           direct_fits,
+                                           kWinograd,
+                                           kWeightGrad,
+                                           kWinogradWeightGrad,
+                                           winograd_weight_grad_pays,
+                                           kDepthwiseWeightGrad,
                                            kLimits};
 
 }  // namespace bitstrata

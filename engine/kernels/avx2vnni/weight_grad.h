@@ -6,6 +6,7 @@
 
 #include "../common/weight_grad_lanes.h"
 #include "../common/weight_grad_plain.h"
+#include "../common/weight_grad_winograd.h"
 #include "dot.h"
 
 namespace bitstrata {
@@ -35,18 +36,51 @@ struct Vnni256 {
     return _mm_cvtsi32_si128(bytes);
   }
 
-  static void pack_codes(const uint8_t* from, int64_t pitch, bool is_signed, uint8_t* to) {
-    const __m128i ab = _mm_unpacklo_epi8(load8(from), load8(from + pitch)),
-                  cd = _mm_unpacklo_epi8(load8(from + 2 * pitch), load8(from + 3 * pitch));
-    const __m128i sign = _mm_set1_epi8(is_signed ? -128 : 0);
+  // Eight channels at positions a and b, c and d: each channel's four, with `offset` added to all.
+  static void store_fours(__m128i ab, __m128i cd, int8_t offset, uint8_t* to) {
+    const __m128i by = _mm_set1_epi8(offset);
     __m128i* out = reinterpret_cast<__m128i*>(to);
-    _mm_store_si128(out, _mm_xor_si128(_mm_unpacklo_epi16(ab, cd), sign));
-    _mm_store_si128(out + 1, _mm_xor_si128(_mm_unpackhi_epi16(ab, cd), sign));
+    _mm_store_si128(out, _mm_xor_si128(_mm_unpacklo_epi16(ab, cd), by));
+    _mm_store_si128(out + 1, _mm_xor_si128(_mm_unpackhi_epi16(ab, cd), by));
+  }
+  static void pack_codes(const uint8_t* from, int64_t pitch, bool is_signed, uint8_t* to) {
+    store_fours(_mm_unpacklo_epi8(load8(from), load8(from + pitch)),
+                _mm_unpacklo_epi8(load8(from + 2 * pitch), load8(from + 3 * pitch)), is_signed ? -128 : 0, to);
+  }
+  static void pack_winograd(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t apart) {
+    __m128i d[10];  // columns
+    each<10>([&](auto i) { d[i] = load8(from + i * pitch); });
+    __m128i even[4], odd[4];  // of two tiles one column each, successive ones
+    each<4>([&](auto i) {
+      even[i] = _mm_unpacklo_epi8(d[2 * i], d[2 * i + 2]);
+      odd[i] = _mm_unpacklo_epi8(d[2 * i + 1], d[2 * i + 3]);
+    });
+    const __m128i d0[2] = {even[0], even[2]}, d1[2] = {odd[0], odd[2]}, d2[2] = {even[1], even[3]},
+                  d3[2] = {odd[1], odd[3]};
+    store_fours(_mm_sub_epi8(d0[0], d2[0]), _mm_sub_epi8(d0[1], d2[1]), -128, to);
+    store_fours(_mm_add_epi8(d1[0], d2[0]), _mm_add_epi8(d1[1], d2[1]), -128, to + apart);
+    store_fours(_mm_sub_epi8(d2[0], d1[0]), _mm_sub_epi8(d2[1], d1[1]), -128, to + 2 * apart);
+    store_fours(_mm_sub_epi8(d3[0], d1[0]), _mm_sub_epi8(d3[1], d1[1]), -128, to + 3 * apart);
+  }
+  static void store_gradient(__m128i a, __m128i b, __m128i c, __m128i d, uint8_t* to) {
+    const __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(ab, cd));
   }
   static void pack_gradient(const uint8_t* from, int64_t pitch, uint8_t* to) {
-    const __m128i ab = _mm_unpacklo_epi8(load4(from), load4(from + pitch)),
-                  cd = _mm_unpacklo_epi8(load4(from + 2 * pitch), load4(from + 3 * pitch));
-    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(ab, cd));
+    store_gradient(load4(from), load4(from + pitch), load4(from + 2 * pitch), load4(from + 3 * pitch), to);
+  }
+  static void pack_gradient_winograd(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t apart) {
+    __m128i g0[4], g1[4], plus[4], minus[4];
+    each<4>([&](auto i) {
+      g0[i] = load4(from + 2 * i * pitch);
+      g1[i] = load4(from + (2 * i + 1) * pitch);
+      plus[i] = _mm_add_epi8(g0[i], g1[i]);
+      minus[i] = _mm_sub_epi8(g0[i], g1[i]);
+    });
+    store_gradient(g0[0], g0[1], g0[2], g0[3], to);
+    store_gradient(plus[0], plus[1], plus[2], plus[3], to + apart);
+    store_gradient(minus[0], minus[1], minus[2], minus[3], to + 2 * apart);
+    store_gradient(g1[0], g1[1], g1[2], g1[3], to + 3 * apart);
   }
   // Two packed gradients at a time, whose sums are added in the end.
   static void add_outs(const uint8_t* packed, int64_t count, int32_t* sums) {
@@ -65,7 +99,13 @@ struct Vnni256 {
 };
 
 constexpr WeightGradKernel kWeightGrad = LanesWeightGrad<Vnni256>::kernel("avx2vnni");
+constexpr WeightGradKernel kWinogradWeightGrad =
+    LanesWeightGrad<Vnni256, int8_t, int32_t, true>::kernel("avx2vnni-winograd");
 constexpr WeightGradKernel kDepthwiseWeightGrad = PlainWeightGrad::kernel("avx2vnni-depthwise");
+
+bool winograd_weight_grad_pays(const ConvShape& s) {
+  return weight_grad_winograd_pays(s, Vnni256::kLanes, Vnni256::kStep);
+}
 
 }  // namespace
 }  // namespace bitstrata

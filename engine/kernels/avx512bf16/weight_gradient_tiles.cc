@@ -50,7 +50,7 @@ int64_t sums(const ConvShape& s) { return Plan(s, 1, 1).sums; }
 int64_t scratch_bytes(const ConvShape& s, int64_t images, int64_t rows) { return Plan(s, images, rows).bytes; }
 
 struct Call {
-  Call(const ConvShape& s, const FloatWeightGradBlock& b, uint8_t* scratch)
+  Call(const ConvShape& s, const WeightGradBlock& b, uint8_t* scratch)
       : s(s),
         b(b),
         plan(s, b.images, b.row_end - b.row_begin),
@@ -58,7 +58,7 @@ struct Call {
         gs(xs + plan.g_at),
         row(xs + plan.row_at) {}
   const ConvShape& s;
-  const FloatWeightGradBlock& b;
+  const WeightGradBlock& b;
   Plan plan;
   uint8_t *xs, *gs, *row;
 };
@@ -187,8 +187,8 @@ void block(const Call& c, int64_t vector, int64_t panel, int64_t product, float*
   });
 }
 
-void add(const ConvShape& s, const void* x, const uint16_t* g, const FloatWeightGradBlock& b, void* scratch,
-         float* sums, bool fresh) {
+void add(const ConvShape& s, const void* x, const uint16_t* g, const WeightGradBlock& b, void* scratch, float* sums,
+         bool fresh) {
   const Call c(s, b, static_cast<uint8_t*>(scratch));
   const int64_t begin = b.out_begin / kOuts, end = (b.out_end + kOuts - 1) / kOuts;
   pack_codes(c, static_cast<const uint8_t*>(x));

@@ -74,7 +74,7 @@ double code(const ConvShape& s, const uint8_t* x, int64_t row, int64_t column, i
 }
 
 // Of the weight (o, i, ky, kx), over the block's positions.
-float sum(const ConvShape& s, const uint8_t* x, const uint16_t* g, const FloatWeightGradBlock& b, int64_t o, int64_t i,
+float sum(const ConvShape& s, const uint8_t* x, const uint16_t* g, const WeightGradBlock& b, int64_t o, int64_t i,
           int64_t ky, int64_t kx) {
   double all = 0;
   for (int64_t image = 0; image < b.images; ++image, x += s.in_h * s.in_w * s.in_c)
@@ -86,7 +86,7 @@ float sum(const ConvShape& s, const uint8_t* x, const uint16_t* g, const FloatWe
   return static_cast<float>(all);
 }
 
-void add(const ConvShape& s, const void* x, const uint16_t* g, const FloatWeightGradBlock& b, void*, float* sums,
+void add(const ConvShape& s, const void* x, const uint16_t* g, const WeightGradBlock& b, void*, float* sums,
          bool fresh) {
   const int64_t taps = s.kernel_h * s.kernel_w;
   for (int64_t o = b.out_begin; o < b.out_end; ++o)

@@ -284,11 +284,11 @@ def _weight_grad_by_engine(
     g: ShiftQuantized, x: ShiftQuantized, kernel: tuple[int, ...], geometry: Geometry, dtype: torch.dtype
 ) -> Tensor:
     layout = engine.Layout(**geometry.planar(len(kernel)), groups=geometry.groups)
-    operands = engine.maps(g.codes), engine.maps(x.codes), _pair(kernel)
+    operands = engine.GradientOperands(g, x, engine.maps(g.codes), engine.maps(x.codes))
     if dtype == torch.float32:
-        out = engine.scaled_weight_grad(*operands, weight_grad_sides(g, x), layout)
+        out = engine.scaled_weight_grad(operands, _pair(kernel), weight_grad_sides(g, x), layout)
     else:
-        acc = engine.weight_grad(*operands, layout)
+        acc = engine.weight_grad(operands, _pair(kernel), layout)
         factors = _own_factors(g, x, geometry.groups).flatten(0, 1)
         out = (acc * factors[:, :, None, None]).to(dtype)
     return out.reshape(*out.shape[:2], *kernel)

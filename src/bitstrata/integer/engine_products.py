@@ -89,11 +89,14 @@ def planes(x: Tensor, dims: int) -> Tensor:
     return back if dims == 2 else back.squeeze(2)
 
 
+def _range(x: ShiftQuantized) -> Pair:
+    """Of its codes."""
+    return (-x.largest if x.signed else 0), x.largest
+
+
 def _codes(x: ShiftQuantized, codes: Tensor) -> tuple[Tensor, Pair]:
     """Codes as the engine takes them, unsigned ones as uint8, and their range."""
-    if x.signed:
-        return codes, (-x.largest, x.largest)
-    return codes.view(torch.uint8), (0, x.largest)
+    return codes if x.signed else codes.view(torch.uint8), _range(x)
 
 
 def _product(
@@ -152,25 +155,38 @@ def input_grad(
     return _product("conv_input_grad", g, codes, weight, shape, layout=layout, factor=factor)
 
 
-def weight_grad(g: Tensor, x: Tensor, kernel: Pair, layout: Layout = MATRICES) -> Tensor:
-    """Sums over samples and positions of gradient codes (samples, height, width, out) times input codes: int64 (out,
-    in / groups, *kernel).
-    """
-    out = torch.empty(g.shape[3], x.shape[3] // layout.groups, *kernel, dtype=torch.int64)
-    _engine.conv_weight_grad(array(g), array(x), **layout.arguments(), gw=array(out))
+@dataclass(frozen=True)
+class GradientOperands:
+    """Of a weight gradient: g and x, and their codes as maps, (samples, height, width, channels)."""
+
+    g: ShiftQuantized
+    x: ShiftQuantized
+    g_codes: Tensor
+    x_codes: Tensor
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the engine takes them."""
+        return array(self.g_codes), _range(self.g), array(self.x_codes), _range(self.x)
+
+
+def weight_grad(operands: GradientOperands, kernel: Pair, layout: Layout = MATRICES) -> Tensor:
+    """Sums over samples and positions of gradient codes times input codes: int64 (out, in / groups, *kernel)."""
+    out = torch.empty(
+        operands.g_codes.shape[3], operands.x_codes.shape[3] // layout.groups, *kernel, dtype=torch.int64
+    )
+    _engine.conv_weight_grad(*operands.arguments(), **layout.arguments(), gw=array(out))
     return out
 
 
 def scaled_weight_grad(
-    g: Tensor, x: Tensor, kernel: Pair, factors: tuple[Tensor, Tensor], layout: Layout = MATRICES
+    operands: GradientOperands, kernel: Pair, factors: tuple[Tensor, Tensor], layout: Layout = MATRICES
 ) -> Tensor:
     """The same times the factors of the output and the input channel (float64 (out,) and (in,), the products of which
     are exact): rounded once, to float32.
     """
-    out = torch.empty(g.shape[3], x.shape[3] // layout.groups, *kernel)
+    out = torch.empty(operands.g_codes.shape[3], operands.x_codes.shape[3] // layout.groups, *kernel)
     _engine.conv_weight_grad(
-        array(g),
-        array(x),
+        *operands.arguments(),
         **layout.arguments(),
         values=array(out),
         out_factor=array(factors[0].contiguous()),

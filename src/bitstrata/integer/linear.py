@@ -176,10 +176,11 @@ def linear_weight_grad(
         )
     check_form(form)
     if form == "engine" and engine.weight_grad_fits(g, x, 1):
-        left, right = engine.rows_as_maps(rows.codes), engine.rows_as_maps(columns.codes)
+        maps = engine.rows_as_maps(rows.codes), engine.rows_as_maps(columns.codes)
+        operands = engine.GradientOperands(g, x, *maps)
         if dtype == torch.float32:
-            return engine.scaled_weight_grad(left, right, (1, 1), weight_grad_sides(g, x))[:, :, 0, 0]
-        acc = engine.weight_grad(left, right, (1, 1))[:, :, 0, 0]
+            return engine.scaled_weight_grad(operands, (1, 1), weight_grad_sides(g, x))[:, :, 0, 0]
+        acc = engine.weight_grad(operands, (1, 1))[:, :, 0, 0]
     else:
         acc = plain_product(form, g, x, rows.codes.T, columns.codes)
     return (acc * weight_grad_factors(g, x)).to(dtype)

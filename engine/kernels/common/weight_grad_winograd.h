@@ -1,0 +1,31 @@
+// Winograd's F(3, 2) along rows of the map, in integers: what two neighbouring outputs add to three taps of a row takes
+// four products instead of six.
+//
+// With inputs d0..d3 and gradients g0, g1 of two outputs, the taps get
+//   m0 + (m1 + m2) / 2,   (m1 - m2) / 2,   m3 + (m1 + m2) / 2, where
+//   m0 = (d0 - d2) * g0   m1 = (d1 + d2) * (g0 + g1)   m2 = (d2 - d1) * (g0 - g1)   m3 = (d3 - d1) * g1.
+// The four forms are summed over all pairs of outputs before taps are taken of them. m1 + m2 is even, so nothing is
+// rounded. Codes of six bits (seven with a sign) and gradients up to 63 stay bytes. See pointwise.h for the unnamed
+// namespace.
+#pragma once
+
+#include <cstdint>
+
+#include "bitstrata/kernels.h"
+
+namespace bitstrata {
+namespace {
+
+// Whether a kernel with so many lanes, that takes `step` positions in a step, can do it so and is faster.
+inline bool weight_grad_winograd_pays(const ConvShape& s, int64_t lanes, int64_t step) {
+  constexpr int32_t kLargest = 63;  // two of these are a signed byte
+  if (s.kernel_w != 3 || s.stride_w != 1 || s.dilation_w != 1 || s.groups != 1) return false;
+  if (s.input_lo < -kLargest || s.input_hi > kLargest || s.code_lo < -kLargest || s.code_hi > kLargest) return false;
+  const auto up = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
+  const int64_t tiles = 4 * up(up(s.out_w, 2), step) * up(s.in_c, lanes);
+  const int64_t columns = up(s.out_w, step) * up(3 * s.in_c, lanes);
+  return 10 * tiles <= 9 * columns;  // forms are dearer to make
+}
+
+}  // namespace
+}  // namespace bitstrata
