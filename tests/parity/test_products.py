@@ -244,12 +244,11 @@ def test_few_outputs_of_every_width(isa: str) -> None:
         Conv(2, (4, 5), 400, 350, (1, 1), (1, 1), padding=(1, 0, 0, 1)),
     ],
 )
-@pytest.mark.parametrize(("bits", "g_bits", "unsigned"), [(4, 4, True), (7, 7, False), (6, 7, True), (8, 8, True)])
-def test_gradients_of_many_weights(
-    isa: str, threads: int, conv: Conv, bits: int, g_bits: int, unsigned: bool
-) -> None:
+@pytest.mark.parametrize("widths", [(4, 4, True), (7, 7, False), (6, 7, True), (8, 8, True)])
+def test_gradients_of_many_weights(isa: str, threads: int, conv: Conv, widths: tuple[int, int, bool]) -> None:
+    bits, of_gradient, unsigned = widths
     for fill in ("random", "largest"):
-        check_weight_grad(Case(conv, bits, g_bits, 1, unsigned, fill, 1), isa, threads)
+        check_weight_grad(Case(conv, bits, of_gradient, 1, unsigned, fill, 1), isa, threads)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -396,8 +395,8 @@ def test_errors_of_the_weight_gradient() -> None:
         _engine.conv_weight_grad(GRAD, BYTES, X, BYTES, **fixed)
     with pytest.raises(ValueError, match="values needs out_factor and in_factor"):
         _engine.conv_weight_grad(GRAD, BYTES, X, BYTES, **fixed, values=np.zeros(GOOD.w_shape, np.float32))
+    wider = X.astype(np.int32)
     with pytest.raises(ValueError, match="x must be int8 or uint8"):
-        wider = X.astype(np.int32)
         _engine.conv_weight_grad(GRAD, BYTES, wider, BYTES, **fixed, gw=np.zeros(GOOD.w_shape, np.int64))
     wide = Conv(1, (1, 70_000), 1, 1, (1, 3), padding=(0, 1, 0, 1))
     with pytest.raises(ValueError, match="output width is 70000, sums of rows longer than 65793 may leave int32"):

@@ -12,8 +12,9 @@ from torch import fx, nn
 
 from ..integer.autograd import IntegerRule
 from ..integer.products import headroom
-from ..nn.integer_layers import IntegerConv2d, IntegerLayer
+from ..nn.integer_layers import IntegerConv2d, IntegerLayer, IntegerLinear
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
+from .linear import Linear
 from .torch_op import TorchOp
 from .units import ConvNorm, Join, MaxPool, Unit
 
@@ -218,10 +219,17 @@ class Planner:
                 self._done.update(n for n in (node, last) if n is not None)
                 self.units.append(self._join_unit((own.name, other.name), (last or node).name, last is not None))
             else:
-                self.units.append(self._by_torch(node))
+                self.units.append(self._other(node))
         if not self.fused:
             raise FuseError(f"fuse: {type(self.model).__name__} has no {self.wanted}")
         return self.units
+
+    def _other(self, node: fx.Node) -> Unit:
+        """What is no convolution, sum or pooling of integers."""
+        unit, module = self._by_torch(node), self._module(node)
+        if type(module) is IntegerLinear and plain(module) and len(unit.reads) == 1:
+            return Linear(unit.reads, unit.result, module, unit)
+        return unit
 
     def _by_torch(self, node: fx.Node) -> TorchOp:
         module = self._module(node)

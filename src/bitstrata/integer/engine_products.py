@@ -171,9 +171,7 @@ class GradientOperands:
 
 def weight_grad(operands: GradientOperands, kernel: Pair, layout: Layout = MATRICES) -> Tensor:
     """Sums over samples and positions of gradient codes times input codes: int64 (out, in / groups, *kernel)."""
-    out = torch.empty(
-        operands.g_codes.shape[3], operands.x_codes.shape[3] // layout.groups, *kernel, dtype=torch.int64
-    )
+    out = torch.empty(operands.g_codes.shape[3], operands.x_codes.shape[3] // layout.groups, *kernel, dtype=torch.int64)
     _engine.conv_weight_grad(*operands.arguments(), **layout.arguments(), gw=array(out))
     return out
 
