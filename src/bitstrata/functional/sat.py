@@ -55,6 +55,20 @@ def sat_scale(w: Tensor, var_mode: str = "meansq") -> Tensor:
 
 
 @torch.no_grad()
+def sat_gain(w: Tensor, var_mode: str = "meansq") -> float:
+    """What rescaling multiplies the gradient of small weights by: s / max|tanh(w)|, with s of `clamped_weight`.
+
+    The clamp takes the size out of w, and s gives it the one that n_hat asks for, so w itself may have any. A step of
+    gradient descent moves the rescaled weight by the square of this times the learning rate: for weights that are much
+    smaller than 1/sqrt(n_hat), far too much. No number of the paper's: follows from eqs. 5-7.
+    """
+    largest = float(w.detach().abs().amax().tanh())
+    if largest == 0:
+        return 1.0
+    return float(sat_scale(widened(w.detach()).tanh() / largest, var_mode)) / largest
+
+
+@torch.no_grad()
 def deviation_scale(w: Tensor, quantized: Tensor, var_mode: str = "meansq") -> Tensor:
     """s = sqrt(VAR[w] / VAR[quantized]), which gives the quantized weights the spread of w (SAT eq. S23).
 

@@ -30,5 +30,8 @@ class Tanh(nn.Module):
         self.var_mode = var_mode
         self.detach_max = detach_max
 
+    def extra_repr(self) -> str:
+        return f"rescale={self.rescale}, var_mode={self.var_mode!r}, detach_max={self.detach_max}"
+
     def forward(self, w: Tensor) -> Tensor:
         return clamped_weight(w, rescale=self.rescale, var_mode=self.var_mode, detach_max=self.detach_max)

@@ -41,6 +41,7 @@ class CifarResNet(nn.Module):
     """(B, in_channels, H, W) to logits (B, classes); stage s has width * 2^s channels at H / 2^s.
 
     blocks: their number in each stage; attributes layer1, layer2, ... hold the stages.
+    head_std: deviation of the linear layer's initial weights; where SAT rescales it, 1/sqrt(classes) trains well.
     pool: side of the map that the last stage is averaged to, before the linear layer reads all of it.
     shortcut: "A" (subsample and pad with zero channels) or "B" (1x1 convolution and batch norm) where shapes change.
 
@@ -49,10 +50,20 @@ class CifarResNet(nn.Module):
     """
 
     def __init__(
-        self, blocks: Sequence[int], classes: int, in_channels: int, *, width: int, shortcut: str, pool: int = 1
+        self,
+        blocks: Sequence[int],
+        classes: int,
+        in_channels: int,
+        *,
+        width: int,
+        shortcut: str,
+        pool: int = 1,
+        head_std: float = 0.01,
     ) -> None:
         super().__init__()
         check_positive("CifarResNet", classes=classes, in_channels=in_channels, width=width, pool=pool)
+        if not head_std > 0:
+            raise ValueError(f"CifarResNet: head_std must be positive, got {head_std}")
         check_choice("CifarResNet", "shortcut", shortcut, ("A", "B"))
         if shortcut == "A" and width % 2:
             raise ValueError(f"CifarResNet: shortcut 'A' pads both sides alike, so width must be even, got {width}")
@@ -71,7 +82,7 @@ class CifarResNet(nn.Module):
         self.stages = tuple(stages)
         self.pool = nn.AdaptiveAvgPool2d(pool)
         self.linear = nn.Linear(inputs * pool**2, classes)
-        initialize(self)
+        initialize(self, head_std)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -80,21 +91,29 @@ class CifarResNet(nn.Module):
         return self.linear(self.pool(x).flatten(1))
 
 
-def resnet20(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
+def resnet20(
+    classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A", head_std: float = 0.01
+) -> CifarResNet:
     """Three stages of 3 blocks, 32x32 images: 269,722 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((3, 3, 3), classes, in_channels, width=width, shortcut=shortcut)
+    return CifarResNet((3, 3, 3), classes, in_channels, width=width, shortcut=shortcut, head_std=head_std)
 
 
-def resnet32(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
+def resnet32(
+    classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A", head_std: float = 0.01
+) -> CifarResNet:
     """Three stages of 5 blocks, 32x32 images: 464,154 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((5, 5, 5), classes, in_channels, width=width, shortcut=shortcut)
+    return CifarResNet((5, 5, 5), classes, in_channels, width=width, shortcut=shortcut, head_std=head_std)
 
 
-def resnet44(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
+def resnet44(
+    classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A", head_std: float = 0.01
+) -> CifarResNet:
     """Three stages of 7 blocks, 32x32 images: 658,586 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((7, 7, 7), classes, in_channels, width=width, shortcut=shortcut)
+    return CifarResNet((7, 7, 7), classes, in_channels, width=width, shortcut=shortcut, head_std=head_std)
 
 
-def resnet56(classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A") -> CifarResNet:
+def resnet56(
+    classes: int = 10, in_channels: int = 3, *, width: int = 16, shortcut: str = "A", head_std: float = 0.01
+) -> CifarResNet:
     """Three stages of 9 blocks, 32x32 images: 853,018 parameters at 10 classes. See `CifarResNet`."""
-    return CifarResNet((9, 9, 9), classes, in_channels, width=width, shortcut=shortcut)
+    return CifarResNet((9, 9, 9), classes, in_channels, width=width, shortcut=shortcut, head_std=head_std)

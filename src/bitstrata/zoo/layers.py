@@ -61,8 +61,8 @@ class PadShortcut(nn.Module):
         return f"extra={self.extra}"
 
 
-def initialize(model: nn.Module) -> None:
-    """In place: He-normal convolutions (fan out), unit batch norms, small normal linear weights, zero biases.
+def initialize(model: nn.Module, head_std: float = 0.01) -> None:
+    """In place: He-normal convolutions (fan out), unit batch norms, normal linear weights, zero biases.
 
     Source: He et al., Delving Deep into Rectifiers, 2015.
     """
@@ -72,7 +72,7 @@ def initialize(model: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.01)
+            nn.init.normal_(module.weight, std=head_std)
         else:
             continue
         if module.bias is not None:
