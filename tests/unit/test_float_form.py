@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import bitstrata as bs
 from bitstrata.functional import clamped_weight, tanh_normalize
+from bitstrata.functional.sat import sat_gain
 from bitstrata.quantizers import build_transform
 
 
@@ -139,3 +141,37 @@ def test_float_edges_stay_as_they_are():
     bs.float_form_(model, recipe, x)
     assert not hasattr(model.first, "parametrizations")
     assert hasattr(model.bare, "parametrizations")
+
+
+@pytest.mark.parametrize("prepare", [bs.float_form_, bs.quantize_])
+def test_weights_that_rescaling_makes_learn_too_fast_are_warned_of(prepare):
+    x, small, natural = torch.randn(2, 3, 32, 32), {}, {"head_std": 10**-0.5}
+    with pytest.warns(UserWarning, match=f"{prepare.__name__}: .* weight of 'linear' by 3., .* deviation of 0.32"):
+        prepare(bs.zoo.create("resnet20", width=4, **small), bs.recipes.sat(4), x)
+    for recipe, options in ((bs.recipes.sat(4), natural), (bs.recipes.cg_pact(4), small)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            prepare(bs.zoo.create("resnet20", width=4, **options), recipe, x)
+
+
+def test_the_gain_is_that_of_the_gradient():
+    torch.manual_seed(0)
+    w = (torch.randn(10, 64) * 1e-3).requires_grad_()
+    clamped_weight(w, detach_max=True).sum().backward()
+    assert w.grad.mean() == pytest.approx(sat_gain(w), rel=1e-4)
+    assert sat_gain(torch.zeros(3, 2)) == 1
+
+
+def test_float_forms_that_differ_say_so():
+    shown = set()
+    recipes = [
+        bs.recipes.sat(4),
+        bs.recipes.sat(4, convs="all"),
+        bs.recipes.sat(4, rescale="stddev"),
+        bs.recipes.sat(4, var_mode="std"),
+        bs.recipes.maqd(3, 4),
+    ]
+    for recipe in recipes:
+        model, x = net()
+        shown.add(str(bs.float_form_(model, recipe, x)))
+    assert len(shown) == len(recipes)

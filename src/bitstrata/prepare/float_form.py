@@ -88,14 +88,14 @@ def float_form_(model: nn.Module, recipe: Recipe, example_inputs: Any, *, filter
     return model
 
 
-def warn_of_gain(op: str, name: str, weight: Tensor, var_mode: str = "meansq") -> None:
+def warn_of_gain(op: str, name: str, weight: Tensor) -> None:
     """Where SAT's rescaling multiplies a weight's gradient by more than LARGEST_GAIN."""
-    gain = sat_gain(weight, var_mode)
+    gain = sat_gain(weight)
     if gain > LARGEST_GAIN:
         wanted = (weight.shape[0] * weight[0, 0].numel()) ** -0.5
         warnings.warn(
-            f"{op}: rescaling multiplies the gradient of the weight of {name!r} by {gain:.0f}, and so its learning rate "
-            f"by {gain**2:.0f}: weights with a deviation of {wanted:.2g} in the place of "
+            f"{op}: rescaling multiplies the gradient of the weight of {name!r} by {gain:.0f}, and so its learning "
+            f"rate by {gain**2:.0f}: weights with a deviation of {wanted:.2g} in the place of "
             f"{float(weight.detach().square().mean().sqrt()):.2g} would leave both as they are",
             stacklevel=3,
         )

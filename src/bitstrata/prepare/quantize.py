@@ -14,10 +14,11 @@ from ..nn.layers import FORMS, QuantizedLayer, convert
 from ..quantizers.base import LayerFacts, Quantizer, WeightQuantizer
 from ..quantizers.gradient import GradientQuantizer
 from ..quantizers.registry import build, build_gradient, build_rescale, build_transform
+from ..quantizers.rescale import ConstantRescale
 from ..recipes.base import Part, Recipe
 from .compiled import uncompiled
 from .finite import not_finite, watched
-from .float_form import float_type, strip_float_form_
+from .float_form import float_type, strip_float_form_, warn_of_gain
 from .integer_training import integer_
 from .observe import LayerTrace, Trace, observe, tensors_in
 from .placement import absorb_activations_
@@ -107,6 +108,10 @@ def quantize_(
         ValueError: the model is wrapped for distributed training, or quantized already; no layer is left to quantize;
             parameters or statistics are not finite; a layer's input on the example is empty or not finite. The model is
             unchanged.
+
+    Warns:
+        UserWarning: an example that cannot be normalised pixels; layers that stay in front of the quantizer that should
+            take their place; weights so small that SAT's rescaling makes their learning rate 100 times larger.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -157,6 +162,10 @@ def quantize_(
                 "kept comes before the quantizer",
                 stacklevel=2,
             )
+    for name, form in forms.items():
+        rescaled = isinstance(form.weight_quant, ConstantRescale) and form.weight_quant.applies(chosen[name].weight)
+        if rescaled and not facts[name].normalized and type(chosen[name]) in FORMS:
+            warn_of_gain("quantize_", name, chosen[name].weight)
     strip_float_form_(model)
     for name, reason in skipped.items():
         candidates[name].__dict__[SKIPPED] = reason
