@@ -164,8 +164,8 @@ void add_phase(Plan* plan, Phase phase, const ConvShape& shape, int64_t crop_y, 
     s.out_c = plan->out_c;
     s.groups = plan->groups;
     s.mul = 1, s.add = 0;
-    s.code_lo = plan->w_lo * (1 << plan->shifts.most_weights);
-    s.code_hi = plan->w_hi * (1 << plan->shifts.most_weights);
+    s.code_lo = std::min(plan->w_lo, plan->w_lo * (1 << plan->shifts.most_weights));  // not all channels are shifted
+    s.code_hi = std::max(plan->w_hi, plan->w_hi * (1 << plan->shifts.most_weights));
     s.input_lo = std::min(0, plan->x.lo * (1 << plan->shifts.most_codes));
     s.input_hi = std::max(0, plan->x.hi * (1 << plan->shifts.most_codes));
     s.input_dtype = plan->x.dtype;

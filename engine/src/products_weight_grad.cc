@@ -46,7 +46,7 @@ class WeightGrad {
     kernel_ = kernels.products->weight_grad(shape_);
     taps_ = s.kernel_h * s.kernel_w;
     row_ = s.group_in() * taps_;
-    most_pixels_ = INT32_MAX / (128 * (x.dtype == DType::u8 ? 255 : 128));
+    most_pixels_ = INT32_MAX / (128 * 255);
     for (const Part& part : stretches_)
       if (part.block_pixels() > most_pixels_)
         fail("conv_weight_grad", "output width is " + str(part.shape.out_w) + ", sums of rows longer than " +

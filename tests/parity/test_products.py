@@ -273,12 +273,37 @@ def test_weight_gradient_beyond_int32(isa: str, threads: int, dtype: type, code:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", [31, -31])
+@pytest.mark.parametrize("shift", [(7, 0), (0, 7), (7, 6)])
+def test_weights_of_one_sign_some_of_which_are_shifted(isa: str, weight: int, shift: tuple[int, int]) -> None:
+    conv = Conv(1, (7, 7), 31, 2, (7, 7))
+    g, w, acc = np.ones(conv.y_shape, np.int8), np.full(conv.w_shape, weight, np.int8), np.zeros(conv.x_shape, np.int32)
+    shifts = np.array(shift, np.uint8)
+    _engine.conv_input_grad(g, (-1, 1), w, **conv.arguments(isa, 1), shift=shifts, acc=acc)
+    assert (acc == weight * (1 << np.array(shift)).sum()).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("largest", "code"), [(63, -63), (63, 63), (127, -127), (127, 127)])
+def test_three_columns_of_weights_beyond_int32(isa: str, largest: int, code: int) -> None:
+    side = 380 if largest == 127 else 760
+    conv = Conv(1, (side, side), 9, 2, (1, 3))
+    x, g = np.full(conv.x_shape, code, np.int8), np.full(conv.y_shape, -largest, np.int8)
+    g[:, :, ::2] = largest
+    x[:, :, ::2, 1] = -code  # alternating signs: sums and differences of two are largest in one form
+    gw = np.zeros(conv.w_shape, np.int64)
+    _engine.conv_weight_grad(g, (-largest, largest), x, (-largest, largest), **conv.arguments(isa, 2), gw=gw)
+    assert abs(gw).max() > 2**31
+    np.testing.assert_array_equal(gw, conv.weight_grad(g, x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_kernels_are_those_of_the_instruction_set(isa: str) -> None:
     sizes = {"size": (8, 8), "channels": (16, 24), "kernel": (3, 3), "groups": 1}
-    eight, four = {"range": (-127, 127), "weights": (-127, 127)}, {"range": (-7, 7), "weights": (-7, 7)}
+    eight, four = {"range": (-128, 127), "weights": (-128, 127)}, {"range": (-7, 7), "weights": (-7, 7)}
     assert _engine.product_kernels(isa, **sizes, **eight) == KINDS[isa]
     narrow = "avx2-narrow" if isa == "avx2" else KINDS[isa][0]
-    winograd = f"{isa}-winograd" if isa in ("avx2vnni", "avx512vnni") else KINDS[isa][1]
+    winograd = f"{isa}-winograd" if isa in ("avx2", "avx2vnni", "avx512vnni") else KINDS[isa][1]
     assert _engine.product_kernels(isa, **sizes, **four) == (narrow, winograd)
     depthwise = {**sizes, "channels": (16, 16), "groups": 16}
     assert _engine.product_kernels(isa, **depthwise, **four)[0] == DEPTHWISE.get(isa, f"{isa}-depthwise")
@@ -288,7 +313,7 @@ def test_the_environment_names_the_instruction_set(monkeypatch: pytest.MonkeyPat
     sizes = {"size": (8, 8), "channels": (16, 24), "kernel": (3, 3), "groups": 1}
     for isa in ISAS:
         monkeypatch.setenv("BITSTRATA_ISA", isa)
-        assert _engine.product_kernels("", **sizes, range=(-127, 127), weights=(-127, 127)) == KINDS[isa]
+        assert _engine.product_kernels("", **sizes, range=(-128, 127), weights=(-128, 127)) == KINDS[isa]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

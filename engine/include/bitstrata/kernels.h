@@ -125,8 +125,8 @@ struct WeightBlock {
 
 // One way to sum what every weight of a convolution multiplied: over images and output positions, gradient times input.
 // Shapes are those of the forward convolution, with the bounds of the gradient in the place of the weight's; of `mul`
-// and `add` nothing is read, padding is 0. Sums are kept in the kernel's own order. They are exact while no sum of all
-// products' magnitudes could leave int32: who adds more reads in between.
+// and `add` nothing is read, padding is 0. Sums are kept in the kernel's own order. They are exact for up to
+// INT32_MAX / (128 * 255) positions: who adds more reads in between.
 struct WeightGradKernel {
   const char* name;
   int64_t (*sums)(const ConvShape&);  // how many

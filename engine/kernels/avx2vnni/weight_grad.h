@@ -47,7 +47,7 @@ struct Vnni256 {
     store_fours(_mm_unpacklo_epi8(load8(from), load8(from + pitch)),
                 _mm_unpacklo_epi8(load8(from + 2 * pitch), load8(from + 3 * pitch)), is_signed ? -128 : 0, to);
   }
-  static void pack_winograd(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t apart) {
+  static void pack_winograd(const uint8_t* from, int64_t pitch, bool, uint8_t* to, int64_t apart) {
     __m128i d[10];  // columns
     each<10>([&](auto i) { d[i] = load8(from + i * pitch); });
     __m128i even[4], odd[4];  // of two tiles one column each, successive ones
@@ -103,9 +103,7 @@ constexpr WeightGradKernel kWinogradWeightGrad =
     LanesWeightGrad<Vnni256, int8_t, int32_t, true>::kernel("avx2vnni-winograd");
 constexpr WeightGradKernel kDepthwiseWeightGrad = PlainWeightGrad::kernel("avx2vnni-depthwise");
 
-bool winograd_weight_grad_pays(const ConvShape& s) {
-  return weight_grad_winograd_pays(s, Vnni256::kLanes, Vnni256::kStep);
-}
+bool winograd_weight_grad_pays(const ConvShape& s) { return weight_grad_winograd_pays<Vnni256>(s, 63); }
 
 }  // namespace
 }  // namespace bitstrata

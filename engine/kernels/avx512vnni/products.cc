@@ -50,7 +50,7 @@ struct Vnni {
   static void pack_codes(const uint8_t* from, int64_t pitch, bool is_signed, uint8_t* to) {
     store_fours(four(from, pitch), is_signed ? -128 : 0, to);
   }
-  static void pack_winograd(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t apart) {
+  static void pack_winograd(const uint8_t* from, int64_t pitch, bool, uint8_t* to, int64_t apart) {
     const __m512i d0 = four(from, 2 * pitch), d1 = four(from + pitch, 2 * pitch);  // two columns to a tile
     const __m512i d2 = _mm512_alignr_epi64(_mm512_zextsi128_si512(load16(from + 8 * pitch)), d0, 2),
                   d3 = _mm512_alignr_epi64(_mm512_zextsi128_si512(load16(from + 9 * pitch)), d1, 2);
@@ -102,7 +102,7 @@ constexpr WeightGradKernel kDepthwise = PlainWeightGrad::kernel("avx512vnni-dept
 
 const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
   if (PlainWeightGrad::depthwise(s) && s.groups > 1) return &kDepthwise;
-  return weight_grad_winograd_pays(s, Vnni::kLanes, Vnni::kStep) ? &kWinograd : &kWeightGrad;
+  return weight_grad_winograd_pays<Vnni>(s, 63) ? &kWinograd : &kWeightGrad;
 }
 
 }  // namespace

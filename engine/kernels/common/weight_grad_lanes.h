@@ -22,8 +22,8 @@
 //   `pitch` bytes apart; pack_gradient(from, pitch, to): kOuts groups of four bytes, pitch in gradients;
 //   add_outs(packed, count, int32_t[kOuts]): the sums of `count` packed gradients (only if kOffset);
 //   add(sum, sum) (only for floats).
-// For kWinograd, codes of either type have the offset: pack_winograd(from, pitch, to, apart) and
-//   pack_gradient_winograd(from, pitch, to, apart): the four forms, `apart` bytes apart; pitch between columns.
+// For kWinograd: pack_winograd(from, pitch, is_signed, to, apart) and pack_gradient_winograd(from, pitch, to, apart):
+//   the four forms, `apart` bytes apart; pitch between columns. Codes of either type have the offset then.
 #pragma once
 
 #include <cstdint>
@@ -129,7 +129,8 @@ struct LanesWeightGrad {
               const uint8_t* codes = from + step * kStep * kColumns * c.packed.pitch + u * kLanes;
               uint8_t* to = c.xs + (u * c.packed.x_vector + place + step) * kVectorBytes;
               if constexpr (kWinograd)
-                Isa::pack_winograd(codes, c.packed.pitch, to, c.layout.form_vectors * c.packed.x_vector * kVectorBytes);
+                Isa::pack_winograd(codes, c.packed.pitch, is_signed, to,
+                                   c.layout.form_vectors * c.packed.x_vector * kVectorBytes);
               else
                 Isa::pack_codes(codes, c.packed.pitch, is_signed, to);
             }

@@ -5,8 +5,8 @@
 //   m0 + (m1 + m2) / 2,   (m1 - m2) / 2,   m3 + (m1 + m2) / 2, where
 //   m0 = (d0 - d2) * g0   m1 = (d1 + d2) * (g0 + g1)   m2 = (d2 - d1) * (g0 - g1)   m3 = (d3 - d1) * g1.
 // The four forms are summed over all pairs of outputs before taps are taken of them. m1 + m2 is even, so nothing is
-// rounded. Codes of six bits (seven with a sign) and gradients up to 63 stay bytes. See pointwise.h for the unnamed
-// namespace.
+// rounded. Magnitudes up to 63 of codes and gradients stay bytes; up to 127, no sum of a form is larger than those of
+// bytes' products are for which callers leave room. See pointwise.h for the unnamed namespace.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +16,15 @@
 namespace bitstrata {
 namespace {
 
-// Whether a kernel with so many lanes, that takes `step` positions in a step, can do it so and is faster.
-inline bool weight_grad_winograd_pays(const ConvShape& s, int64_t lanes, int64_t step) {
-  constexpr int32_t kLargest = 63;  // two of these are a signed byte
+// Whether a kernel can do it so and is faster. largest: magnitude of codes and gradients for which it can.
+template <typename Isa>
+inline bool weight_grad_winograd_pays(const ConvShape& s, int32_t largest) {
   if (s.kernel_w != 3 || s.stride_w != 1 || s.dilation_w != 1 || s.groups != 1) return false;
-  if (s.input_lo < -kLargest || s.input_hi > kLargest || s.code_lo < -kLargest || s.code_hi > kLargest) return false;
+  if (s.input_lo < -largest || s.input_hi > largest || s.code_lo < -largest || s.code_hi > largest) return false;
   const auto up = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
-  const int64_t tiles = 4 * up(up(s.out_w, 2), step) * up(s.in_c, lanes);
-  const int64_t columns = up(s.out_w, step) * up(3 * s.in_c, lanes);
-  return 10 * tiles <= 9 * columns;  // forms are dearer to make
+  const int64_t pairs = 4 * up(up(s.out_w, 2), Isa::kStep) * up(s.in_c, Isa::kLanes);
+  const int64_t columns = up(s.out_w, Isa::kStep) * up(3 * s.in_c, Isa::kLanes);
+  return 10 * pairs <= 9 * columns;  // forms are dearer to make
 }
 
 }  // namespace
