@@ -10,7 +10,8 @@ float32, or under bfloat16 autocast.
 
 Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
 rises above the resident set just before the first step, when model, batch and optimizer exist; in 2^20 bytes. What the
-libraries need only once is touched before, by a step on a batch of two. See benchmarks/README.md for how rows are read.
+libraries need only once is touched before, by a step on a batch of two. Steps are timed as they follow each other in
+training: in each turn two that are counted, after one that is not. See benchmarks/README.md for how rows are read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bitstrata.fused import fuse
 from bitstrata.prepare.integer_training import integer_
 from bitstrata_runtime import _engine
 
-QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=9, turn_s=0.0)
+QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=9, turn_s=0.0, steady=2)
 PEERS = ("torch-fp32", "torch-bf16")
 
 

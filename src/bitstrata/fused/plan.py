@@ -15,6 +15,7 @@ from ..integer.products import headroom
 from ..nn.integer_layers import IntegerConv2d, IntegerLayer, IntegerLinear
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
 from .linear import Linear
+from .mean import Mean, is_flatten, is_mean
 from .torch_op import TorchOp
 from .units import ConvNorm, Join, MaxPool, Unit
 
@@ -229,6 +230,11 @@ class Planner:
         unit, module = self._by_torch(node), self._module(node)
         if type(module) is IntegerLinear and plain(module) and len(unit.reads) == 1:
             return Linear(unit.reads, unit.result, module, unit)
+        if is_mean(module) and plain(module or nn.Identity()):
+            last = self._only(node, is_flatten)
+            if last is not None:
+                self._done.add(last)
+                return Mean(unit.reads, last.name, (unit, self._by_torch(last)))
         return unit
 
     def _by_torch(self, node: fx.Node) -> TorchOp:
