@@ -70,17 +70,7 @@ struct Vnni {
     store_gradient(load8(from), load8(from + pitch), load8(from + 2 * pitch), load8(from + 3 * pitch), to);
   }
   static void pack_gradient_winograd(const uint8_t* from, int64_t pitch, uint8_t* to, int64_t apart) {
-    __m128i g0[4], g1[4], plus[4], minus[4];
-    each<4>([&](auto i) {
-      g0[i] = load8(from + 2 * i * pitch);
-      g1[i] = load8(from + (2 * i + 1) * pitch);
-      plus[i] = _mm_add_epi8(g0[i], g1[i]);
-      minus[i] = _mm_sub_epi8(g0[i], g1[i]);
-    });
-    store_gradient(g0[0], g0[1], g0[2], g0[3], to);
-    store_gradient(plus[0], plus[1], plus[2], plus[3], to + apart);
-    store_gradient(minus[0], minus[1], minus[2], minus[3], to + 2 * apart);
-    store_gradient(g1[0], g1[1], g1[2], g1[3], to + 3 * apart);
+    pack_winograd_bytes(load8, store_gradient, from, pitch, to, apart);
   }
   static void add_outs(const uint8_t* packed, int64_t count, int32_t* sums) {
     const __m256i one = _mm256_set1_epi8(1);
