@@ -122,6 +122,13 @@ class BoundNorm {
 
   explicit BoundNorm(std::unique_ptr<Norm> norm) : norm_(std::move(*norm)), ready_(true) {}
 
+  void track(Out<float, 1> mean, Out<float, 1> deviation, double share) const {
+    const size_t channels = static_cast<size_t>(norm_.rows().channels);
+    if (mean.shape(0) != channels || deviation.shape(0) != channels)
+      fail("mean and deviation must have one element for each channel");
+    norm_.track(mean.data(), deviation.data(), share);
+  }
+
   const Norm& norm() const { return norm_; }
   Norm& norm() { return norm_; }
 

@@ -106,22 +106,17 @@ void max_pool_gradient(In<float, 4> gradient, In<uint8_t, 4> places, const PoolW
                                out.data());
 }
 
-nb::ndarray<nb::numpy, float> join(Matrix x, Vector scale, std::optional<In<float, 2>> add,
-                                   std::optional<Out<uint8_t, 1>> bits, Out<float, 2> out, const std::string& isa,
-                                   int threads) {
+float join(Matrix x, Vector scale, std::optional<In<float, 2>> add, std::optional<Out<uint8_t, 1>> bits,
+           Out<float, 2> out, const std::string& isa, int threads) {
   const Rows rows = rows_of(isa, threads, x);
   const RealTensor t = real(x, scale);
   if (t.bf16 != nullptr) fail("the tensor must be float32 or int32");
   check_size("out", out, rows);
   if (add.has_value()) check_size("add", *add, rows);
   if (bits.has_value()) check_bits(*bits, rows);
-  std::vector<float> ranges;
-  {
-    nb::gil_scoped_release unlocked;
-    ranges = bitstrata::join(rows, t, add.has_value() ? add->data() : nullptr,
-                             bits.has_value() ? bits->data() : nullptr, out.data());
-  }
-  return array(ranges);
+  nb::gil_scoped_release unlocked;
+  return bitstrata::join(rows, t, add.has_value() ? add->data() : nullptr, bits.has_value() ? bits->data() : nullptr,
+                         out.data());
 }
 
 }  // namespace
@@ -160,6 +155,7 @@ void bind_training(nb::module_& m) {
            "out"_a.noconvert())
       .def("gradient_codes", &BoundNorm::gradient_codes, "gradient"_a.noconvert(), "codes"_a.noconvert(), "bits"_a,
            "groups"_a, "absorb"_a, "noise"_a.none(), "out"_a.noconvert())
+      .def("track", &BoundNorm::track, "mean"_a.noconvert(), "deviation"_a.noconvert(), "share"_a)
       .def_prop_ro(
           "mean", [](const BoundNorm& n) { return array(n.norm().mean()); }, nb::rv_policy::move)
       .def_prop_ro(

@@ -1,5 +1,6 @@
 #include "bitstrata/conv_norm.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace bitstrata {
@@ -19,23 +20,73 @@ bool quantize(const Kernels& kernels, int threads, const ProductShape& s, const 
                       out->scale.data());
 }
 
+// Codes that were made, and what belongs to them.
+struct Made {
+  ScaledCodes side;
+  std::vector<uint8_t> shift;
+  std::vector<double> channel;
+};
+
+// What the codes of a grid, at `data`, are to a product. negative: whether some may be.
+Made made(const ShiftGrid& grid, const ShiftFormat& f, bool negative, const uint8_t* data) {
+  const int last = f.groups - 1;
+  const int32_t largest = ((1 << (f.bits - (f.is_signed ? 1 : 0))) - 1) << (f.absorb ? last : 0);
+  const double scale = static_cast<double>(grid.scale), unit = std::ldexp(scale, -last);
+  Made out;
+  out.channel.assign(grid.exponents.size(), unit);
+  if (!f.absorb)
+    for (size_t i = 0; i < out.channel.size(); ++i) {
+      out.shift.push_back(static_cast<uint8_t>(last - grid.exponents[i]));
+      out.channel[i] = std::ldexp(scale, -grid.exponents[i]);
+    }
+  out.side = {{data, negative ? DType::s8 : DType::u8, negative ? -largest : 0, largest,
+               out.shift.empty() ? nullptr : out.shift.data()},
+              unit,
+              out.channel.data()};
+  return out;
+}
+
+Made codes_of(const ConvInput& x, uint8_t* scratch) {
+  if (x.norm == nullptr) return {x.given, {}, {}};
+  const ShiftGrid grid = x.norm->to_codes(x.normed, x.rectified, x.format, nullptr, scratch);
+  return made(grid, x.format, x.format.is_signed && !x.rectified, scratch);
+}
+
+size_t aligned(int64_t bytes) {
+  return (static_cast<size_t>(bytes) + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+}
+size_t input_scratch(const ProductShape& s, const ConvInput& x) {
+  return x.norm == nullptr ? 0 : aligned(s.batch * s.in_h * s.in_w * s.in_c);
+}
+int64_t results(const ProductShape& s) { return s.batch * s.out_h * s.out_w * s.out_c; }
+
 }  // namespace
 
+size_t conv_norm_forward_scratch(const ProductShape& s, const ConvInput& x) {
+  return input_scratch(s, x) + aligned(4 * results(s));
+}
+size_t conv_norm_backward_scratch(const ProductShape& s, const ConvInput& x) {
+  return input_scratch(s, x) + 2 * aligned(results(s));
+}
+
 std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, const ProductShape& s,
-                                        const ScaledCodes& x, const ConvWeight& weight, const NormOptions& options,
-                                        const float* gamma, const float* beta, int32_t* acc, int8_t* codes,
+                                        const ConvInput& input, const ConvWeight& weight, const NormOptions& options,
+                                        const float* gamma, const float* beta, uint8_t* scratch, int8_t* codes,
                                         Status* status) {
   QuantizedWeight w;
   *status = Status::kWeight;
   if (!quantize(kernels, threads, s, weight, true, &w)) return nullptr;
+  const Made x = codes_of(input, scratch);
+  int32_t* acc = reinterpret_cast<int32_t*>(scratch + input_scratch(s, input));
   std::vector<int32_t> least(w.scale.size()), most(w.scale.size());
   std::vector<float> scale(w.scale.size());
-  for (size_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<float>(x.unit * static_cast<double>(w.scale[i]));
+  for (size_t i = 0; i < scale.size(); ++i)
+    scale[i] = static_cast<float>(x.side.unit * static_cast<double>(w.scale[i]));
   ProductResult result;
   result.acc = acc;
   result.lo = least.data();
   result.hi = most.data();
-  conv_forward(kernels, threads, s, x.codes, w.codes.data(), result);
+  conv_forward(kernels, threads, s, x.side.codes, w.codes.data(), result);
   auto norm =
       std::make_unique<Norm>(Rows{kernels, threads, s.batch * s.out_h * s.out_w, s.out_c}, options, gamma, beta);
   RealTensor sums;
@@ -48,38 +99,33 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, con
 }
 
 Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShape& s, Norm& norm, const int8_t* codes,
-                          const ConvNormGradient& g, const ScaledCodes& x, const ConvWeight& weight,
+                          const ConvNormGradient& g, const ConvInput& input, const ConvWeight& weight,
                           const ConvNormResult& out) {
-  if (!norm.backward(g.real, g.range, codes, g.rectified, g.noise, out.gradient)) return Status::kNorm;
-  const ShiftGrid grid = norm.gradient_codes(out.gradient, codes, g.format, g.product_noise, out.product_codes);
+  uint8_t* product_codes = out.scratch + input_scratch(s, input);
+  int8_t* normed = reinterpret_cast<int8_t*>(product_codes + aligned(results(s)));
+  if (!norm.backward(g.real, g.range, codes, g.rectified, g.noise, normed)) return Status::kNorm;
+  const ShiftGrid grid = norm.gradient_codes(normed, codes, g.format, g.product_noise, product_codes);
   if (std::isnan(grid.scale)) return Status::kProduct;
-  const int last = g.format.groups - 1;
-  const int32_t largest = ((1 << (g.format.bits - 1)) - 1) << (g.format.absorb ? last : 0);
-  const double unit = std::ldexp(static_cast<double>(grid.scale), -last);
-  std::vector<uint8_t> shift;
-  std::vector<double> channel(grid.exponents.size(), unit);
-  if (!g.format.absorb)
-    for (size_t i = 0; i < channel.size(); ++i) {
-      shift.push_back(static_cast<uint8_t>(last - grid.exponents[i]));
-      channel[i] = std::ldexp(static_cast<double>(grid.scale), -grid.exponents[i]);
-    }
-  const ProductCodes gradient{out.product_codes, DType::s8, -largest, largest, shift.empty() ? nullptr : shift.data()};
+  const Made gradient = made(grid, g.format, true, product_codes);
   if (out.input != nullptr) {
     QuantizedWeight w;
     if (!quantize(kernels, threads, s, weight, false, &w)) return Status::kWeight;
     for (size_t i = 0; i < w.scale.size(); ++i)
-      out.input_factor[i] = static_cast<float>(unit * static_cast<double>(w.scale[i]));
+      out.input_factor[i] = static_cast<float>(gradient.side.unit * static_cast<double>(w.scale[i]));
     ProductResult result;
     result.acc = out.input;
-    conv_input_grad(kernels, threads, s, gradient, w.codes.data(), result);
+    conv_input_grad(kernels, threads, s, gradient.side.codes, w.codes.data(), result);
   }
   if (out.weight != nullptr) {
+    const Made x = codes_of(input, out.scratch);
     WeightGradResult result;
     result.values = out.weight;
-    result.out_factor = channel.data();
-    result.in_factor = x.channel;
-    conv_weight_grad(kernels, threads, s, gradient, x.codes, result);
+    result.out_factor = gradient.side.channel;
+    result.in_factor = x.side.channel;
+    conv_weight_grad(kernels, threads, s, gradient.side.codes, x.side.codes, result);
   }
+  if (out.gamma != nullptr) std::copy(norm.weight_gradient().begin(), norm.weight_gradient().end(), out.gamma);
+  if (out.beta != nullptr) std::copy(norm.bias_gradient().begin(), norm.bias_gradient().end(), out.beta);
   return Status::kDone;
 }
 

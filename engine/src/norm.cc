@@ -174,6 +174,15 @@ float Norm::result(size_t channel, int32_t h) const {
   return static_cast<float>(h) * scale_[channel] + offset_[channel];
 }
 
+void Norm::track(float* mean, float* deviation, double share) const {
+  const float keep = static_cast<float>(1 - share), add = static_cast<float>(share);
+  const auto move = [&](float* running, const std::vector<float>& batch) {
+    for (size_t i = 0; i < batch.size(); ++i) running[i] = running[i] * keep + batch[i] * add;
+  };
+  move(mean, mean_);
+  move(deviation, deviation_);
+}
+
 AffineArgs Norm::affine(bool rectify) const {
   return {scale_.data(), offset_.data(), rectify ? 0.0f : -std::numeric_limits<float>::infinity()};
 }

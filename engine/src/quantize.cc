@@ -175,10 +175,11 @@ void unpack_codes(const Kernels& kernels, int threads, const uint8_t* packed, in
   });
 }
 
-std::vector<float> join(const Rows& r, const RealTensor& x, const float* add, const uint8_t* bits, float* out) {
+float join(const Rows& r, const RealTensor& x, const float* add, const uint8_t* bits, float* out) {
   const Training& k = *r.kernels.training;
   const int64_t period = period_of(r.channels);
-  std::vector<float> wide(static_cast<size_t>(period), 0.0f), scale;
+  std::vector<float> scale;
+  float largest = 0;
   if (x.scale != nullptr) scale = repeated(std::vector<float>(x.scale, x.scale + r.channels), period);
   std::mutex mutex;
   for_blocks(r, [&](int64_t at, int64_t count) {
@@ -191,9 +192,9 @@ std::vector<float> join(const Rows& r, const RealTensor& x, const float* add, co
     else
       k.join_f32(x.f32 + at, count, period, by, other, keep, out + at, part.data());
     std::lock_guard<std::mutex> lock(mutex);
-    for (size_t i = 0; i < wide.size(); ++i) wide[i] = larger(part[i], wide[i]);
+    for (float range : part) largest = larger(range, largest);
   });
-  return folded_range(wide, r.channels);
+  return largest;
 }
 
 }  // namespace bitstrata

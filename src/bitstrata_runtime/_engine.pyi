@@ -1,6 +1,6 @@
 """The compiled extension, made by bindings/module.cc. `engine.EngineExecutor` is what to use."""
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,8 +211,8 @@ def shift_codes(
 
 def join(
     x: Array, scale: Array | None, add: Array | None, bits: Array | None, out: Array, isa: str, threads: int
-) -> NDArray[np.float32]:
-    """x, plus `add`, 0 where bits are 0, to `out`; each channel's largest magnitude."""
+) -> float:
+    """x, plus `add`, 0 where bits are 0, to `out`; its largest magnitude."""
 
 class Norm:
     """The quantized normalization of one batch: `forward`, then what reads its codes; `backward`, then gradients."""
@@ -243,6 +243,9 @@ class Norm:
         noise: Noise,
         out: Array,
     ) -> tuple[float, NDArray[np.uint8]]: ...
+    def track(self, mean: Array, deviation: Array, share: float) -> None:
+        """Move running statistics, float32 (channels,), towards the batch's: running * (1 - share) + batch * share."""
+
     def max_pool(
         self, codes: Array, rectify: bool, window: PoolWindow, out: Array, places: Array
     ) -> NDArray[np.float32]:
@@ -303,6 +306,26 @@ class LayerNorm:
     @property
     def bias_gradient(self) -> NDArray[np.float32]: ...
 
+class ConvInput:
+    """What a convolution reads, (batch, height, width, channels): codes, or the result of a normalization, of which
+    codes are made wherever they are needed.
+    """
+
+    @overload
+    def __init__(self, codes: Array, range: Pair, unit: float, shift: Array | None, channel: Array) -> None: ...
+    @overload
+    def __init__(
+        self,
+        norm: Norm,
+        normed: Array,
+        rectified: bool,
+        bits: int,
+        groups: int,
+        signed: bool,
+        absorb: bool,
+        clip: float,
+    ) -> None: ...
+
 class ConvNorm:
     """A convolution with its normalization as one operation (bindings/conv_norm.cc), for batches of any size."""
 
@@ -318,17 +341,20 @@ class ConvNorm:
         l2: bool,
         eps: float,
         factor: float,
+        gradient_bits: int,
+        gradient_groups: int,
+        absorb: bool,
     ) -> None: ...
+    def scratch(self, x: ConvInput, result: tuple[int, int, int, int]) -> Pair:
+        """Bytes of scratch memory, forward and backward. result: its shape, as codes have it."""
+
     def forward(
         self,
-        x: Array,
-        range: Pair,
-        unit: float,
-        shift: Array | None,
+        x: ConvInput,
         weight: Array,
         gamma: Array | None,
         beta: Array | None,
-        acc: Array,
+        scratch: Array,
         codes: Array,
         isa: str,
         threads: int,
@@ -344,20 +370,15 @@ class ConvNorm:
         range: float | None,
         rectified: bool,
         noise: Noise,
-        bits: int,
-        groups: int,
-        absorb: bool,
         product_noise: Noise,
-        x: Array,
-        x_range: Pair,
-        x_shift: Array | None,
-        x_channel: Array,
+        x: ConvInput,
         weight: Array,
         scratch: Array,
-        product_scratch: Array,
         input: Array | None,
         input_factor: Array | None,
-        weight_gradient: Array | None,
+        of_weight: Array | None,
+        of_gamma: Array | None,
+        of_beta: Array | None,
         isa: str,
         threads: int,
     ) -> str:

@@ -177,9 +177,9 @@ def test_norm_of_sums_and_join(shape, seed, add, mask):
     want = want if keep is None else want * keep.reshape(want.shape)
     for isa in ISAS:
         out = torch.empty(sums.shape)
-        ranges = _engine.join(sums, scale, other, bits, out, isa, 2)
+        largest = _engine.join(sums, scale, other, bits, out, isa, 2)
         assert torch.equal(out, want)
-        assert ranges.tolist() == want.abs().amax(0).tolist()
+        assert largest == float(want.abs().max())
         norm, codes = _engine.Norm(*sums.shape, 8, False, 1e-5, 1.0, None, None, isa, 2), torch.empty_like(expected)
         norm.forward(sums, scale, sums.amin(0), sums.amax(0), codes)
         assert torch.equal(codes, expected)

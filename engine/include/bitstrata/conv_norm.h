@@ -2,6 +2,7 @@
 // stays integers. The operations are those of products.h and quantize.h; the arithmetic between them is given here.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -11,11 +12,21 @@
 
 namespace bitstrata {
 
-// What a product needs of one side: codes, and what 1 of a channel's stored code stands for.
+// What a product needs of one side: codes, and what they stand for.
 struct ScaledCodes {
   ProductCodes codes;
   double unit;            // of the sums: scale * 2^-(groups - 1)
   const double* channel;  // (channels,): of stored codes, which with absorbed shifts are units
+};
+
+// What a convolution reads: codes that are there, or the result of a normalization, of which codes are made, in scratch
+// memory, wherever they are needed.
+struct ConvInput {
+  ScaledCodes given;           // if norm is null
+  const Norm* norm = nullptr;  // and its normalized codes, (batch * in_h * in_w, in_c)
+  const int8_t* normed = nullptr;
+  bool rectified = false;
+  ShiftFormat format;  // of the codes to be made
 };
 
 struct ConvWeight {
@@ -26,11 +37,16 @@ struct ConvWeight {
 
 enum class Status { kDone, kWeight, kNorm, kProduct };  // or what was not finite: the weight, or the gradient of which
 
-// Codes of the normalized convolution in `codes`, (rows, out); acc: as many int32. Null if its sums, scaled, or the
-// weight are not finite, which `status` tells.
-std::unique_ptr<Norm> conv_norm_forward(const Kernels&, int threads, const ProductShape&, const ScaledCodes& x,
+// Bytes of scratch memory, which must be aligned to kScratchAlignment.
+constexpr size_t kScratchAlignment = 64;
+size_t conv_norm_forward_scratch(const ProductShape&, const ConvInput&);
+size_t conv_norm_backward_scratch(const ProductShape&, const ConvInput&);
+
+// Codes of the normalized convolution in `codes`, (rows, out). Null if its sums, scaled, or the weight are not finite,
+// which `status` tells.
+std::unique_ptr<Norm> conv_norm_forward(const Kernels&, int threads, const ProductShape&, const ConvInput&,
                                         const ConvWeight&, const NormOptions&, const float* gamma, const float* beta,
-                                        int32_t* acc, int8_t* codes, Status* status);
+                                        uint8_t* scratch, int8_t* codes, Status* status);
 
 struct ConvNormGradient {
   RealTensor real;     // of the result
@@ -41,16 +57,16 @@ struct ConvNormGradient {
   const Noise* product_noise;
 };
 
-// Where it goes; input and weight may be null if nobody asks for them.
+// Where it goes; each but scratch may be null if nobody asks for it.
 struct ConvNormResult {
-  int8_t* gradient;        // (rows, out), scratch
-  uint8_t* product_codes;  // likewise
-  int32_t* input;          // (batch, in_h, in_w, in_c): sums, which stand for sum * input_factor[c]
+  uint8_t* scratch;
+  int32_t* input;  // (batch, in_h, in_w, in_c): sums, which stand for sum * input_factor[c]; may be the gradient's
   float* input_factor;
   float* weight;
+  float *gamma, *beta;
 };
 
 Status conv_norm_backward(const Kernels&, int threads, const ProductShape&, Norm&, const int8_t* codes,
-                          const ConvNormGradient&, const ScaledCodes& x, const ConvWeight&, const ConvNormResult&);
+                          const ConvNormGradient&, const ConvInput&, const ConvWeight&, const ConvNormResult&);
 
 }  // namespace bitstrata

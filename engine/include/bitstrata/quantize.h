@@ -71,8 +71,8 @@ struct WeightShape {
 bool weight_codes(const Kernels&, int threads, const float* weight, const WeightShape&, int bits, bool by_output,
                   WeightScales, int8_t* codes, float* scale);
 
-// out = x * scale (+ add), 0 where bits are 0; the range of each channel. add, bits: null for none.
-std::vector<float> join(const Rows&, const RealTensor&, const float* add, const uint8_t* bits, float* out);
+// out = x * scale (+ add), 0 where bits are 0; its largest magnitude. add, bits: null for none.
+float join(const Rows&, const RealTensor&, const float* add, const uint8_t* bits, float* out);
 
 struct NormOptions {
   int bits = 8;
@@ -94,6 +94,9 @@ class Norm {
   std::vector<float> to_f32(const int8_t* codes, bool rectify, const float* add, float* out, uint8_t* bits) const;
   // Its maximum pooling, image by image; see Training::max_pool. Each channel's largest magnitude.
   std::vector<float> max_pool(const int8_t* codes, bool rectify, const PoolMap&, float* out, uint8_t* places) const;
+
+  // Moves running statistics towards the batch's: running * (1 - share) + batch * share, each operation rounded.
+  void track(float* mean, float* deviation, double share) const;
 
   // Codes of the gradient of the result, or, if `rectify`, of the rectified result. range: of the gradient where it is
   // known (and not rectified), else null. False if it is not finite.

@@ -126,6 +126,7 @@ class FusedNetwork(nn.Module):
         else:
             step = Step(self._pool)
             step.env[self._input] = from_torch(x, self._pool)
+        self._prepare(step, backward=False)
         for i, unit in enumerate(self._units):
             unit.run(step)
             if not record:
@@ -136,6 +137,10 @@ class FusedNetwork(nn.Module):
                     value.forget()
         track(step) if self._quantized else _track(step)
         return step, step.env[self._output]
+
+    def _prepare(self, step: Step, *, backward: bool) -> None:
+        for unit in self._units:
+            unit.prepare(step, backward=backward)
 
     def _skips(self) -> bool:
         return any(layer.rule.on_nonfinite == "skip" for layer in self.modules() if isinstance(layer, IntegerLayer))
@@ -171,10 +176,8 @@ def _track(step: Step) -> None:
             for norm, found in group:
                 norm.track(torch.from_numpy(found.mean), torch.from_numpy(found.deviation))
             continue
-        running = [t for norm, _ in group for t in (norm.running_mean, norm.running_deviation)]
-        batch = [torch.from_numpy(a) for _, found in group for a in (found.mean, found.deviation)]
-        torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, torch._foreach_mul(batch, momentum))
+        for norm, found in group:
+            found.track(norm.running_mean.numpy(), norm.running_deviation.numpy(), momentum)
         torch._foreach_add_([norm.num_batches_tracked for norm, _ in group], 1)
 
 
@@ -202,6 +205,7 @@ class _Step(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             ctx.value.deliver(gradient)
             ctx.value = None
+            ctx.network._prepare(step, backward=True)
             try:
                 while step.tape:
                     step.tape.pop()(step)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .pool import Pool
-from .values import Flow, Format, Normed, NotFiniteError, Real, Value, from_torch
+from .values import Flow, Format, Normed, NotFiniteError, Real, Shape, Value, from_torch
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
@@ -32,18 +32,21 @@ Sources = list[tuple[nn.Parameter, Tensor]]  # what gets a gradient, and what it
 class Step:
     """One pass.
 
-    env: values by node. tape: what the units do in the backward pass, in forward order. gradients: of parameters, by
-    identity. statistics: normalizations with what the engine found of their batches. wrap: makes values of torch's
-    results. real: dtype of floats; bfloat16 where torch's own operations run under autocast.
+    env: values by node. tape: what the units do in the backward pass, in forward order. ready: what units have
+    prepared, by identity. gradients: of parameters, by identity. statistics: normalizations with what the engine found
+    of their batches. wrap: makes values of torch's results. real: dtype of floats; bfloat16 where torch's own
+    operations run under autocast. threads: of the engine.
     """
 
     pool: Pool
     env: Env = field(default_factory=dict)
     tape: list[Backward] = field(default_factory=list)
+    ready: dict[int, Any] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     statistics: list[tuple[Any, Any]] = field(default_factory=list)
     wrap: Callable[[Tensor, Pool], Flow] = from_torch
     real: torch.dtype = torch.float32
+    threads: int = field(default_factory=torch.get_num_threads)
 
     def autocast(self) -> torch.autocast:
         """For torch's own operations between units. No casts are kept: these would outlive the step's graph."""
@@ -67,9 +70,61 @@ class Unit(ABC):
     reads: tuple[str, ...]
     result: str
 
+    def prepare(self, step: Step, *, backward: bool) -> None:  # noqa: B027  # most have nothing to prepare
+        """What does not depend on values, for all units before any of them runs: between two operations of the engine,
+        which leave nothing of Python in the caches, the same takes several times as long.
+        """
+
     @abstractmethod
     def run(self, step: Step) -> None:
         """Compute the result into step.env, and put the backward pass on the tape."""
+
+
+class _Operation:
+    """The engine's operation for the rule that a layer and a normalization have now."""
+
+    def __init__(self, layer: IntegerConv2d, norm: QuantizedL1BatchNorm, name: str) -> None:
+        found = norm.engine_rule()
+        if found is None:
+            raise ValueError(f"{type(norm).__name__} {name!r}: its rounding was exchanged; fuse the model again")
+        self.norm: NormRule = found
+        self._geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+        planar = self._geometry.planar(2)
+        gradient = Format(layer.rule.g, layer.rule.shift_groups)
+        self.engine = _engine.ConvNorm(
+            planar["stride"],
+            planar["dilation"],
+            planar["padding"],
+            layer.groups,
+            layer.rule.w,
+            layer.rule.method == "tensor",
+            found.bits,
+            found.l2,
+            found.eps,
+            found.factor,
+            gradient.bits,
+            gradient.groups,
+            gradient.absorbed,
+        )
+        self._sizes: dict[tuple[Any, ...], tuple[Shape, int, int]] = {}
+
+    def sizes(self, x: Value, source: Any, weight: NDArray[np.float32]) -> tuple[Shape, int, int]:
+        """Shape of the result; bytes of scratch memory, forward and backward."""
+        key = (*x.shape, type(x))
+        if key not in self._sizes:
+            height, width = self._geometry.output(x.shape[1:3], weight.shape[2:])
+            shape = (x.shape[0], height, width, weight.shape[0])
+            self._sizes[key] = (shape, *self.engine.scratch(source, shape))
+        return self._sizes[key]
+
+
+class _Ready(NamedTuple):
+    """What a unit prepares: its operation, its parameters, and memory for their gradients, if there will be any."""
+
+    operation: _Operation
+    parameters: tuple[NDArray[np.float32] | None, ...]  # weight, gamma, beta
+    gradients: tuple[Tensor | None, ...]
+    arrays: tuple[NDArray[np.float32] | None, ...]  # the gradients' memory
 
 
 @dataclass
@@ -84,128 +139,90 @@ class ConvNorm(Unit):
     rectified: bool
 
     def __post_init__(self) -> None:
-        self._made: tuple[Any, Any, Any, Any] = (None, None, None, None)
+        self._made: tuple[Any, _Operation | None] = (None, None)
 
-    def _unit(self) -> tuple[Any, NormRule, Geometry]:
-        """The engine's operation for the layer's present rule, the normalization's rule, the geometry."""
+    def _operation(self) -> _Operation:
         layer, norm = self.conv, self.norm
-        key = (layer.rule, layer.stride, layer.padding, layer.dilation, norm.rounding, norm.bits, norm.l2, norm.eps)
-        if self._made[0] == (*key, norm.l1_scale):
-            return self._made[1:]
-        rule = norm.engine_rule()
-        if rule is None:
-            raise ValueError(
-                f"{type(self.norm).__name__} {self.name!r}: its rounding was exchanged; fuse the model again"
-            )
-        geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-        planar = geometry.planar(2)
-        unit = _engine.ConvNorm(
-            planar["stride"],
-            planar["dilation"],
-            planar["padding"],
-            layer.groups,
-            layer.rule.w,
-            layer.rule.method == "tensor",
-            rule.bits,
-            rule.l2,
-            rule.eps,
-            rule.factor,
+        rule = (layer.rule, layer.stride, layer.padding, layer.dilation)
+        key = (*rule, norm.rounding, norm.bits, norm.l2, norm.eps, norm.l1_scale)
+        at, made = self._made
+        if made is None or at != key:
+            made = _Operation(layer, norm, self.name)
+            self._made = key, made
+        return made
+
+    def prepare(self, step: Step, *, backward: bool) -> None:
+        trained = (self.conv.weight, self.norm.weight, self.norm.bias)
+        gradients = tuple(
+            torch.empty(p.shape) if backward and p is not None and p.requires_grad else None for p in trained
         )
-        self._made = ((*key, norm.l1_scale), unit, rule, geometry)
-        return self._made[1:]
+        parameters = tuple(None if p is None else array(p.contiguous()) for p in trained)
+        step.ready[id(self)] = _Ready(self._operation(), parameters, gradients, tuple(map(array, gradients)))
 
     def run(self, step: Step) -> None:
         x: Value = step.env[self.reads[0]]
-        unit, _, geometry = self._unit()
-        layer, norm, pool = self.conv, self.norm, step.pool
+        operation, parameters, _, _ = step.ready[id(self)]
+        layer, pool = self.conv, step.pool
         try:
             signed = not (layer.rule.unsigned_nonneg and x.never_negative())
-            form = Format(layer.rule.a, layer.rule.shift_groups, signed, layer.rule.clip_ratio)
-            codes = x.codes(form)
+            source = x.input(Format(layer.rule.a, layer.rule.shift_groups, signed, layer.rule.clip_ratio))
         except NotFiniteError as error:
             raise NotFiniteError(f"{layer.state.name}: {error}") from error
-        weight = layer.weight.contiguous()
-        height, width = geometry.output(x.shape[1:3], (weight.shape[2], weight.shape[3]))
-        shape = (x.shape[0], height, width, weight.shape[0])
-        acc = pool.take(shape, np.int32)
-        inputs = pool.take((shape[0] * height * width, shape[3]), np.int8)
-        made, lost = unit.forward(
-            codes.data,
-            codes.range,
-            codes.unit,
-            codes.shift,
-            array(weight),
-            array(norm.weight),
-            array(norm.bias),
-            acc,
-            inputs,
-            FASTEST,
-            torch.get_num_threads(),
-        )
-        pool.give(acc)
+        shape, needed, _ = operation.sizes(x, source, parameters[0])
+        scratch = pool.take((needed,), np.uint8)
+        normed = pool.take(shape, np.int8)
+        made, lost = operation.engine.forward(source, *parameters, scratch, normed, FASTEST, step.threads)
+        pool.give(scratch)
         if made is None:
             raise NotFiniteError(f"{layer.state.name}: its {'weight' if lost == 'weight' else 'result'} is not finite")
-        step.statistics.append((norm, made))
-        value = Normed(made, inputs, self.rectified, shape, pool)
+        step.statistics.append((self.norm, made))
+        value = Normed(made, normed, self.rectified, shape, pool)
         step.env[self.result] = value
-        step.tape.append(lambda s: self._backward(s, x, form, value))
+        step.tape.append(lambda s: self._backward(s, x, source, value))
 
-    def _backward(self, step: Step, x: Value, inputs: Format, value: Normed) -> None:
+    def _backward(self, step: Step, x: Value, source: Any, value: Normed) -> None:
         if not value.gradient:
             value.release()
             return
-        unit, rule, _ = self._unit()
+        operation, parameters, gradients, arrays = step.ready[id(self)]
         layer, norm, pool = self.conv, self.norm, step.pool
         single = value.gradient.single()
         real, scale = single if single is not None else (value.gradient.total(pool)[0], None)
         known = None if self.rectified or single is None else value.gradient.range
-        form = Format(layer.rule.g, layer.rule.shift_groups)
-        codes = x.codes(inputs)
-        scratch, products = pool.take(value.rows, np.int8), pool.take(value.shape, np.uint8)
+        scratch = pool.take((operation.sizes(x, source, parameters[0])[2],), np.uint8)
         sums = self._sums(x, value, pool) if x.wanted else None
         factor = np.empty(x.shape[3], np.float32) if x.wanted else None
-        of_weight = torch.empty(layer.weight.shape) if layer.weight.requires_grad else None
-        lost = unit.backward(
+        lost = operation.engine.backward(
             value.norm,
-            value.inputs,
+            value.normed,
             real,
             scale,
             known,
             self.rectified,
-            rule.noise(),
-            form.bits,
-            form.groups,
-            form.absorbed,
+            operation.norm.noise(),
             noise_of(layer.rule.grad_rounding, layer.state.noise),
-            codes.data,
-            codes.range,
-            codes.shift,
-            codes.channel_scales(),
-            array(layer.weight.contiguous()),
+            source,
+            parameters[0],
             scratch,
-            products,
             sums,
             factor,
-            array(of_weight),
+            *arrays,
             FASTEST,
-            torch.get_num_threads(),
+            step.threads,
         )
         if single is None:
             pool.give(real)
         pool.give(scratch)
-        pool.give(products)
         value.release()
         if lost:
             owner = f"{type(norm).__name__} {self.name!r}" if lost == "norm" else layer.state.name
             what = "weight" if lost == "weight" else "gradient"
             raise NotFiniteError(f"{owner}: its {what} contains NaN or infinity")
-        for parameter, gradient in ((norm.weight, value.norm.weight_gradient), (norm.bias, value.norm.bias_gradient)):
-            if parameter is not None and parameter.requires_grad:
-                step.add(parameter, torch.from_numpy(gradient))
+        for parameter, gradient in zip((layer.weight, norm.weight, norm.bias), gradients, strict=True):
+            if gradient is not None:
+                step.add(parameter, gradient)
         if sums is not None and factor is not None:
             x.gradient.products.append((sums.reshape(x.rows), factor))
-        if of_weight is not None:
-            step.add(layer.weight, of_weight)
 
     @staticmethod
     def _sums(x: Value, value: Normed, pool: Pool) -> NDArray[np.int32]:
@@ -237,7 +254,7 @@ class Join(Unit):
         pool, count = step.pool, normed.rows[0] * normed.rows[1]
         out = pool.take(normed.rows, np.float32)
         bits = pool.take(((count + 7) // 8,), np.uint8) if self.rectified else None
-        ranges = normed.norm.to_f32(normed.inputs, self.rectified, other.real(), out, bits)
+        ranges = normed.norm.to_f32(normed.normed_rows(), self.rectified, other.real(), out, bits)
         value = Real(out, normed.shape, pool, escaped=False, rectified=self.rectified, ranges=ranges)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, normed, other, value, bits))
@@ -280,7 +297,7 @@ class MaxPool(Unit):
         shape, pool = (n, height, width, c), step.pool
         window = ((h, w), self.kernel, self.stride, self.padding)
         out, places = pool.take(shape, np.float32), pool.take(shape, np.uint8)
-        ranges = normed.norm.max_pool(normed.inputs, normed.rectified, window, out, places)
+        ranges = normed.norm.max_pool(normed.normed_rows(), normed.rectified, window, out, places)
         rows = out.reshape(n * height * width, c)
         value = Real(rows, shape, pool, escaped=False, rectified=normed.rectified, ranges=ranges)
         step.env[self.result] = value

@@ -135,11 +135,11 @@ class Gradient:
             out = pool.take(tuple(first.shape), np.float32)
         isa, threads = FASTEST, torch.get_num_threads()
         to, keep = out, bits
-        ranges = _engine.join(first, scale, add, None if rest else keep, to, isa, threads)
+        largest = _engine.join(first, scale, add, None if rest else keep, to, isa, threads)
         for i, (other, factor) in enumerate(rest):
             last = i + 1 == len(rest)
-            ranges = _engine.join(other, factor, to, keep if last else None, to, isa, threads)
-        return out, float(ranges.max())
+            largest = _engine.join(other, factor, to, keep if last else None, to, isa, threads)
+        return out, largest
 
     def release(self, pool: Pool) -> None:
         """Give all summands back."""
@@ -191,7 +191,6 @@ class Value(Flow):
         self.shape, self.pool = shape, pool
         self.gradient = Gradient()
         self.wanted, self.escaped = True, False
-        self._codes: dict[Format, Codes] = {}
         self._real: NDArray[np.float32] | None = None
 
     @property
@@ -199,12 +198,6 @@ class Value(Flow):
         """Shape as rows of channels."""
         n, h, w, c = self.shape
         return n * h * w, c
-
-    def codes(self, form: Format) -> Codes:
-        """Codes to nearest, made once a format."""
-        if form not in self._codes:
-            self._codes[form] = self._make_codes(form)
-        return self._codes[form]
 
     def real(self) -> NDArray[np.float32]:
         """float32 (rows, channels)."""
@@ -220,9 +213,6 @@ class Value(Flow):
 
     def release(self) -> None:
         """All that reads it has run, backward pass included."""
-        for codes in self._codes.values():
-            self.pool.give(codes.data)
-        self._codes.clear()
         self.gradient.release(self.pool)
 
     def as_leaf(self) -> Tensor:
@@ -248,7 +238,8 @@ class Value(Flow):
         """Whether no element is below 0."""
 
     @abstractmethod
-    def _make_codes(self, form: Format) -> Codes: ...
+    def input(self, form: Format) -> Any:
+        """What a convolution reads, forward and backward, as codes to nearest: _engine.ConvInput."""
 
     @abstractmethod
     def _make_real(self) -> NDArray[np.float32]: ...
@@ -273,11 +264,25 @@ class Real(Value):
         super().__init__(shape, pool)
         self._real, self.escaped = real, escaped
         self._rectified, self._ranges = rectified, ranges
+        self._inputs: dict[Format, tuple[NDArray[Any], Any]] = {}  # kept codes
 
     def never_negative(self) -> bool:
         if not self._rectified and self._real is not None:
             self._rectified = bool(self._real.min() >= 0)
         return self._rectified
+
+    def input(self, form: Format) -> Any:
+        if form not in self._inputs:
+            codes = self._make_codes(form)
+            made = _engine.ConvInput(codes.data, codes.range, codes.unit, codes.shift, codes.channel_scales())
+            self._inputs[form] = codes.data, made
+        return self._inputs[form][1]
+
+    def release(self) -> None:
+        super().release()
+        for data, _ in self._inputs.values():
+            self.pool.give(data)
+        self._inputs.clear()
 
     def _make_codes(self, form: Format) -> Codes:
         out = self.pool.take(self.shape, np.uint8)
@@ -305,46 +310,41 @@ class Real(Value):
 class Normed(Value):
     """The result of a normalization, made of its input's codes whenever somebody asks for it.
 
-    norm: the engine's. inputs: int8 (rows, channels), taken from the pool. rectified: max(0, .) of it.
+    norm: the engine's. normed: int8 of this shape, the normalized codes, taken from the pool. rectified: max(0, .) of
+    the result.
     """
 
-    def __init__(self, norm: Any, inputs: NDArray[np.int8], rectified: bool, shape: Shape, pool: Pool) -> None:
+    def __init__(self, norm: Any, normed: NDArray[np.int8], rectified: bool, shape: Shape, pool: Pool) -> None:
         super().__init__(shape, pool)
-        self.norm, self.inputs, self.rectified = norm, inputs, rectified
+        self.norm, self.normed, self.rectified = norm, normed, rectified
 
     def never_negative(self) -> bool:
         return self.rectified or bool(self.real().min() >= 0)
 
-    def _make_codes(self, form: Format) -> Codes:
-        out = self.pool.take(self.shape, np.uint8)
-        scale, exponents = self.norm.to_codes(
-            self.inputs,
+    def input(self, form: Format) -> Any:
+        return _engine.ConvInput(
+            self.norm,
+            self.normed,
             self.rectified,
             form.bits,
             form.groups,
             form.signed,
             form.absorbed,
             form.clip_ratio,
-            None,
-            out.reshape(self.rows),
         )
-        unsigned = self.rectified or not form.signed
-        return Codes(out if unsigned else out.view(np.int8), scale, exponents, form)
+
+    def normed_rows(self) -> NDArray[np.int8]:
+        """The normalized codes as (rows, channels)."""
+        return self.normed.reshape(self.rows)
 
     def _make_real(self) -> NDArray[np.float32]:
         out = self.pool.take(self.rows, np.float32)
-        self.norm.to_f32(self.inputs, self.rectified, None, out, None)
+        self.norm.to_f32(self.normed_rows(), self.rectified, None, out, None)
         return out
-
-    def forget(self) -> None:
-        super().forget()
-        for codes in self._codes.values():  # sooner made again than kept
-            self.pool.give(codes.data)
-        self._codes.clear()
 
     def release(self) -> None:
         super().release()
-        self.pool.give(self.inputs)
+        self.pool.give(self.normed)
 
 
 class Plain(Flow):
