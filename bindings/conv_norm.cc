@@ -20,7 +20,8 @@ using bitstrata::Status;
 using bitstrata::WeightScales;
 
 using Bytes = Out<uint8_t, 1>;
-using Maps = std::array<int64_t, 4>;  // batch, height, width, channels
+using Pooled = std::optional<std::tuple<In<uint8_t, 4>, PoolWindow>>;  // places of the maxima
+using Maps = std::array<int64_t, 4>;                                   // batch, height, width, channels
 using Codes = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Pair = std::tuple<int64_t, int64_t>;
 using Range = std::tuple<int32_t, int32_t>;
@@ -136,16 +137,21 @@ class ConvNorm {
     return {nb::cast(new BoundNorm(std::move(norm)), nb::rv_policy::take_ownership), ""};
   }
 
-  std::string backward(BoundNorm& norm, In<int8_t, 4> codes, Matrix gradient, Vector scale, std::optional<float> range,
-                       bool rectified, NoiseKey noise, NoiseKey product_noise, const Input& x, In<float, 4> weight,
-                       Bytes scratch, std::optional<Out<int32_t, 4>> input, std::optional<Out<float, 1>> input_factor,
-                       std::optional<Out<float, 4>> of_weight, std::optional<Out<float, 1>> of_gamma,
-                       std::optional<Out<float, 1>> of_beta, const std::string& isa, int threads) {
+  std::string backward(BoundNorm& norm, In<int8_t, 4> codes, Matrix gradient, Pooled pooled, Vector scale,
+                       std::optional<float> range, bool rectified, NoiseKey noise, NoiseKey product_noise,
+                       const Input& x, In<float, 4> weight, Bytes scratch, std::optional<Out<int32_t, 4>> input,
+                       std::optional<Out<float, 1>> input_factor, std::optional<Out<float, 4>> of_weight,
+                       std::optional<Out<float, 1>> of_gamma, std::optional<Out<float, 1>> of_beta,
+                       const std::string& isa, int threads) {
     const ProductShape s = shape(x, codes, weight);
     const Rows& rows = norm.norm().rows();
     if (rows.rows != s.batch * s.out_h * s.out_w || rows.channels != s.out_c)
       fail("the normalization is of another batch");
-    check_size("gradient", gradient, rows);
+    std::optional<bitstrata::PooledGradient> pooling;
+    if (pooled.has_value())
+      pooling = pooled_gradient(*pooled, s, gradient);
+    else
+      check_size("gradient", gradient, rows);
     check_scratch(scratch, bitstrata::conv_norm_backward_scratch(s, x.get()));
     if (input.has_value() != input_factor.has_value()) fail("input and input_factor must be given together");
     for (size_t d = 0; d < 4; ++d) {
@@ -162,8 +168,13 @@ class ConvNorm {
     const auto first = noise_of(noise), second = noise_of(product_noise);
     const RealTensor real = bindings::real(gradient, scale);
     if (real.bf16 != nullptr) fail("the gradient must be float32 or int32");
-    const ConvNormGradient g{
-        real, range.has_value() ? &*range : nullptr, rectified, pointer(first), gradient_, pointer(second)};
+    const ConvNormGradient g{real,
+                             pooling.has_value() ? &*pooling : nullptr,
+                             range.has_value() ? &*range : nullptr,
+                             rectified,
+                             pointer(first),
+                             gradient_,
+                             pointer(second)};
     const ConvNormResult out{scratch.data(),     data_of(input),    data_of(input_factor),
                              data_of(of_weight), data_of(of_gamma), data_of(of_beta)};
     const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
@@ -184,6 +195,20 @@ class ConvNorm {
     if (size(y, 0) != s.batch) fail("input and output have different batches");
     if (size(w, 1) * groups_ != s.in_c || size(w, 0) != s.out_c) fail("the weight does not fit input and output");
     return s;
+  }
+
+  static bitstrata::PooledGradient pooled_gradient(const std::tuple<In<uint8_t, 4>, PoolWindow>& pooled,
+                                                   const ProductShape& s, const Matrix& gradient) {
+    const auto& [places, window] = pooled;
+    const bitstrata::PooledGradient out{pool_map(window, places), places.data()};
+    const bitstrata::PoolMap& m = out.map;
+    const auto size = [](const auto& a, size_t d) { return static_cast<int64_t>(a.shape(d)); };
+    if (size(places, 0) != s.batch || m.in_h != s.out_h || m.in_w != s.out_w || m.channels != s.out_c)
+      fail("places must be of the pooling of the result");
+    if (gradient.dtype() != nb::dtype<float>() || size(gradient, 0) != s.batch * m.out_h * m.out_w ||
+        size(gradient, 1) != m.channels)
+      fail("the gradient of a pooling must be float32, of the shape of places");
+    return out;
   }
 
   static void check_scratch(const Bytes& scratch, size_t bytes) {
@@ -223,8 +248,8 @@ void bind_conv_norm(nb::module_& m) {
       .def("forward", &ConvNorm::forward, "x"_a, "weight"_a.noconvert(), "gamma"_a.noconvert().none(),
            "beta"_a.noconvert().none(), "scratch"_a.noconvert(), "codes"_a.noconvert(), "isa"_a, "threads"_a)
       .def("backward", &ConvNorm::backward, "norm"_a, "codes"_a.noconvert(), "gradient"_a.noconvert(),
-           "scale"_a.noconvert().none(), "range"_a.none(), "rectified"_a, "noise"_a.none(), "product_noise"_a.none(),
-           "x"_a, "weight"_a.noconvert(), "scratch"_a.noconvert(), "input"_a.noconvert().none(),
-           "input_factor"_a.noconvert().none(), "of_weight"_a.noconvert().none(), "of_gamma"_a.noconvert().none(),
-           "of_beta"_a.noconvert().none(), "isa"_a, "threads"_a);
+           "pooled"_a.none(), "scale"_a.noconvert().none(), "range"_a.none(), "rectified"_a, "noise"_a.none(),
+           "product_noise"_a.none(), "x"_a, "weight"_a.noconvert(), "scratch"_a.noconvert(),
+           "input"_a.noconvert().none(), "input_factor"_a.noconvert().none(), "of_weight"_a.noconvert().none(),
+           "of_gamma"_a.noconvert().none(), "of_beta"_a.noconvert().none(), "isa"_a, "threads"_a);
 }

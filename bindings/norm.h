@@ -94,8 +94,8 @@ class BoundNorm {
     if (t.bf16 != nullptr) fail("the gradient must be float32 or int32");
     const auto noise = noise_of(key);
     nb::gil_scoped_release unlocked;
-    differentiated_ =
-        norm_.backward(t, range.has_value() ? &*range : nullptr, codes.data(), rectify, pointer(noise), out.data());
+    differentiated_ = norm_.backward(t, nullptr, range.has_value() ? &*range : nullptr, codes.data(), rectify,
+                                     pointer(noise), out.data());
     return differentiated_;
   }
 

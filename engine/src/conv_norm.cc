@@ -66,7 +66,7 @@ size_t conv_norm_forward_scratch(const ProductShape& s, const ConvInput& x) {
   return input_scratch(s, x) + aligned(4 * results(s));
 }
 size_t conv_norm_backward_scratch(const ProductShape& s, const ConvInput& x) {
-  return input_scratch(s, x) + 2 * aligned(results(s));
+  return input_scratch(s, x) + aligned(results(s));
 }
 
 std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, const ProductShape& s,
@@ -102,8 +102,8 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
                           const ConvNormGradient& g, const ConvInput& input, const ConvWeight& weight,
                           const ConvNormResult& out) {
   uint8_t* product_codes = out.scratch + input_scratch(s, input);
-  int8_t* normed = reinterpret_cast<int8_t*>(product_codes + aligned(results(s)));
-  if (!norm.backward(g.real, g.range, codes, g.rectified, g.noise, normed)) return Status::kNorm;
+  int8_t* normed = reinterpret_cast<int8_t*>(product_codes);  // the codes of one gradient in the place of the other's
+  if (!norm.backward(g.real, g.pooled, g.range, codes, g.rectified, g.noise, normed)) return Status::kNorm;
   const ShiftGrid grid = norm.gradient_codes(normed, codes, g.format, g.product_noise, product_codes);
   if (std::isnan(grid.scale)) return Status::kProduct;
   const Made gradient = made(grid, g.format, true, product_codes);

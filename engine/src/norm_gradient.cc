@@ -6,26 +6,76 @@
 
 namespace bitstrata {
 
-float Norm::gradient_range(const RealTensor& g, const float* scale, const int8_t* codes, bool rectify) const {
+namespace {
+
+// Rows first to last - 1 of a pooling's input as maps of their own, and the windows that reach into them.
+struct Strip {
+  Strip(const PoolMap& s, int64_t first, int64_t last) : map(s) {
+    const int64_t before = first + s.pad_h - s.kernel_h + 1;  // from the first window to the first that is wanted
+    windows = before > 0 ? (before + s.stride_h - 1) / s.stride_h : 0;
+    const int64_t end = std::min((last - 1 + s.pad_h) / s.stride_h + 1, s.out_h);
+    map.in_h = last - first;
+    map.out_h = std::max<int64_t>(end - windows, 0);
+    map.pad_h = s.pad_h + first - windows * s.stride_h;
+  }
+  PoolMap map;
+  int64_t windows;  // the first
+};
+
+}  // namespace
+
+template <typename Body>
+void Norm::each_gradient(const RealTensor& g, const PooledGradient* pooled, const Body& body) const {
+  if (pooled == nullptr) {
+    for_blocks(rows_, [&](int64_t at, int64_t count) {
+      RealTensor part = g;
+      if (g.i32 != nullptr)
+        part.i32 += at;
+      else
+        part.f32 += at;
+      body(part, at, count);
+    });
+    return;
+  }
+  constexpr int64_t kElements = 1 << 15;  // of a strip: half of what a core's own cache holds
+  const PoolMap& s = pooled->map;
+  const int64_t row = s.in_w * s.channels, rows = std::max<int64_t>(kElements / row, 1);
+  const int64_t strips = (s.in_h + rows - 1) / rows, images = rows_.rows / (s.in_h * s.in_w);
+  parallel_for(rows_.threads, images * strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> made(static_cast<size_t>(std::min(rows, s.in_h) * row));
+    RealTensor part;
+    part.f32 = made.data();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / strips, first = i % strips * rows, last = std::min(first + rows, s.in_h);
+      const Strip strip(s, first, last);
+      const int64_t from = image * s.out_size() + strip.windows * s.out_w * s.channels;
+      rows_.kernels.training->max_pool_gradient(g.f32 + from, pooled->places + from, strip.map, made.data());
+      body(part, image * s.in_size() + first * row, (last - first) * row);
+    }
+  });
+}
+
+float Norm::gradient_range(const RealTensor& g, const PooledGradient* pooled, const float* scale, const int8_t* codes,
+                           bool rectify) const {
   const Training& k = *rows_.kernels.training;
   const auto& pass = rectify ? pass_ : whole_;
   std::mutex mutex;
   float top = 0;
-  for_blocks(rows_, [&](int64_t at, int64_t count) {
+  each_gradient(g, pooled, [&](const RealTensor& from, int64_t at, int64_t count) {
     std::vector<float> part(static_cast<size_t>(period_), 0.0f);
     const PassArgs by{pass[0].data(), pass[1].data()};
-    if (g.i32 != nullptr)
-      k.gradient_range_i32(g.i32 + at, codes + at, count, period_, scale, by, part.data());
+    if (from.i32 != nullptr)
+      k.gradient_range_i32(from.i32, codes + at, count, period_, scale, by, part.data());
     else
-      k.gradient_range_f32(g.f32 + at, codes + at, count, period_, scale, by, part.data());
+      k.gradient_range_f32(from.f32, codes + at, count, period_, scale, by, part.data());
     std::lock_guard<std::mutex> lock(mutex);
     for (float v : part) top = larger(top, v);
   });
   return top;
 }
 
-bool Norm::backward(const RealTensor& gradient, const float* range, const int8_t* codes, bool rectify,
-                    const Noise* noise, int8_t* out) {
+bool Norm::backward(const RealTensor& gradient, const PooledGradient* pooled, const float* range, const int8_t* codes,
+                    bool rectify, const Noise* noise, int8_t* out) {
   const Training& k = *rows_.kernels.training;
   const size_t wide = static_cast<size_t>(period_);
   const auto& pass = rectify ? pass_ : whole_;
@@ -33,7 +83,7 @@ bool Norm::backward(const RealTensor& gradient, const float* range, const int8_t
   if (gradient.scale != nullptr)
     scale = repeated(std::vector<float>(gradient.scale, gradient.scale + rows_.channels), period_);
   const float* by = scale.empty() ? nullptr : scale.data();
-  const float top = range ? *range : gradient_range(gradient, by, codes, rectify);
+  const float top = range ? *range : gradient_range(gradient, pooled, by, codes, rectify);
   if (!std::isfinite(top)) return false;
   const float step = Symmetric::step_of(top, bound()), inverse = 1.0f / step;
   std::vector<int64_t> sums[2];
@@ -43,7 +93,7 @@ bool Norm::backward(const RealTensor& gradient, const float* range, const int8_t
     most_g_[s].assign(wide, -128);
   }
   std::mutex mutex;
-  for_blocks(rows_, [&](int64_t at, int64_t count) {
+  each_gradient(gradient, pooled, [&](const RealTensor& g, int64_t at, int64_t count) {
     std::vector<int64_t> part[2];
     for (auto& s : part) s.assign(wide, 0);
     std::vector<int8_t> low[3], high[3];
@@ -57,12 +107,10 @@ bool Norm::backward(const RealTensor& gradient, const float* range, const int8_t
     const Noise from = moved(noise, at);
     const Noise* with = noise ? &from : nullptr;
     const PassArgs passes{pass[0].data(), pass[1].data()};
-    if (gradient.i32 != nullptr)
-      k.gradient_codes_i32(gradient.i32 + at, codes + at, count, period_, by, inverse, bound(), with, passes, out + at,
-                           to);
+    if (g.i32 != nullptr)
+      k.gradient_codes_i32(g.i32, codes + at, count, period_, by, inverse, bound(), with, passes, out + at, to);
     else
-      k.gradient_codes_f32(gradient.f32 + at, codes + at, count, period_, by, inverse, bound(), with, passes, out + at,
-                           to);
+      k.gradient_codes_f32(g.f32, codes + at, count, period_, by, inverse, bound(), with, passes, out + at, to);
     std::lock_guard<std::mutex> lock(mutex);
     add_to(sums[0], part[0]);
     add_to(sums[1], part[1]);

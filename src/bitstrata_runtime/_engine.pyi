@@ -366,6 +366,7 @@ class ConvNorm:
         norm: Norm,
         codes: Array,
         gradient: Array,
+        pooled: tuple[Array, PoolWindow] | None,
         scale: Array | None,
         range: float | None,
         rectified: bool,
@@ -382,7 +383,9 @@ class ConvNorm:
         isa: str,
         threads: int,
     ) -> str:
-        """What was not finite: "weight", "norm" or "product"; "" for nothing."""
+        """What was not finite: "weight", "norm" or "product"; "" for nothing. pooled: places of the maxima of a pooling
+        of the result; then `gradient` is the pooling's.
+        """
 
 # Quantization-aware training. x: rows of channels, (rows, channels), int16 or int32 sums, float32, or bfloat16 as
 # uint16; it stands for u = max(x * scale + offset, 0 if rectified), with scale and offset float32 (channels,). `real`

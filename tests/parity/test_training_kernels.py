@@ -133,6 +133,8 @@ def check_norm(
         found, exponents = norm.gradient_codes(of_y, codes, 4, 4, False, (7, 1), small)
         assert torch.equal(small.view(torch.int8), rows(want.codes))
         assert (found, exponents.tolist()) == (float(want.scale), want.exponents.tolist())
+        norm.gradient_codes(of_y, codes, 4, 4, False, (7, 1), of_y.view(torch.uint8))  # in the gradient's place
+        assert torch.equal(of_y, rows(want.codes))
 
 
 NORMS = {
@@ -180,6 +182,9 @@ def test_norm_of_sums_and_join(shape, seed, add, mask):
         largest = _engine.join(sums, scale, other, bits, out, isa, 2)
         assert torch.equal(out, want)
         assert largest == float(want.abs().max())
+        in_place = sums.clone()
+        _engine.join(in_place, scale, other, bits, in_place.view(torch.float32), isa, 2)
+        assert torch.equal(in_place.view(torch.float32), want)
         norm, codes = _engine.Norm(*sums.shape, 8, False, 1e-5, 1.0, None, None, isa, 2), torch.empty_like(expected)
         norm.forward(sums, scale, sums.amin(0), sums.amax(0), codes)
         assert torch.equal(codes, expected)

@@ -70,6 +70,18 @@ def test_equal_to_the_unfused_network(pool, rectified, also):
         assert torch.equal(own.grad, other.grad)
 
 
+@pytest.mark.parametrize("pool", [name for name, (_, fusable) in POOLS.items() if fusable])
+def test_gradients_made_in_strips_of_large_maps(pool):
+    torch.manual_seed(3)
+    x = torch.randn(2, 3, 131, 61)  # 12 channels: strips of 44 rows, the last one shorter
+    model = bs.integer_(Network(POOLS[pool][0], True), x).train()
+    twin = copy.deepcopy(model)
+    for network in (bs.fuse(model), twin):
+        network(x).square().sum().backward()
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
+
+
 @pytest.mark.parametrize("isa", bs_runtime.available_isas())
 def test_equal_on_every_instruction_set(isa, monkeypatch):
     torch.manual_seed(2)

@@ -49,11 +49,12 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels&, int threads, const Produ
                                         uint8_t* scratch, int8_t* codes, Status* status);
 
 struct ConvNormGradient {
-  RealTensor real;     // of the result
-  const float* range;  // its largest magnitude, or null
-  bool rectified;      // the result was
-  const Noise* noise;  // of its codes; null for nearest
-  ShiftFormat format;  // of the products' gradient
+  RealTensor real;               // of the result, or of its maximum pooling
+  const PooledGradient* pooled;  // then, else null
+  const float* range;            // its largest magnitude, or null
+  bool rectified;                // the result was
+  const Noise* noise;            // of its codes; null for nearest
+  ShiftFormat format;            // of the products' gradient
   const Noise* product_noise;
 };
 

@@ -81,6 +81,13 @@ struct NormOptions {
   double factor = 1;  // of the mean absolute deviation
 };
 
+// Where maxima were: with their gradient, all that is needed of a maximum pooling's gradient. Stretches of the
+// pooling's input are made of it where they are read, so that it is never in memory as a whole.
+struct PooledGradient {
+  PoolMap map;            // whose kernel_h * kernel_w is at most 256
+  const uint8_t* places;  // (images, out_h, out_w, channels)
+};
+
 // One normalization of one batch. The normalized input's codes, once made, are the caller's to keep and to pass again.
 class Norm {
  public:
@@ -98,11 +105,12 @@ class Norm {
   // Moves running statistics towards the batch's: running * (1 - share) + batch * share, each operation rounded.
   void track(float* mean, float* deviation, double share) const;
 
-  // Codes of the gradient of the result, or, if `rectify`, of the rectified result. range: of the gradient where it is
-  // known (and not rectified), else null. False if it is not finite.
-  bool backward(const RealTensor& gradient, const float* range, const int8_t* codes, bool rectify, const Noise*,
-                int8_t* out);
-  // Then the gradient of x.
+  // Codes of the gradient of the result, or, if `rectify`, of the rectified result. pooled: the gradient is that of the
+  // maximum pooling of it, in float32; else null. range: of the gradient where it is known (and not rectified), else
+  // null. False if it is not finite.
+  bool backward(const RealTensor& gradient, const PooledGradient* pooled, const float* range, const int8_t* codes,
+                bool rectify, const Noise*, int8_t* out);
+  // Then the gradient of x; the codes may take the place of the gradient's.
   void gradient_f32(const int8_t* gradient, const int8_t* codes, float* out) const;
   ShiftGrid gradient_codes(const int8_t* gradient, const int8_t* codes, const ShiftFormat&, const Noise*,
                            uint8_t* out) const;
@@ -120,7 +128,11 @@ class Norm {
                  const std::vector<int32_t>& most, int8_t* codes);
   float result(std::size_t channel, int32_t h) const;
   AffineArgs affine(bool rectify) const;
-  float gradient_range(const RealTensor&, const float* scale, const int8_t* codes, bool rectify) const;
+  // Calls body(stretch of the gradient, its first element, number of elements) for all of it, by several threads.
+  template <typename Body>
+  void each_gradient(const RealTensor&, const PooledGradient*, const Body&) const;
+  float gradient_range(const RealTensor&, const PooledGradient*, const float* scale, const int8_t* codes,
+                       bool rectify) const;
   void gradient_constants(float step, const std::vector<int64_t>& sum_g, const std::vector<int64_t>& sum_gh);
 
   Rows rows_;

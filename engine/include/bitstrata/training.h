@@ -121,7 +121,8 @@ struct Training {
   // The gradient of the pooled map's input: sums over windows in the order of their pixels.
   void (*max_pool_gradient)(const float* g, const uint8_t* places, const PoolMap&, float* out);
 
-  // g = x * scale[c] (+ add) where `bits` is 1, else 0; scale, add, bits null for none; most = max |g|.
+  // g = x * scale[c] (+ add) where `bits` is 1, else 0; scale, add, bits null for none; most = max |g|. out may be the
+  // memory of x or of add.
   void (*join_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, const float* add,
                    const uint8_t* bits, float* out, float* most);
   void (*join_f32)(const float* x, int64_t count, int64_t period, const float* scale, const float* add,
@@ -144,7 +145,7 @@ struct Training {
   void (*l2_gradient)(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L2GradientArgs&,
                       float* out);
   void (*l1_gradient_codes)(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs&,
-                            const CodeArgs&, uint8_t* out);
+                            const CodeArgs&, uint8_t* out);  // which may be g
 
   LayerKernels layer;  // of the layer normalization
   FakeKernels fake;    // of fake quantization

@@ -21,10 +21,11 @@ from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .pool import Pool
-from .values import Flow, Format, Normed, NotFiniteError, Real, Shape, Value, from_torch
+from .values import Flow, Format, Normed, NotFiniteError, Pooled, Real, Shape, Value, from_torch
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
+LARGE = 1 << 20  # bytes of a weight: its gradient takes memory of the pool when it is computed, not before
 Sources = list[tuple[nn.Parameter, Tensor]]  # what gets a gradient, and what it is taken of
 
 
@@ -119,12 +120,12 @@ class _Operation:
 
 
 class _Ready(NamedTuple):
-    """What a unit prepares: its operation, its parameters, and memory for their gradients, if there will be any."""
+    """What a unit prepares: its operation, parameters, and memory for their gradients except that of a large weight."""
 
     operation: _Operation
     parameters: tuple[NDArray[np.float32] | None, ...]  # weight, gamma, beta
-    gradients: tuple[Tensor | None, ...]
-    arrays: tuple[NDArray[np.float32] | None, ...]  # the gradients' memory
+    gradients: list[Tensor | None]
+    arrays: list[NDArray[np.float32] | None]  # the gradients' memory
 
 
 @dataclass
@@ -153,11 +154,12 @@ class ConvNorm(Unit):
 
     def prepare(self, step: Step, *, backward: bool) -> None:
         trained = (self.conv.weight, self.norm.weight, self.norm.bias)
-        gradients = tuple(
-            torch.empty(p.shape) if backward and p is not None and p.requires_grad else None for p in trained
-        )
+        gradients = [
+            torch.empty(p.shape) if backward and p is not None and p.requires_grad and p.nbytes < LARGE else None
+            for p in trained
+        ]
         parameters = tuple(None if p is None else array(p.contiguous()) for p in trained)
-        step.ready[id(self)] = _Ready(self._operation(), parameters, gradients, tuple(map(array, gradients)))
+        step.ready[id(self)] = _Ready(self._operation(), parameters, gradients, [array(g) for g in gradients])
 
     def run(self, step: Step) -> None:
         x: Value = step.env[self.reads[0]]
@@ -186,16 +188,26 @@ class ConvNorm(Unit):
             return
         operation, parameters, gradients, arrays = step.ready[id(self)]
         layer, norm, pool = self.conv, self.norm, step.pool
-        single = value.gradient.single()
-        real, scale = single if single is not None else (value.gradient.total(pool)[0], None)
-        known = None if self.rectified or single is None else value.gradient.range
+        single, pooled, total = value.gradient.single(), None, None
+        if isinstance(single, Pooled):
+            real, scale, pooled = single.rows, None, (single.places, single.window)
+        elif single is not None:
+            real, scale = single
+        else:
+            total, _ = value.gradient.total(pool)
+            real, scale = total, None
+        known = None if self.rectified or pooled or total is not None else value.gradient.range
         scratch = pool.take((operation.sizes(x, source, parameters[0])[2],), np.uint8)
         sums = self._sums(x, value, pool) if x.wanted else None
         factor = np.empty(x.shape[3], np.float32) if x.wanted else None
+        if layer.weight.requires_grad and arrays[0] is None:
+            arrays[0] = pool.take(layer.weight.shape, np.float32)
+            gradients[0] = torch.from_numpy(arrays[0])
         lost = operation.engine.backward(
             value.norm,
             value.normed,
             real,
+            pooled,
             scale,
             known,
             self.rectified,
@@ -210,8 +222,8 @@ class ConvNorm(Unit):
             FASTEST,
             step.threads,
         )
-        if single is None:
-            pool.give(real)
+        if total is not None:
+            pool.give(total)
         pool.give(scratch)
         value.release()
         if lost:
@@ -307,16 +319,7 @@ class MaxPool(Unit):
     def _backward(step: Step, normed: Normed, value: Real, places: NDArray[np.uint8], window: Any) -> None:
         if value.gradient:
             total, _ = value.gradient.total(step.pool)
-            rows = step.pool.take(normed.rows, np.float32)
-            _engine.max_pool_gradient(
-                total.reshape(value.shape),
-                places,
-                window,
-                rows.reshape(normed.shape),
-                FASTEST,
-                torch.get_num_threads(),
-            )
-            step.pool.give(total)
-            normed.gradient.append(rows)
-        step.pool.give(places)
+            normed.gradient.append(Pooled(total, places, window))
+        else:
+            step.pool.give(places)
         value.release()
