@@ -40,6 +40,13 @@ const char* text_of(Status s) {
   }
 }
 
+template <typename Array>
+Maps maps_of(const Array& x) {
+  Maps maps;
+  for (size_t d = 0; d < 4; ++d) maps[d] = static_cast<int64_t>(x.shape(d));
+  return maps;
+}
+
 // What a convolution reads, forward and backward; keeps what it refers to.
 class Input {
  public:
@@ -71,13 +78,6 @@ class Input {
   const bitstrata::ConvInput& get() const { return input_; }
 
  private:
-  template <typename Array>
-  static Maps maps_of(const Array& x) {
-    Maps maps;
-    for (size_t d = 0; d < 4; ++d) maps[d] = static_cast<int64_t>(x.shape(d));
-    return maps;
-  }
-
   Maps maps_;
   bitstrata::ConvInput input_;
   std::optional<Codes> codes_;
@@ -109,11 +109,8 @@ class ConvNorm {
   }
 
   // Bytes of scratch memory, forward and backward.
-  std::tuple<size_t, size_t> scratch(const Input& x, const Maps& result) const {
-    ProductShape s = shape_;
-    const auto& in = x.maps();
-    s.batch = in[0], s.in_h = in[1], s.in_w = in[2], s.in_c = in[3];
-    s.out_h = result[1], s.out_w = result[2], s.out_c = result[3];
+  std::tuple<size_t, size_t> scratch(const Input& x, In<float, 4> weight, const Maps& result) const {
+    const ProductShape s = shape(x, result, weight);
     return {bitstrata::conv_norm_forward_scratch(s, x.get()), bitstrata::conv_norm_backward_scratch(s, x.get())};
   }
 
@@ -121,7 +118,7 @@ class ConvNorm {
   std::tuple<nb::object, std::string> forward(const Input& x, In<float, 4> weight, Vector gamma, Vector beta,
                                               Bytes scratch, Out<int8_t, 4> codes, const std::string& isa,
                                               int threads) {
-    const ProductShape s = shape(x, codes, weight);
+    const ProductShape s = shape(x, maps_of(codes), weight);
     const size_t c = static_cast<size_t>(s.out_c);
     const float *g = channels_or_null("gamma", gamma, c), *b = channels_or_null("beta", beta, c);
     check_scratch(scratch, bitstrata::conv_norm_forward_scratch(s, x.get()));
@@ -143,7 +140,7 @@ class ConvNorm {
                        std::optional<Out<float, 1>> input_factor, std::optional<Out<float, 4>> of_weight,
                        std::optional<Out<float, 1>> of_gamma, std::optional<Out<float, 1>> of_beta,
                        const std::string& isa, int threads) {
-    const ProductShape s = shape(x, codes, weight);
+    const ProductShape s = shape(x, maps_of(codes), weight);
     const Rows& rows = norm.norm().rows();
     if (rows.rows != s.batch * s.out_h * s.out_w || rows.channels != s.out_c)
       fail("the normalization is of another batch");
@@ -184,16 +181,15 @@ class ConvNorm {
   }
 
  private:
-  template <typename Y>
-  ProductShape shape(const Input& x, const Y& y, const In<float, 4>& w) const {
-    const auto size = [](const auto& a, size_t d) { return static_cast<int64_t>(a.shape(d)); };
+  ProductShape shape(const Input& x, const Maps& out, const In<float, 4>& w) const {
+    const auto size = [&](size_t d) { return static_cast<int64_t>(w.shape(d)); };
+    const Maps& in = x.maps();
     ProductShape s = shape_;
-    const auto& in = x.maps();
     s.batch = in[0], s.in_h = in[1], s.in_w = in[2], s.in_c = in[3];
-    s.out_h = size(y, 1), s.out_w = size(y, 2), s.out_c = size(y, 3);
-    s.kernel_h = size(w, 2), s.kernel_w = size(w, 3);
-    if (size(y, 0) != s.batch) fail("input and output have different batches");
-    if (size(w, 1) * groups_ != s.in_c || size(w, 0) != s.out_c) fail("the weight does not fit input and output");
+    s.out_h = out[1], s.out_w = out[2], s.out_c = out[3];
+    s.kernel_h = size(2), s.kernel_w = size(3);
+    if (out[0] != s.batch) fail("input and output have different batches");
+    if (size(1) * groups_ != s.in_c || size(0) != s.out_c) fail("the weight does not fit input and output");
     return s;
   }
 
@@ -244,7 +240,7 @@ void bind_conv_norm(nb::module_& m) {
       .def(nb::init<Pair, Pair, Pair, int64_t, int, bool, int, bool, double, double, int, int, bool>(), "stride"_a,
            "dilation"_a, "padding"_a, "groups"_a, "weight_bits"_a, "one_scale"_a, "norm_bits"_a, "l2"_a, "eps"_a,
            "factor"_a, "gradient_bits"_a, "gradient_groups"_a, "absorb"_a)
-      .def("scratch", &ConvNorm::scratch, "x"_a, "result"_a)
+      .def("scratch", &ConvNorm::scratch, "x"_a, "weight"_a.noconvert(), "result"_a)
       .def("forward", &ConvNorm::forward, "x"_a, "weight"_a.noconvert(), "gamma"_a.noconvert().none(),
            "beta"_a.noconvert().none(), "scratch"_a.noconvert(), "codes"_a.noconvert(), "isa"_a, "threads"_a)
       .def("backward", &ConvNorm::backward, "norm"_a, "codes"_a.noconvert(), "gradient"_a.noconvert(),

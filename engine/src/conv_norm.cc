@@ -6,18 +6,13 @@
 namespace bitstrata {
 namespace {
 
-struct QuantizedWeight {
-  std::vector<int8_t> codes;
-  std::vector<float> scale;
-};
+WeightShape weight_shape(const ProductShape& s) { return {s.out_c, s.group_in(), s.kernel_h * s.kernel_w, s.groups}; }
 
+// Codes of the weight, in scratch memory.
 bool quantize(const Kernels& kernels, int threads, const ProductShape& s, const ConvWeight& w, bool by_output,
-              QuantizedWeight* out) {
-  const WeightShape shape{s.out_c, s.group_in(), s.kernel_h * s.kernel_w, s.groups};
-  out->codes.resize(static_cast<size_t>(shape.elements()));
-  out->scale.resize(static_cast<size_t>(by_output ? s.out_c : s.in_c));
-  return weight_codes(kernels, threads, w.data, shape, w.bits, by_output, w.scales, out->codes.data(),
-                      out->scale.data());
+              int8_t* codes, std::vector<float>* scale) {
+  scale->resize(static_cast<size_t>(by_output ? s.out_c : s.in_c));
+  return weight_codes(kernels, threads, w.data, weight_shape(s), w.bits, by_output, w.scales, codes, scale->data());
 }
 
 // Codes that were made, and what belongs to them.
@@ -58,35 +53,44 @@ size_t aligned(int64_t bytes) {
 size_t input_scratch(const ProductShape& s, const ConvInput& x) {
   return x.norm == nullptr ? 0 : aligned(s.batch * s.in_h * s.in_w * s.in_c);
 }
+size_t weight_scratch(const ProductShape& s) { return aligned(weight_shape(s).elements()); }
 int64_t results(const ProductShape& s) { return s.batch * s.out_h * s.out_w * s.out_c; }
+
+// Forward: codes of the input, of the weight, sums. Backward: codes of the weight and then of the input, which are not
+// needed together; codes of the gradient.
+size_t before_sums(const ProductShape& s, const ConvInput& x) { return input_scratch(s, x) + weight_scratch(s); }
+size_t before_gradient(const ProductShape& s, const ConvInput& x) {
+  return std::max(input_scratch(s, x), weight_scratch(s));
+}
 
 }  // namespace
 
 size_t conv_norm_forward_scratch(const ProductShape& s, const ConvInput& x) {
-  return input_scratch(s, x) + aligned(4 * results(s));
+  return before_sums(s, x) + aligned(4 * results(s));
 }
 size_t conv_norm_backward_scratch(const ProductShape& s, const ConvInput& x) {
-  return input_scratch(s, x) + aligned(results(s));
+  return before_gradient(s, x) + aligned(results(s));
 }
 
 std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, const ProductShape& s,
                                         const ConvInput& input, const ConvWeight& weight, const NormOptions& options,
                                         const float* gamma, const float* beta, uint8_t* scratch, int8_t* codes,
                                         Status* status) {
-  QuantizedWeight w;
+  int8_t* w = reinterpret_cast<int8_t*>(scratch + input_scratch(s, input));
+  std::vector<float> w_scale;
   *status = Status::kWeight;
-  if (!quantize(kernels, threads, s, weight, true, &w)) return nullptr;
+  if (!quantize(kernels, threads, s, weight, true, w, &w_scale)) return nullptr;
   const Made x = codes_of(input, scratch);
-  int32_t* acc = reinterpret_cast<int32_t*>(scratch + input_scratch(s, input));
-  std::vector<int32_t> least(w.scale.size()), most(w.scale.size());
-  std::vector<float> scale(w.scale.size());
+  int32_t* acc = reinterpret_cast<int32_t*>(scratch + before_sums(s, input));
+  std::vector<int32_t> least(w_scale.size()), most(w_scale.size());
+  std::vector<float> scale(w_scale.size());
   for (size_t i = 0; i < scale.size(); ++i)
-    scale[i] = static_cast<float>(x.side.unit * static_cast<double>(w.scale[i]));
+    scale[i] = static_cast<float>(x.side.unit * static_cast<double>(w_scale[i]));
   ProductResult result;
   result.acc = acc;
   result.lo = least.data();
   result.hi = most.data();
-  conv_forward(kernels, threads, s, x.side.codes, w.codes.data(), result);
+  conv_forward(kernels, threads, s, x.side.codes, w, result);
   auto norm =
       std::make_unique<Norm>(Rows{kernels, threads, s.batch * s.out_h * s.out_w, s.out_c}, options, gamma, beta);
   RealTensor sums;
@@ -101,20 +105,21 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, con
 Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShape& s, Norm& norm, const int8_t* codes,
                           const ConvNormGradient& g, const ConvInput& input, const ConvWeight& weight,
                           const ConvNormResult& out) {
-  uint8_t* product_codes = out.scratch + input_scratch(s, input);
+  uint8_t* product_codes = out.scratch + before_gradient(s, input);
   int8_t* normed = reinterpret_cast<int8_t*>(product_codes);  // the codes of one gradient in the place of the other's
   if (!norm.backward(g.real, g.pooled, g.range, codes, g.rectified, g.noise, normed)) return Status::kNorm;
   const ShiftGrid grid = norm.gradient_codes(normed, codes, g.format, g.product_noise, product_codes);
   if (std::isnan(grid.scale)) return Status::kProduct;
   const Made gradient = made(grid, g.format, true, product_codes);
   if (out.input != nullptr) {
-    QuantizedWeight w;
-    if (!quantize(kernels, threads, s, weight, false, &w)) return Status::kWeight;
-    for (size_t i = 0; i < w.scale.size(); ++i)
-      out.input_factor[i] = static_cast<float>(gradient.side.unit * static_cast<double>(w.scale[i]));
+    int8_t* w = reinterpret_cast<int8_t*>(out.scratch);
+    std::vector<float> w_scale;
+    if (!quantize(kernels, threads, s, weight, false, w, &w_scale)) return Status::kWeight;
+    for (size_t i = 0; i < w_scale.size(); ++i)
+      out.input_factor[i] = static_cast<float>(gradient.side.unit * static_cast<double>(w_scale[i]));
     ProductResult result;
     result.acc = out.input;
-    conv_input_grad(kernels, threads, s, gradient.side.codes, w.codes.data(), result);
+    conv_input_grad(kernels, threads, s, gradient.side.codes, w, result);
   }
   if (out.weight != nullptr) {
     const Made x = codes_of(input, out.scratch);

@@ -345,7 +345,7 @@ class ConvNorm:
         gradient_groups: int,
         absorb: bool,
     ) -> None: ...
-    def scratch(self, x: ConvInput, result: tuple[int, int, int, int]) -> Pair:
+    def scratch(self, x: ConvInput, weight: Array, result: tuple[int, int, int, int]) -> Pair:
         """Bytes of scratch memory, forward and backward. result: its shape, as codes have it."""
 
     def forward(

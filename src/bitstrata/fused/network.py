@@ -75,7 +75,7 @@ class FusedNetwork(nn.Module):
         output = next(n for n in self._graph.nodes if n.op == "output").args[0]
         self._output = output.name
         self._last_reads = _last_reads(self._units, self._output)
-        self._pool = Pool()
+        self._pool, self._lasting = Pool(), Pool()
         self.fused = tuple(planner.fused)
         self.train(model.training)
 
@@ -121,10 +121,10 @@ class FusedNetwork(nn.Module):
 
     def _run(self, x: Tensor, *, real: torch.dtype, record: bool) -> tuple[Step, Flow]:
         if self._quantized:
-            step = Step(self._pool, wrap=partial(wrap, real=real), real=real)
+            step = Step(self._pool, self._lasting, wrap=partial(wrap, real=real), real=real)
             step.env[self._input] = entry(x, self._pool, real)
         else:
-            step = Step(self._pool)
+            step = Step(self._pool, self._lasting)
             step.env[self._input] = from_torch(x, self._pool)
         self._prepare(step, backward=False)
         for i, unit in enumerate(self._units):

@@ -25,7 +25,7 @@ from .values import Flow, Format, Normed, NotFiniteError, Pooled, Real, Shape, V
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
-LARGE = 1 << 20  # bytes of a weight: its gradient takes memory of the pool when it is computed, not before
+LARGE = 1 << 20  # bytes of a weight: its gradient takes memory of a pool when it is computed, not before
 Sources = list[tuple[nn.Parameter, Tensor]]  # what gets a gradient, and what it is taken of
 
 
@@ -33,13 +33,15 @@ Sources = list[tuple[nn.Parameter, Tensor]]  # what gets a gradient, and what it
 class Step:
     """One pass.
 
-    env: values by node. tape: what the units do in the backward pass, in forward order. ready: what units have
-    prepared, by identity. gradients: of parameters, by identity. statistics: normalizations with what the engine found
-    of their batches. wrap: makes values of torch's results. real: dtype of floats; bfloat16 where torch's own
-    operations run under autocast. threads: of the engine.
+    pool: memory of what ends with the step. lasting: of what outlives it, apart from the former, which would have to
+    fit in between. env: values by node. tape: what the units do in the backward pass, in forward order. ready: what
+    units have prepared, by identity. gradients: of parameters, by identity. statistics: normalizations with what the
+    engine found of their batches. wrap: makes values of torch's results. real: dtype of floats; bfloat16 where torch's
+    own operations run under autocast. threads: of the engine.
     """
 
     pool: Pool
+    lasting: Pool
     env: Env = field(default_factory=dict)
     tape: list[Backward] = field(default_factory=list)
     ready: dict[int, Any] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class _Operation:
         if key not in self._sizes:
             height, width = self._geometry.output(x.shape[1:3], weight.shape[2:])
             shape = (x.shape[0], height, width, weight.shape[0])
-            self._sizes[key] = (shape, *self.engine.scratch(source, shape))
+            self._sizes[key] = (shape, *self.engine.scratch(source, weight, shape))
         return self._sizes[key]
 
 
@@ -201,7 +203,7 @@ class ConvNorm(Unit):
         sums = self._sums(x, value, pool) if x.wanted else None
         factor = np.empty(x.shape[3], np.float32) if x.wanted else None
         if layer.weight.requires_grad and arrays[0] is None:
-            arrays[0] = pool.take(layer.weight.shape, np.float32)
+            arrays[0] = step.lasting.take(layer.weight.shape, np.float32)
             gradients[0] = torch.from_numpy(arrays[0])
         lost = operation.engine.backward(
             value.norm,
