@@ -30,13 +30,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bitstrata_runtime as runtime
 from bitstrata.functional.l1norm import quantized_norm
+from bitstrata.fused.pool import Pool
 from bitstrata.fused.values import Format
 from bitstrata.integer import shift_quantize
 from bitstrata.integer.engine_codes import array
@@ -232,29 +235,32 @@ def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
     module = _norm(x.acc.shape[1], l2=False)
     form, noise = Format(bits, GROUPS), CounterGenerator(1)
     rows, channels = shape = x.acc.shape[0], x.acc.shape[1]
-    kept, back = (torch.empty(shape, dtype=torch.int8) for _ in range(2))  # a step's pool keeps all of these
-    out, again, gradient_out = (torch.empty(shape, dtype=torch.uint8) for _ in range(3))
+    pool = Pool()  # all of these are in its memory in a step
+    sums, arriving = pool.take(shape, np.int32), pool.take(shape, np.int32)
+    sums[:], arriving[:] = array(x.acc), array(gradient.acc)
+    kept, back = pool.take(shape, np.int8), pool.take(shape, np.int8)
+    out, again, gradient_out = (pool.take(shape, np.uint8) for _ in range(3))
 
-    def codes(norm: Any, to: Tensor) -> Any:
-        return norm.to_codes(array(kept), True, form.bits, form.groups, True, form.absorbed, 1.0, None, array(to))
+    def codes(norm: Any, to: NDArray[np.uint8]) -> Any:
+        return norm.to_codes(kept, True, form.bits, form.groups, True, form.absorbed, 1.0, None, to)
 
     def run() -> tuple[Any, ...]:
         rule = module.engine_rule()
         assert rule is not None
         norm = rule.start(rows, channels, module.weight, module.bias)
-        parts = (array(x.acc), array(x.scale), array(x.least), array(x.most), array(kept))
+        parts = (sums, array(x.scale), array(x.least), array(x.most), kept)
         finite = norm.forward(*parts)
         module.track(torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation))
         grid = codes(norm, out)
         codes(norm, again)
-        incoming = (array(gradient.acc), array(gradient.scale), None, array(kept), True, rule.noise(), array(back))
+        incoming = (arriving, array(gradient.scale), None, kept, True, rule.noise(), back)
         finite = norm.backward(*incoming) and finite
         affine = norm.weight_gradient, norm.bias_gradient
         asked = (form.bits, form.groups, form.absorbed, noise.take())
-        gradient_grid = norm.gradient_codes(array(back), array(kept), *asked, array(gradient_out))
+        gradient_grid = norm.gradient_codes(back, kept, *asked, gradient_out)
         if not finite:
             raise SystemExit("fused normalization: not finite")
-        return out, grid, gradient_out, gradient_grid, affine
+        return torch.from_numpy(out), grid, torch.from_numpy(gradient_out), gradient_grid, affine
 
     return run
 

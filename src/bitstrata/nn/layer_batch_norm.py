@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.l1norm import QuantizedNorm
-from ..functional.ranks import sum_over_ranks
+from ..functional.layer_batch import layer_batch_norm
+from ..functional.ranks import sum_over_ranks, world_size
 from .l1_norm import L1BatchNorm, QuantizedL1BatchNorm
 from .running_norm import RunningNorm
 
@@ -53,38 +54,19 @@ class LayerBatchNorm(RunningNorm):
             ValueError: another number of dimensions or of channels, or a training batch of fewer than two elements.
         """
         self._check_shape(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if self.training:
-            centered, var = self._centered(wide)
-        else:
-            centered, var = wide - self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
-        gain = (var + self.eps).rsqrt()
-        if not self.affine:
-            return (centered * gain).to(x.dtype)
-        shape = (-1, *[1] * (x.dim() - 2))
-        weight, bias = self.weight.to(wide.dtype).view(shape), self.bias.to(wide.dtype).view(shape)
-        return (centered * (weight * gain) + bias).to(x.dtype)
-
-    def _centered(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x less its mean, and its variance (1,); the running statistics move.
-
-        The variance is that of the centered tensor, across ranks too: a difference of large sums would cancel.
-        """
-        total, count = self._over_ranks(torch.stack([x.sum(), x.new_tensor(float(x.numel()))])).unbind()
-        if x.numel() <= 1 and float(count) <= 1:  # a look at the count would stall accelerators, and others need none
-            raise ValueError(
-                f"{type(self).__name__}: training needs more than one element a batch, got shape {tuple(x.shape)}"
-            )
-        count = count.detach()
-        mean = total / count
-        centered = x - mean
-        var = self._over_ranks(centered.square().sum()) / count
-        self._track(mean.detach(), var.detach())
-        return centered, var
-
-    def _over_ranks(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, differentiated, if the module is to be in step with them."""
-        return sum_over_ranks(x) if self.sync else x
+        if not self.training:
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            centered = wide - self.running_mean.to(wide.dtype)
+            gain = (self.running_var.to(wide.dtype) + self.eps).rsqrt()
+            if not self.affine:
+                return (centered * gain).to(x.dtype)
+            shape = (-1, *[1] * (x.dim() - 2))
+            weight, bias = self.weight.to(wide.dtype).view(shape), self.bias.to(wide.dtype).view(shape)
+            return (centered * (weight * gain) + bias).to(x.dtype)
+        over_ranks = sum_over_ranks if self.sync and world_size() > 1 else None
+        y, mean, var = layer_batch_norm(x, self.weight, self.bias, self.eps, over_ranks)
+        self._track(mean, var)
+        return y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", sync=True" if self.sync else "")
