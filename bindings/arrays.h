@@ -122,15 +122,17 @@ bitstrata::PoolMap pool_map(const PoolWindow& w, const Array& out) {
   return s;
 }
 
-inline ShiftFormat format(int bits, int groups, bool is_signed, bool absorb, float clip = 1) {
+inline ShiftFormat format(int bits, int groups, bool is_signed, bool absorb, float clip = 1, bool powers = false) {
   if (bits < 2 || bits > 8) fail("bits must be in 2..8, got " + std::to_string(bits));
   if (groups < 1 || groups > 8) fail("groups must be in 1..8, got " + std::to_string(groups));
   if (absorb && bits + groups - 1 > 8)
     fail("codes of " + std::to_string(bits) + " bits have no room for the shifts of " + std::to_string(groups) +
          " groups in 8 bits");
   if (!(clip > 0 && clip <= 1)) fail("clip must be above 0 and at most 1, got " + std::to_string(clip));
+  if (powers && (bits > 4 || groups != 1 || !is_signed))
+    fail("codes that are powers of two are signed, of 2 to 4 bits in one group");
   ShiftFormat f;
-  f.bits = bits, f.groups = groups, f.is_signed = is_signed, f.absorb = absorb, f.clip = clip;
+  f.bits = bits, f.groups = groups, f.is_signed = is_signed, f.absorb = absorb, f.clip = clip, f.powers = powers;
   return f;
 }
 

@@ -90,11 +90,11 @@ class Input {
 class ConvNorm {
  public:
   ConvNorm(Pair stride, Pair dilation, Pair padding, int64_t groups, int weight_bits, bool one_scale, int norm_bits,
-           bool l2, double eps, double factor, int gradient_bits, int gradient_groups, bool absorb)
+           bool l2, double eps, double factor, int gradient_bits, int gradient_groups, bool absorb, bool powers)
       : groups_(groups),
         weight_bits_(weight_bits),
         scales_(one_scale ? WeightScales::kTensor : WeightScales::kChannel),
-        gradient_(format(gradient_bits, gradient_groups, true, absorb)) {
+        gradient_(format(gradient_bits, gradient_groups, true, absorb, 1, powers)) {
     std::tie(shape_.stride_h, shape_.stride_w) = stride;
     std::tie(shape_.dilation_h, shape_.dilation_w) = dilation;
     std::tie(shape_.pad_top, shape_.pad_left) = padding;
@@ -237,9 +237,9 @@ void bind_conv_norm(nb::module_& m) {
       .def(nb::init<const BoundNorm&, In<int8_t, 4>, bool, int, int, bool, bool, float>(), nb::keep_alive<1, 2>(),
            "norm"_a, "normed"_a.noconvert(), "rectified"_a, "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a);
   nb::class_<ConvNorm>(m, "ConvNorm")
-      .def(nb::init<Pair, Pair, Pair, int64_t, int, bool, int, bool, double, double, int, int, bool>(), "stride"_a,
-           "dilation"_a, "padding"_a, "groups"_a, "weight_bits"_a, "one_scale"_a, "norm_bits"_a, "l2"_a, "eps"_a,
-           "factor"_a, "gradient_bits"_a, "gradient_groups"_a, "absorb"_a)
+      .def(nb::init<Pair, Pair, Pair, int64_t, int, bool, int, bool, double, double, int, int, bool, bool>(),
+           "stride"_a, "dilation"_a, "padding"_a, "groups"_a, "weight_bits"_a, "one_scale"_a, "norm_bits"_a, "l2"_a,
+           "eps"_a, "factor"_a, "gradient_bits"_a, "gradient_groups"_a, "absorb"_a, "powers"_a)
       .def("scratch", &ConvNorm::scratch, "x"_a, "weight"_a.noconvert(), "result"_a)
       .def("forward", &ConvNorm::forward, "x"_a, "weight"_a.noconvert(), "gamma"_a.noconvert().none(),
            "beta"_a.noconvert().none(), "scratch"_a.noconvert(), "codes"_a.noconvert(), "isa"_a, "threads"_a)

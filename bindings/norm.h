@@ -107,10 +107,10 @@ class BoundNorm {
   }
 
   Grid gradient_codes(In<int8_t, 2> gradient, In<int8_t, 2> codes, int bits, int groups, bool absorb, NoiseKey key,
-                      Out<uint8_t, 2> out) const {
+                      Out<uint8_t, 2> out, bool powers) const {
     check_gradient(gradient, codes);
     check_size("out", out, norm_.rows());
-    const ShiftFormat f = format(bits, groups, true, absorb);
+    const ShiftFormat f = format(bits, groups, true, absorb, 1, powers);
     const auto noise = noise_of(key);
     ShiftGrid grid;
     {

@@ -13,10 +13,10 @@ using namespace bindings;
 namespace {
 
 Grid shift_codes(Matrix x, int bits, int groups, bool is_signed, bool absorb, float clip, NoiseKey key,
-                 Out<uint8_t, 2> out, Vector ranges, const std::string& isa, int threads) {
+                 Out<uint8_t, 2> out, Vector ranges, const std::string& isa, int threads, bool powers) {
   const Rows rows = rows_of(isa, threads, x);
   const float* known = channels_or_null("ranges", ranges, x.shape(1));
-  const ShiftFormat f = format(bits, groups, is_signed, absorb, clip);
+  const ShiftFormat f = format(bits, groups, is_signed, absorb, clip, powers);
   check_size("out", out, rows);
   const RealTensor t = real(x, std::nullopt);
   if (t.i32 != nullptr) fail("the tensor must be float32 or bfloat16");
@@ -134,7 +134,7 @@ void bind_training(nb::module_& m) {
   m.def("weight_codes", &weight_codes, "weight"_a.noconvert(), "groups"_a, "bits"_a, "by_output"_a,
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a,
-        "noise"_a.none(), "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a);
+        "noise"_a.none(), "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a, "powers"_a = false);
   m.def("join", &join, "x"_a.noconvert(), "scale"_a.noconvert().none(), "add"_a.noconvert().none(),
         "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
   nb::class_<BoundNorm>(m, "Norm")
@@ -154,7 +154,7 @@ void bind_training(nb::module_& m) {
       .def("gradient_f32", &BoundNorm::gradient_f32, "gradient"_a.noconvert(), "codes"_a.noconvert(),
            "out"_a.noconvert())
       .def("gradient_codes", &BoundNorm::gradient_codes, "gradient"_a.noconvert(), "codes"_a.noconvert(), "bits"_a,
-           "groups"_a, "absorb"_a, "noise"_a.none(), "out"_a.noconvert())
+           "groups"_a, "absorb"_a, "noise"_a.none(), "out"_a.noconvert(), "powers"_a = false)
       .def("track", &BoundNorm::track, "mean"_a.noconvert(), "deviation"_a.noconvert(), "share"_a)
       .def_prop_ro(
           "mean", [](const BoundNorm& n) { return array(n.norm().mean()); }, nb::rv_policy::move)

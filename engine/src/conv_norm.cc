@@ -25,7 +25,7 @@ struct Made {
 // What the codes of a grid, at `data`, are to a product. negative: whether some may be.
 Made made(const ShiftGrid& grid, const ShiftFormat& f, bool negative, const uint8_t* data) {
   const int last = f.groups - 1;
-  const int32_t largest = ((1 << (f.bits - (f.is_signed ? 1 : 0))) - 1) << (f.absorb ? last : 0);
+  const int32_t largest = f.largest() << (f.absorb ? last : 0);
   const double scale = static_cast<double>(grid.scale), unit = std::ldexp(scale, -last);
   Made out;
   out.channel.assign(grid.exponents.size(), unit);

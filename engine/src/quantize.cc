@@ -9,7 +9,7 @@
 
 namespace bitstrata {
 ShiftGrid shift_grid(const std::vector<float>& ranges, const ShiftFormat& f) {
-  const float largest = static_cast<float>(f.is_signed ? (1 << (f.bits - 1)) - 1 : (1 << f.bits) - 1);
+  const float largest = static_cast<float>(f.largest());
   float top = 0;
   for (float r : ranges) top = larger(top, r * f.clip);
   ShiftGrid grid;

@@ -60,7 +60,6 @@ inline Noise moved(const Noise* noise, int64_t start) {
 // What codes of a grid are made with.
 struct CodeTables {
   CodeTables(const ShiftGrid& grid, const ShiftFormat& f, int64_t period) {
-    const int32_t largest = f.is_signed ? (1 << (f.bits - 1)) - 1 : (1 << f.bits) - 1;
     const float inverse = grid.scale > 0 ? 1.0f / grid.scale : 0.0f;
     std::vector<float> factors;
     std::vector<int32_t> shifts;
@@ -70,14 +69,16 @@ struct CodeTables {
     }
     factor = repeated(factors, period);
     shift = repeated(shifts, period);
-    lo = f.is_signed ? static_cast<float>(-largest) : 0.0f;
-    hi = static_cast<float>(largest);
+    hi = static_cast<float>(f.largest());
+    lo = f.is_signed ? -hi : 0.0f;
+    powers = f.powers;
   }
-  CodeArgs args(const Noise* noise) const { return {factor.data(), shift.data(), lo, hi, noise}; }
+  CodeArgs args(const Noise* noise) const { return {factor.data(), shift.data(), lo, hi, noise, powers}; }
 
   std::vector<float> factor;
   std::vector<int32_t> shift;
   float lo, hi;
+  bool powers;
 };
 
 // Calls body(first element, number of elements) for blocks of rows that begin at whole bytes of bits.

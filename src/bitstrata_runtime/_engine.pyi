@@ -205,9 +205,10 @@ def shift_codes(
     ranges: Array | None,
     isa: str,
     threads: int,
+    powers: bool = False,
 ) -> tuple[float, NDArray[np.uint8]]:
     """Codes to `out`; their scale and the channels' exponents. ranges: float32 (channels,), what `channel_ranges`
-    returns, where that is known. clip: what they are multiplied by."""
+    returns, where that is known. clip: what they are multiplied by. powers: codes are 0 and powers of two."""
 
 def join(
     x: Array, scale: Array | None, add: Array | None, bits: Array | None, out: Array, isa: str, threads: int
@@ -267,7 +268,15 @@ class Norm:
     ) -> bool: ...
     def gradient_f32(self, gradient: Array, codes: Array, out: Array) -> None: ...
     def gradient_codes(
-        self, gradient: Array, codes: Array, bits: int, groups: int, absorb: bool, noise: Noise, out: Array
+        self,
+        gradient: Array,
+        codes: Array,
+        bits: int,
+        groups: int,
+        absorb: bool,
+        noise: Noise,
+        out: Array,
+        powers: bool = False,
     ) -> tuple[float, NDArray[np.uint8]]: ...
     @property
     def mean(self) -> NDArray[np.float32]: ...
@@ -344,6 +353,7 @@ class ConvNorm:
         gradient_bits: int,
         gradient_groups: int,
         absorb: bool,
+        powers: bool,
     ) -> None: ...
     def scratch(self, x: ConvInput, weight: Array, result: tuple[int, int, int, int]) -> Pair:
         """Bytes of scratch memory, forward and backward. result: its shape, as codes have it."""

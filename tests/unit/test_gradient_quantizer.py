@@ -300,7 +300,7 @@ def test_pooled_codes_need_offset_0() -> None:
 
 def test_the_registry_builds_gradient_quantizers() -> None:
     assert describe("shiftquant", "gradient").options == (
-        "g", "groups", "edge_bits", "rounding", "on_nonfinite", "seed",
+        "g", "groups", "edge_bits", "rounding", "grid", "on_nonfinite", "seed",
     )  # fmt: skip
     edge = build_gradient("shiftquant", {"g": 3}, edge=True)
     inner = build_gradient("shiftquant", {"g": 3}, edge=False)

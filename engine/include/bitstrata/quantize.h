@@ -35,6 +35,8 @@ struct ShiftFormat {
   bool is_signed = true;
   float clip = 1;       // ranges are multiplied by it: what lies beyond gets the outermost code
   bool absorb = false;  // codes are stored as code << (groups - 1 - exponent)
+  bool powers = false;  // signed codes of up to 4 bits, in one group, are 0 and +-2^k, k < 2^(bits - 1) - 1
+  int32_t largest() const { return powers ? 1 << ((1 << (bits - 1)) - 2) : (1 << (bits - (is_signed ? 1 : 0))) - 1; }
 };
 
 // scale is NaN if the tensor is not finite; then nothing was written.

@@ -25,12 +25,15 @@ struct Noise {
   int64_t start = 0;  // number of the first element
 };
 
-// code = clamp(R(x * factor[c]), lo, hi) << shift[c]
+// code = clamp(R(x * factor[c]), lo, hi) << shift[c]. With `powers` codes are 0 and +-2^k: with z = |x * factor[c]|,
+// R(z) is 0 or 1 below 1, and else the bits of z, as an integer, give the exponent: (bits + 2^7 k >> 23) - 127, with k
+// 16 random bits, 2^15 for the nearest; k decides below 1 as in Noise.
 struct CodeArgs {
   const float* factor;   // (period,)
   const int32_t* shift;  // (period,)
   float lo, hi;
   const Noise* noise;  // null: to nearest
+  bool powers = false;
 };
 
 // The normalized input's codes: h = round((x * step - mean[c]) * gain[c]).

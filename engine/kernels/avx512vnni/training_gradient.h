@@ -235,7 +235,7 @@ inline void fast_l1_gradient_codes(const int8_t* g, const int8_t* h, int64_t cou
                                    const L1GradientArgs& l, const CodeArgs& a, uint8_t* out) {
   float largest = 0;
   for (int64_t c = 0; c < period; ++c) largest = greater(a.factor[c], largest);
-  if (period > kNoiseChunk || a.hi > 127 || largest > kLargestFactor)
+  if (period > kNoiseChunk || a.hi > 127 || largest > kLargestFactor || a.powers)
     return l1_gradient_codes(g, h, count, period, l, a, out);
   a.noise == nullptr ? block_l1_gradient_codes<false>(g, h, count, period, l, a, out)
                      : block_l1_gradient_codes<true>(g, h, count, period, l, a, out);

@@ -142,7 +142,7 @@ inline void l2_gradient(const int8_t* g, const int8_t* h, int64_t count, int64_t
   });
 }
 
-template <bool kNoisy>
+template <bool kNoisy, bool kPowers>
 void l1_gradient_codes_with(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs& l,
                             const CodeArgs& a, uint8_t* out) {
   each_noisy_stretch<kNoisy>(count, period, a.noise, [&](int64_t at, int64_t c, int64_t n, const uint16_t* bits) {
@@ -155,15 +155,17 @@ void l1_gradient_codes_with(const int8_t* g, const int8_t* h, int64_t count, int
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
       const float dx = l1_gradient_at(gradient[j], codes[j], coefficient[j], negative[j], zero[j], positive[j]);
-      to[j] = static_cast<uint8_t>(code_of_u<kNoisy>(dx * factor[j], lo, hi, kNoisy ? bits[j] : 0) << shift[j]);
+      to[j] =
+          static_cast<uint8_t>(code_of_u<kNoisy, kPowers>(dx * factor[j], lo, hi, kNoisy ? bits[j] : 0) << shift[j]);
     }
   });
 }
 
 inline void l1_gradient_codes(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const L1GradientArgs& l,
                               const CodeArgs& a, uint8_t* out) {
-  a.noise == nullptr ? l1_gradient_codes_with<false>(g, h, count, period, l, a, out)
-                     : l1_gradient_codes_with<true>(g, h, count, period, l, a, out);
+  as_asked(a, [&](auto noisy, auto powers) {
+    l1_gradient_codes_with<noisy.value, powers.value>(g, h, count, period, l, a, out);
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "bitstrata/training.h"
 #include "noise.h"
@@ -107,13 +108,36 @@ inline int32_t code_of(float z, float lo, float hi, uint16_t bits) {
   }
 }
 
-// The code modulo 2^32, to be shifted.
+// 0 or a power of two with the sign of z, whose magnitude is below 2^30.
 template <bool kNoisy>
+inline int32_t power_of(float z, float hi, uint16_t bits) {
+  const int32_t noise = kNoisy ? bits : 1 << 15, raw = magnitude_bits(z);
+  const float size = from_bits(raw);
+  const int32_t exponent = ((raw + (noise << 7)) >> 23) - 127;
+  const int32_t few = (static_cast<int32_t>(lesser(size, 1.0f) * 65536.0f) + noise) >> 16;
+  const int32_t power = lesser(size < 1.0f ? few : 1 << (exponent & 31), static_cast<int32_t>(hi));
+  return z < 0 ? -power : power;
+}
+
+// The code, one or the other, modulo 2^32, to be shifted.
+template <bool kNoisy, bool kPowers = false>
 inline uint32_t code_of_u(float z, float lo, float hi, uint16_t bits) {
+  if constexpr (kPowers) return static_cast<uint32_t>(power_of<kNoisy>(z, hi, bits));
   return static_cast<uint32_t>(code_of<kNoisy>(z, lo, hi, bits));
 }
 
-template <bool kNoisy, typename In>
+// Calls body(noisy, powers) with std::true_type or std::false_type for each.
+template <typename Body>
+inline void as_asked(const CodeArgs& a, const Body& body) {
+  const std::true_type yes;
+  const std::false_type no;
+  if (a.powers)
+    a.noise == nullptr ? body(no, yes) : body(yes, yes);
+  else
+    a.noise == nullptr ? body(no, no) : body(yes, no);
+}
+
+template <bool kNoisy, bool kPowers, typename In>
 void codes_with(const In* x, int64_t count, int64_t period, const CodeArgs& a, uint8_t* out) {
   each_noisy_stretch<kNoisy>(count, period, a.noise, [&](int64_t at, int64_t c, int64_t n, const uint16_t* bits) {
     const In* from = x + at;
@@ -123,14 +147,14 @@ void codes_with(const In* x, int64_t count, int64_t period, const CodeArgs& a, u
     const float lo = a.lo, hi = a.hi;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j)
-      to[j] = static_cast<uint8_t>(code_of_u<kNoisy>(to_float(from[j]) * factor[j], lo, hi, kNoisy ? bits[j] : 0)
-                                   << shift[j]);
+      to[j] = static_cast<uint8_t>(
+          code_of_u<kNoisy, kPowers>(to_float(from[j]) * factor[j], lo, hi, kNoisy ? bits[j] : 0) << shift[j]);
   });
 }
 
 template <typename In>
 void codes(const In* x, int64_t count, int64_t period, const CodeArgs& a, uint8_t* out) {
-  a.noise == nullptr ? codes_with<false>(x, count, period, a, out) : codes_with<true>(x, count, period, a, out);
+  as_asked(a, [&](auto noisy, auto powers) { codes_with<noisy.value, powers.value>(x, count, period, a, out); });
 }
 
 constexpr int64_t kStage = 1 << 12;  // elements that stay in the cache between two passes

@@ -39,6 +39,7 @@ def _codes(rows: Rows, form: Format, noise: Noise, what: str, state: LayerState)
         None,
         FASTEST,
         torch.get_num_threads(),
+        form.powers,
     )
     if math.isnan(scale):
         raise NotFiniteError(f"{state.name}: its {what} contains NaN or infinity")
@@ -99,7 +100,7 @@ class Linear(Unit):
         return (
             all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
             and headroom(rule.a, groups, ins, other_bits=rule.w, signed=not rule.unsigned_nonneg).fits
-            and headroom(rule.g, groups, outs, other_bits=rule.w).fits
+            and headroom(rule.grad_bits, rule.grad_groups, outs, other_bits=rule.w).fits
         )
 
     def _weight(self, *, by_output: bool) -> tuple[NDArray[np.int8], Rows]:
@@ -124,7 +125,7 @@ class Linear(Unit):
         rule, bias = layer.rule, layer.bias
         rows = value.arrived.contiguous().numpy()
         noise = noise_of(rule.grad_rounding, layer.state.noise)
-        gradient = _codes(rows, Format(rule.g, rule.shift_groups), noise, "gradient", layer.state)
+        gradient = _codes(rows, Format.of_gradient(rule), noise, "gradient", layer.state)
         if x.wanted:
             weight, scale = self._weight(by_output=False)
             found = np.empty(codes.data.shape, np.float32)

@@ -89,7 +89,7 @@ def _products_fit(layer: IntegerConv2d, rule: IntegerRule) -> bool:
     groups = rule.shift_groups
     return (
         headroom(rule.a, groups, inner_in, other_bits=rule.w, signed=not rule.unsigned_nonneg).fits
-        and headroom(rule.g, groups, inner_out, other_bits=rule.w).fits
+        and headroom(rule.grad_bits, rule.grad_groups, inner_out, other_bits=rule.w).fits
     )
 
 

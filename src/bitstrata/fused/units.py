@@ -93,7 +93,7 @@ class _Operation:
         self.norm: NormRule = found
         self._geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
         planar = self._geometry.planar(2)
-        gradient = Format(layer.rule.g, layer.rule.shift_groups)
+        gradient = Format.of_gradient(layer.rule)
         self.engine = _engine.ConvNorm(
             planar["stride"],
             planar["dilation"],
@@ -108,6 +108,7 @@ class _Operation:
             gradient.bits,
             gradient.groups,
             gradient.absorbed,
+            gradient.powers,
         )
         self._sizes: dict[tuple[Any, ...], tuple[Shape, int, int]] = {}
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from bitstrata_runtime import _engine
 
+from ..integer.autograd import IntegerRule
 from ..integer.engine_codes import FASTEST
+from ..integer.powers import largest_power
 from ..integer.shiftquant import largest_code
 from .pool import Pool
 
@@ -32,13 +34,19 @@ class NotFiniteError(ValueError):
 @dataclass(frozen=True)
 class Format:
     """What codes a product takes: ShiftQuant of `bits` in `groups`; 0..2^bits - 1 if not signed; ranges times
-    clip_ratio.
+    clip_ratio. powers: 0 and powers of two instead, of one group.
     """
 
     bits: int
     groups: int
     signed: bool = True
     clip_ratio: float = 1.0
+    powers: bool = False
+
+    @staticmethod
+    def of_gradient(rule: IntegerRule) -> Format:
+        """Of a layer's gradients."""
+        return Format(rule.g, rule.grad_groups, powers=rule.grad_grid == "powers")
 
     @property
     def absorbed(self) -> bool:
@@ -48,6 +56,8 @@ class Format:
     @property
     def largest(self) -> int:
         """The largest magnitude of a code as it is stored."""
+        if self.powers:
+            return largest_power(self.bits)
         return largest_code(self.bits, self.signed) << (self.groups - 1 if self.absorbed else 0)
 
 

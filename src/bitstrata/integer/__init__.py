@@ -40,6 +40,7 @@ from .peers import (
     tensor_quantize,
     variance_bounds,
 )
+from .powers import power_quantize
 from .products import (
     Headroom,
     ShiftSplit,
@@ -105,6 +106,7 @@ __all__ = [
     "pack_groups",
     "philox4x32",
     "plain_product",
+    "power_quantize",
     "product",
     "quantization_variance",
     "random_bits",

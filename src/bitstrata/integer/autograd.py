@@ -18,6 +18,7 @@ from .frozen import FrozenRange, frozen_quantize
 from .groups import check_groups
 from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, linear_weight_grad, weight_codes
 from .peers import tensor_quantize
+from .powers import check_powers, power_quantize, product_bits
 from .products import check_form
 from .rounding import ROUNDINGS, CounterGenerator
 from .shiftquant import PackedShift, ShiftQuantized, check_bits, check_clip, shift_quantize
@@ -25,6 +26,7 @@ from .untraced import untraced
 
 METHODS = ("shift", "tensor")
 REACTIONS = ("error", "skip")
+GRIDS = ("uniform", "powers")
 FORWARD_STREAMS = 1 << 63  # streams from here on belong to activations, those below to gradients
 
 
@@ -43,6 +45,8 @@ class IntegerRule:
             tensor for all three.
         form: of `product`, how the integers are multiplied; all give the same result. "engine", the compiled kernels,
             is the fastest; it takes "float64" for what is not on the CPU or int32 is not proved to hold.
+        grad_grid: of gradients: "uniform", ShiftQuant's; "powers", 0 and powers of two with one scale a tensor, g up to
+            4 (`power_quantize`), which take 8 bits in the products.
         on_nonfinite: NaN or infinity in an activation or a gradient is an "error", or its step is a "skip": all
             gradients of the layer are 0 and `LayerState.skipped` counts it; the result of an activation that is not
             finite is NaN.
@@ -62,6 +66,7 @@ class IntegerRule:
     method: str = "shift"
     form: str = "engine"
     on_nonfinite: str = "error"
+    grad_grid: str = "uniform"
 
     def __post_init__(self) -> None:
         for name in ("w", "a", "g"):
@@ -73,15 +78,28 @@ class IntegerRule:
             ("grad_rounding", ROUNDINGS),
             ("method", METHODS),
             ("on_nonfinite", REACTIONS),
+            ("grad_grid", GRIDS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"IntegerRule: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         check_clip(self.clip_ratio, self.act_rounding, "IntegerRule")
+        if self.grad_grid == "powers":
+            check_powers(self.g, "IntegerRule: grad_grid 'powers'")
 
     @property
     def shift_groups(self) -> int:
         """N_G in use: 1 for method "tensor"."""
         return self.groups if self.method == "shift" else 1
+
+    @property
+    def grad_groups(self) -> int:
+        """N_G in use for gradients: 1 for powers of two."""
+        return 1 if self.grad_grid == "powers" else self.shift_groups
+
+    @property
+    def grad_bits(self) -> int:
+        """Bits of the integers that gradients are multiplied as."""
+        return product_bits(self.g) if self.grad_grid == "powers" else self.g
 
     def quantize_activation(
         self, x: Tensor, axis: int, *, training: bool = False, generator: CounterGenerator | None = None
@@ -103,6 +121,8 @@ class IntegerRule:
     ) -> ShiftQuantized:
         """The gradient's codes, groups along `axis`; errors as shift_quantize."""
         rounding = self.grad_rounding if training else "nearest"
+        if self.grad_grid == "powers":
+            return power_quantize(grad, self.g, axis, rounding=rounding, generator=generator)
         return shift_quantize(grad, self.g, self.shift_groups, axis, rounding=rounding, generator=generator)
 
     def quantize_weight(self, weight: Tensor, side: str, conv_groups: int = 1) -> WeightCodes:

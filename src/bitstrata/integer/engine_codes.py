@@ -42,14 +42,36 @@ def noise_of(rounding: str, generator: CounterGenerator | None) -> Noise:
 
 
 def shift_codes(
-    x: Tensor, bits: int, groups: int, axis: int, noise: Noise, *, signed: bool = True, clip_ratio: float = 1.0
+    x: Tensor,
+    bits: int,
+    groups: int,
+    axis: int,
+    noise: Noise,
+    *,
+    signed: bool = True,
+    clip_ratio: float = 1.0,
+    powers: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, exponents and scale of `shift_quantize`; the scale is NaN if x is not finite, the codes undefined then."""
+    """Codes, exponents and scale of `shift_quantize`, or of `power_quantize`.
+
+    The scale is NaN if x is not finite, the codes are undefined then.
+    """
     rows = rows_of(x, axis)
     flat = rows.reshape(-1, rows.shape[-1]).view(MEMORY[x.dtype])
     out = torch.empty(flat.shape, dtype=torch.uint8)
     scale, exponents = _engine.shift_codes(
-        array(flat), bits, groups, signed, False, clip_ratio, noise, array(out), None, FASTEST, torch.get_num_threads()
+        array(flat),
+        bits,
+        groups,
+        signed,
+        False,
+        clip_ratio,
+        noise,
+        array(out),
+        None,
+        FASTEST,
+        torch.get_num_threads(),
+        powers,
     )
     codes = out.view(rows.shape).movedim(-1, axis)
     kept = codes if not signed and bits == 8 else codes.view(torch.int8)

@@ -60,6 +60,7 @@ def integer_(
     grad_rounding: str | None = None,
     unsigned_nonneg: bool = False,
     clip_ratio: float = 1.0,
+    grad_grid: str = "uniform",
     form: str = "engine",
     on_nonfinite: str = "error",
     seed: int = 0,
@@ -91,7 +92,7 @@ def integer_(
         method: "shift", ShiftQuant; "int8_naive", one 8-bit scale a tensor with gradients rounded to nearest;
             "int8_sr", the same with stochastic rounding.
         act_rounding, unsigned_nonneg, form, on_nonfinite: of `IntegerRule`.
-        clip_ratio: of `IntegerRule`, in layers between the first and the last; 1 in these.
+        clip_ratio, grad_grid: of `IntegerRule`, in layers between the first and the last; 1 and "uniform" in these.
         grad_rounding: "stochastic" or "nearest", in layers and quantized normalizations; None for the method's.
         seed: of all stochastic rounding of gradients, 0..2^64 - 1. Every layer has streams of its own.
         filter: called with (qualified name, layer); False leaves the layer in float.
@@ -118,11 +119,12 @@ def integer_(
         grad_rounding=grad_rounding or preset.grad_rounding,
         unsigned_nonneg=unsigned_nonneg,
         clip_ratio=clip_ratio,
+        grad_grid=grad_grid,
         method=preset.quantizer,
         form=form,
         on_nonfinite=on_nonfinite,
     )
-    edge_rule = replace(rule, w=edge_bits, a=edge_bits, g=edge_bits, clip_ratio=1.0)
+    edge_rule = replace(rule, w=edge_bits, a=edge_bits, g=edge_bits, clip_ratio=1.0, grad_grid="uniform")
     norm = preset.norm if norm is None else norm
     if norm not in NORMS:
         raise ValueError(f"integer_: norm must be one of {', '.join(NORMS)}, got {norm!r}")

@@ -200,7 +200,8 @@ def _in_integers(
     activation, gradient = recipe.activation, recipe.gradient
     assert activation is not None
     assert gradient is not None
-    backward = {"rounding": "stochastic", "on_nonfinite": "error", "seed": 0, "g": 4, **gradient.options}
+    standard = {"rounding": "stochastic", "grid": "uniform", "on_nonfinite": "error", "seed": 0, "g": 4}
+    backward = {**standard, **gradient.options}
     return integer_(
         model,
         example_inputs,
@@ -210,6 +211,7 @@ def _in_integers(
         edge_bits=recipe.edge_bits,
         norm=recipe.norm,
         grad_rounding=backward["rounding"],
+        grad_grid=backward["grid"],
         on_nonfinite=backward["on_nonfinite"],
         seed=backward["seed"],
         filter=keep,

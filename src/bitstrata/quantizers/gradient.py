@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,8 @@ class ShiftQuantGradient(GradientQuantizer):
         groups: N_G, 1..8; 1 is one step a tensor.
         edge_bits: width in first and last layer, 2..8; None for g.
         rounding: "stochastic", or "nearest", which is biased. Evaluation mode rounds to nearest.
+        grid: "uniform", or "powers": 0 and powers of two, one scale a tensor, g up to 4 (`integer.power_quantize`);
+            first and last layer have the uniform one if edge_bits is given.
         on_nonfinite: NaN or infinity in a gradient is an "error", or the layer's gradients are 0: "skip".
         seed: of the random numbers, 0..2^64 - 1. Every layer has streams of its own.
 
@@ -87,13 +90,13 @@ class ShiftQuantGradient(GradientQuantizer):
         groups: int = 4,
         edge_bits: int | None = 8,
         rounding: str = "stochastic",
+        grid: str = "uniform",
         on_nonfinite: str = "error",
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
-        IntegerRule(g=g)  # checked where it is not used too
-        width = edge_bits if edge and edge_bits is not None else g
-        self.rule = IntegerRule(g=width, groups=groups, grad_rounding=rounding, on_nonfinite=on_nonfinite)
+        inner = IntegerRule(g=g, groups=groups, grad_rounding=rounding, grad_grid=grid, on_nonfinite=on_nonfinite)
+        self.rule = replace(inner, g=edge_bits, grad_grid="uniform") if edge and edge_bits is not None else inner
 
     @property
     def skips(self) -> bool:
@@ -103,4 +106,5 @@ class ShiftQuantGradient(GradientQuantizer):
         return self.rule.quantize_gradient(grad, axis, training=training, generator=self.state.noise)
 
     def extra_repr(self) -> str:
-        return f"g={self.rule.g}, groups={self.rule.groups}, {self.rule.grad_rounding}"
+        grid = "" if self.rule.grad_grid == "uniform" else f", {self.rule.grad_grid}"
+        return f"g={self.rule.g}, groups={self.rule.groups}, {self.rule.grad_rounding}{grid}"

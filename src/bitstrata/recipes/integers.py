@@ -21,6 +21,7 @@ def shiftquant(
     grad_rounding: str = "stochastic",
     unsigned_nonneg: bool = False,
     clip_ratio: float = 1.0,
+    grad_grid: str = "uniform",
     on_nonfinite: str = "error",
     seed: int = 0,
 ) -> Recipe:
@@ -36,6 +37,8 @@ def shiftquant(
         grad_rounding: of gradients in training, "stochastic" or "nearest".
         unsigned_nonneg: activations without negative elements get codes 0..2^a - 1.
         clip_ratio: of the inner layers' activations, above 0 and at most 1: multiplies their ranges.
+        grad_grid: of the inner layers' gradients: "uniform", ShiftQuant's; "powers", 0 and powers of two with one scale
+            a tensor, g up to 4, which is not the paper's.
         on_nonfinite: NaN or infinity in an activation or gradient is an "error" or its step is a "skip".
         seed: of all stochastic rounding of gradients.
     """
@@ -44,6 +47,7 @@ def shiftquant(
     forward = {"groups": groups, "act_rounding": act_rounding, "unsigned_nonneg": unsigned_nonneg}
     forward["clip_ratio"] = clip_ratio  # edge layers have 1 all the same, see `integer_`
     backward = {"g": g, "groups": groups, "edge_bits": edge_bits, "rounding": grad_rounding}
+    backward |= {"grid": grad_grid} if grad_grid != "uniform" else {}  # records of recipes without it stay as they are
     return Recipe(
         name="shiftquant",
         description=SHIFTQUANT,
