@@ -74,7 +74,7 @@ def table(found: GradientVariance) -> dict[str, Any]:
 
 def _label(key: tuple[str, int]) -> str:
     kind, number = key
-    return kind if kind in ("tensor", "channel") else f"{kind} {number}"
+    return kind if kind in ("tensor", "channel", "powers") else f"{kind} {number}"
 
 
 def plot(networks: dict[str, Any], path: Path) -> None:

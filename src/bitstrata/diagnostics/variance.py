@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..integer.groups import channel_ranges, check_groups
 from ..integer.peers import channel_steps, quantization_variance
+from ..integer.powers import WIDEST, power_variance
 from ..integer.shiftquant import check_bits
 from .arriving import arriving_gradients
 from .landscape import Loss
@@ -27,6 +28,7 @@ class LayerVariance:
 
     Keys of `variance` and `bound`: ("tensor", 1), one step for all; ("channel", channels), a step a channel; ("shift",
     n) and ("optimal", n) for each number of groups n asked for, the latter with the n ranges that minimize the bound.
+    `variance` has ("powers", 1) too where the bits are few enough: codes that are powers of two (`power_quantize`).
 
     Attributes:
         channels: of the gradient. elements: of the gradient, all calls of the layer together.
@@ -141,6 +143,8 @@ def _measured(gradients: list[Tensor], axis: int, bits: int, groups: tuple[int, 
             variance[kind, number] += quantization_variance(gradient, kind, bits=bits, groups=count, axis=axis)
             steps = channel_steps(gradient, kind, bits=bits, groups=count, axis=axis)
             bound[kind, number] += gradient.numel() // channels / 4 * float(steps.square().sum())
+    if bits <= WIDEST:
+        variance["powers", 1] = sum(power_variance(gradient, bits) for gradient in gradients if gradient.numel())
     elements = sum(gradient.numel() for gradient in gradients)
     return LayerVariance(channels, elements, sum(spreads) / max(1, len(spreads)), variance, bound)
 
