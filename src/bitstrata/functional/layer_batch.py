@@ -70,9 +70,11 @@ def _composed(
     centered = wide - mean
     squares = centered.square().sum()
     var = (squares if over_ranks is None else over_ranks(squares)) / count.detach()
-    y = centered * (var + eps).rsqrt()
-    if weight is not None and bias is not None:
-        y = y * _wide_channels(weight, wide) + _wide_channels(bias, wide)
+    gain = (var + eps).rsqrt()
+    if weight is None or bias is None:
+        y = centered * gain
+    else:
+        y = centered * (_wide_channels(weight, wide) * gain) + _wide_channels(bias, wide)
     return y.to(x.dtype), mean.detach().view(1), var.detach().view(1)
 
 
@@ -82,7 +84,7 @@ def _wide_channels(p: Tensor, like: Tensor) -> Tensor:
 
 class _LayerBatchNorm(torch.autograd.Function):
     """By the kernels of torch's batch normalization, which read a tensor as often as it takes: the definition above
-    writes six tensors of the input's size, twice as wide in half precision, and keeps three of them.
+    writes several of the input's size, twice as wide in half precision, forward and backward.
 
     With statistics that are the same for every channel, theirs in evaluation is this one. Its gradient lacks what flows
     through mean and variance, which its gradients of weight and bias give.
