@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 from itertools import pairwise
 
@@ -198,3 +199,18 @@ def test_training_in_integers_repeats_nothing():
     model = bs.integer_(networks("chain"), torch.randn(2, 3, 8, 8)).train()
     with pytest.raises(ValueError, match="recompute=160 is for models after quantize_"):
         bs.fuse(model, recompute=160)
+
+
+def test_a_fused_network_is_copied_and_pickled_between_steps():
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 16, 16)
+    fused = bs.fuse(bs.integer_(bs.zoo.create("resnet20", width=4), x).train())
+    fused(x).square().sum().backward()
+    twins = [copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))]
+    for network in (fused, *twins):
+        network.zero_grad()
+        network(x).square().sum().backward()
+    for twin in twins:
+        for own, other in zip(fused.parameters(), twin.parameters(), strict=True):
+            assert own is not other
+            assert torch.equal(own.grad, other.grad)

@@ -115,7 +115,8 @@ inline int32_t power_of(float z, float hi, uint16_t bits) {
   const float size = from_bits(raw);
   const int32_t exponent = ((raw + (noise << 7)) >> 23) - 127;
   const int32_t few = (static_cast<int32_t>(lesser(size, 1.0f) * 65536.0f) + noise) >> 16;
-  const int32_t power = lesser(size < 1.0f ? few : 1 << (exponent & 31), static_cast<int32_t>(hi));
+  const int32_t high = static_cast<int32_t>(1u << (exponent & 31));  // of no use below 1
+  const int32_t power = lesser(size < 1.0f ? few : high, static_cast<int32_t>(hi));
   return z < 0 ? -power : power;
 }
 

@@ -114,7 +114,7 @@ class _Operation:
 
     def sizes(self, x: Value, source: Any, weight: NDArray[np.float32]) -> tuple[Shape, int, int]:
         """Shape of the result; bytes of scratch memory, forward and backward."""
-        key = (*x.shape, type(x))
+        key = (*x.shape, *weight.shape, type(x))
         if key not in self._sizes:
             height, width = self._geometry.output(x.shape[1:3], weight.shape[2:])
             shape = (x.shape[0], height, width, weight.shape[0])
@@ -144,6 +144,9 @@ class ConvNorm(Unit):
 
     def __post_init__(self) -> None:
         self._made: tuple[Any, _Operation | None] = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": (None, None)}  # a copy makes the engine's operation anew
 
     def _operation(self) -> _Operation:
         layer, norm = self.conv, self.norm
