@@ -145,6 +145,7 @@ SWITCHES += [
         ("grad_rounding", "nearest"),
         ("unsigned_nonneg", True),
         ("clip_ratio", 0.5),
+        ("grad_grid", "powers"),
         ("seed", 1),
     )
 ]
