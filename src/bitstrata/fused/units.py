@@ -20,8 +20,9 @@ from ..integer.engine_codes import FASTEST, array, noise_of
 from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
+from .gradients import Pooled
 from .pool import Pool
-from .values import Flow, Format, Normed, NotFiniteError, Pooled, Real, Shape, Value, from_torch
+from .values import Flow, Format, Normed, NotFiniteError, Real, Shape, Value, from_torch
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is
 Backward = Callable[["Step"], None]
