@@ -9,7 +9,7 @@ import torch
 
 import bitstrata as bs
 from bitstrata.integer import CounterGenerator, shift_quantize
-from bitstrata.integer.autograd import IntegerRule
+from bitstrata.integer.rule import IntegerRule
 from bitstrata.integer.shiftquant import shift_quantize_reference
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..integer.autograd import IntegerRule
 from ..integer.products import headroom
+from ..integer.rule import IntegerRule
 from ..nn.integer_layers import IntegerConv2d, IntegerLayer, IntegerLinear
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, QuantizedL1BatchNorm2d
 from .linear import Linear

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bitstrata_runtime import _engine
 
-from ..integer.autograd import IntegerRule
 from ..integer.engine_codes import FASTEST
 from ..integer.powers import largest_power
+from ..integer.rule import IntegerRule
 from ..integer.shiftquant import largest_code
 from .gradients import Gradient
 from .pool import Pool

@@ -3,7 +3,7 @@
 Pure functions on tensors, and the two differentiable ones that layers are made of (`autograd.py`).
 """
 
-from .autograd import IntegerRule, LayerState, integer_conv, integer_linear
+from .autograd import LayerState, integer_conv, integer_linear
 from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
 from .groups import (
     OptimalGroups,
@@ -57,6 +57,7 @@ from .products import (
     split_shifts,
 )
 from .rounding import CounterGenerator, philox4x32, random_bits, stochastic_round, uniform
+from .rule import IntegerRule
 from .shiftquant import PackedShift, ShiftQuantized, largest_code, pack_codes, shift_quantize, unpack_codes
 
 __all__ = [

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..integer.autograd import IntegerRule, LayerState, integer_conv, integer_linear
+from ..integer.autograd import LayerState, integer_conv, integer_linear
 from ..integer.convolution import Geometry
 from ..integer.frozen import FrozenRange
 from ..integer.rounding import CounterGenerator
+from ..integer.rule import IntegerRule
 
 STREAMS_A_LAYER = 1 << 40  # gradients of one layer before its streams meet the next one's
 MAX_LAYERS = 1 << 23

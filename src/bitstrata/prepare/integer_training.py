@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..integer.autograd import IntegerRule
 from ..integer.rounding import CounterGenerator, CounterRounding
+from ..integer.rule import IntegerRule
 from ..nn.integer_layers import INTEGER_FORMS, IntegerLayer, layer_noise, to_integer
 from ..nn.l1_norm import L1BatchNorm, QuantizedL1BatchNorm, l1_batch_norm_from
 from .finite import not_finite, watched

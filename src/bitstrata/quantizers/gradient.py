@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..integer.autograd import IntegerRule, LayerState
+from ..integer.autograd import LayerState
 from ..integer.rounding import CounterGenerator
+from ..integer.rule import IntegerRule
 from ..integer.shiftquant import ShiftQuantized
 from .registry import register
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..integer.autograd import IntegerRule
+from ..integer.rule import IntegerRule
 from .registry import register
 
 
