@@ -34,7 +34,17 @@ from bitstrata.cli.work import Run
 from bitstrata.data import Dataset, Loader
 from bitstrata.lowering import LowerError, UnsupportedError
 from bitstrata.objectives import warm_start_
-from bitstrata.train import Level, TrainConfig, Trainer, checkpoint, evaluate, fit_chain, quiet, reporter
+from bitstrata.train import (
+    Level,
+    TrainConfig,
+    Trainer,
+    checkpoint,
+    evaluate,
+    fit_chain,
+    keep_freed_memory,
+    quiet,
+    reporter,
+)
 from bitstrata.train.checkpoint import seed_all
 from bitstrata.train.distributed import first_process
 from bitstrata.train.keeper import Keeper
@@ -106,6 +116,7 @@ def begin(options: RunOptions, out: Path, lock: DirectoryLock, **statistics: tup
     )
     check_splits(options.data, train, test)
     loading.augmentation(options.data, train, options.augment)
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     return Run(options, out, bits, train, test)

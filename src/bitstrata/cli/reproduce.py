@@ -46,6 +46,7 @@ class Reproduce:
         """Work through the queue; prints each run's numbers and writes results.csv."""
         need_training("reproduce", "matplotlib")
         from bitstrata import reproduce
+        from bitstrata.train import keep_freed_memory
 
         if not self.recipes.is_dir():
             raise CommandError(f"reproduce: --recipes {self.recipes}: no such directory; tables come with the source")
@@ -64,6 +65,7 @@ class Reproduce:
                 print(reproduce.write_page(self.recipes, paper))
             return
         tables = [reproduce.load_table(self.recipes, *pair, self.scale) for pair in chosen]
+        keep_freed_memory()
         if self.cost:
             self._costs(tables)
             return

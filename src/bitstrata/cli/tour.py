@@ -15,6 +15,7 @@ from bitstrata.cli.common import output, write_json
 from bitstrata.cli.demo import Demo
 from bitstrata.cli.train import Train
 from bitstrata.cli.work import Run
+from bitstrata.train import keep_freed_memory
 from bitstrata.train.checkpoint import seed_all
 
 
@@ -22,6 +23,7 @@ def run(options: Demo) -> None:
     """The whole tour; prints a table and writes the artifact, results.json and the figure."""
     console = output()
     training = training_options(options)
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     bits = loading.make_recipe(training).precisions

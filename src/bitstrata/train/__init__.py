@@ -1,5 +1,6 @@
 """Training: `Trainer` for one stage, `evaluate` for its accuracy; a user's own loop needs neither."""
 
+from bitstrata.train.allocator import keep_freed_memory
 from bitstrata.train.callback import Callback, Moment
 from bitstrata.train.chain import fit_chain
 from bitstrata.train.checkpoint import CheckpointError
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingStopped",
     "evaluate",
     "fit_chain",
+    "keep_freed_memory",
     "quiet",
     "reporter",
 ]
