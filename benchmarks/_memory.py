@@ -12,6 +12,7 @@ from pathlib import Path
 
 MB = 2**20
 STEPS = 3  # in a process that measures memory
+KEEP_FREED = "let glibc keep freed memory, for all contestants; the processes that measure memory do not"
 _CLEAR = Path("/proc/self/clear_refs")  # of Linux: written to, it makes the peak the present
 
 

@@ -11,15 +11,17 @@ SHAPE-l2: the same with l2=True, which divides by the standard deviation as torc
 SHAPE-fused: what a fused step computes between two convolutions. Ours, forward: from the first product's int32 sums,
     their scales and their bounds in each channel, which that product gives as it ends, to the 8-bit codes that are
     kept, and to the second product's codes of max(0, result). Backward: those codes once more (the weight's gradient
-    needs them, and they are not kept), then from the int32 sums of the second product's input gradient to the first
-    product's gradient codes. Torch: batch normalization and an in-place ReLU from float to float; it makes no codes for
-    what comes next, and its convolutions would need none. `bits` is the width of the codes for the products.
+    needs them, and they are not kept), then from the int32 sums of the second product's input gradient, with their
+    range where the rectifier passes them, which that product gives as it ends, to the first product's gradient codes.
+    Torch: batch normalization and an in-place ReLU from float to float; it makes no codes for what comes next, and its
+    convolutions would need none. `bits` is the width of the codes for the products.
 
 Two forms of every shape of a layer normalization, whose names end in -ln and -ln-l2: `QuantizedL1LayerNorm` over the
 last dimension, from float32 to float32 and back, rounded as above, against torch's `LayerNorm` of float32, or of
 bfloat16 with float32 parameters.
 
-See benchmarks/README.md for how rows are read.
+Where the C library is glibc it keeps freed memory, for torch as for us: times of the largest shapes would vary by
+three. See benchmarks/README.md for how rows are read.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from bitstrata.integer.engine_codes import array
 from bitstrata.integer.engine_norm import NormRule, batch_norm
 from bitstrata.integer.rounding import CounterGenerator, CounterRounding
 from bitstrata.nn import QuantizedL1BatchNorm2d, QuantizedL1LayerNorm
+from bitstrata.train import keep_freed_memory
 
 QUICK, FULL = Effort(rounds=3, turn_s=0.02), Effort(rounds=9, turn_s=0.1)
 DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16}
@@ -129,6 +132,7 @@ class Sums:
 def main() -> None:
     """Time every case and print the rows."""
     arguments = _arguments()
+    keep_freed_memory()
     rows: list[Row] = []
     for name in arguments.cases:
         case = CASES[name]
@@ -244,16 +248,30 @@ def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
     def codes(norm: Any, to: NDArray[np.uint8]) -> Any:
         return norm.to_codes(kept, True, form.bits, form.groups, True, form.absorbed, 1.0, None, to)
 
-    def run() -> tuple[Any, ...]:
+    parts = (sums, array(x.scale), array(x.least), array(x.most), kept)
+    running = array(module.running_mean), array(module.running_deviation)
+
+    def forward() -> tuple[NormRule, Any, bool]:
         rule = module.engine_rule()
         assert rule is not None
         norm = rule.start(rows, channels, module.weight, module.bias)
-        parts = (sums, array(x.scale), array(x.least), array(x.most), kept)
-        finite = norm.forward(*parts)
-        module.track(torch.from_numpy(norm.mean), torch.from_numpy(norm.deviation))
+        return rule, norm, norm.forward(*parts)
+
+    def passed() -> float:
+        """The gradient's largest magnitude where the rectifier passes it."""
+        _, norm, _ = forward()
+        result = np.empty(shape, np.float32)
+        norm.to_f32(kept, True, None, result, None)
+        return float((np.abs(arriving.astype(np.float32) * array(gradient.scale)) * (result > 0)).max())
+
+    largest = passed()
+
+    def run() -> tuple[Any, ...]:
+        rule, norm, finite = forward()
+        norm.track(*running, module.momentum)
         grid = codes(norm, out)
         codes(norm, again)
-        incoming = (arriving, array(gradient.scale), None, kept, True, rule.noise(), back)
+        incoming = (arriving, array(gradient.scale), largest, kept, True, rule.noise(), back)
         finite = norm.backward(*incoming) and finite
         affine = norm.weight_gradient, norm.bias_gradient
         asked = (form.bits, form.groups, form.absorbed, noise.take())

@@ -13,7 +13,8 @@ The case resnet20-joint is a joint step at 1, 2, 3 and 4 bits (`joint`), and one
 and one other (`sandwich`), against float steps.
 
 Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
-rises above the resident set just before the first step; in 2^20 bytes. See benchmarks/README.md for how rows are read.
+rises above the resident set just before the first step; in 2^20 bytes. With --keep-freed glibc keeps what a step
+frees, as in `bitstrata train`. See benchmarks/README.md for how rows are read.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from _common import (
     step,
     usable_cores,
 )
-from _memory import in_own_process, rise
+from _memory import KEEP_FREED, in_own_process, rise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.nn.layers import QuantizedLayer
+from bitstrata.train import keep_freed_memory
 from bitstrata_runtime import _engine
 
 QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=7, turn_s=0.0, steady=2)
@@ -357,9 +359,12 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--threads", type=numbers, help="default 2 as far as there are cores; with --quick 1")
     made.add_argument("--contestants", type=names, help="only these, which then follow each other closely")
     made.add_argument("--recipe", choices=tuple(RECIPES), default="lsq", help="of ours; the peers' quantizer is lsq")
+    made.add_argument("--keep-freed", action="store_true", help=KEEP_FREED)
     made.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     made.add_argument("--memory-of", metavar="CONTESTANT", help="print its memory alone, in MB; first case and threads")
     arguments = made.parse_args()
+    if arguments.keep_freed and not keep_freed_memory():
+        made.error("--keep-freed: the C library is not glibc")
     if not runtime.available_isas():
         raise SystemExit("qat_step: the engine is not built here")
     if arguments.batch is not None and arguments.batch < 2:

@@ -11,7 +11,8 @@ float32, or under bfloat16 autocast.
 Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
 rises above the resident set just before the first step, when model, batch and optimizer exist; in 2^20 bytes. What the
 libraries need only once is touched before, by a step on a batch of two. Steps are timed as they follow each other in
-training: in each turn two that are counted, after one that is not. See benchmarks/README.md for how rows are read.
+training: in each turn two that are counted, after one that is not. With --keep-freed glibc keeps what a step frees, as
+in `bitstrata train`: torch's own steps gain most by it. See benchmarks/README.md for how rows are read.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
-from _memory import in_own_process, rise
+from _memory import KEEP_FREED, in_own_process, rise
 from torch import Tensor, nn
 
 import bitstrata as bs
 import bitstrata_runtime as runtime
 from bitstrata.fused import fuse
 from bitstrata.prepare.integer_training import integer_
+from bitstrata.train import keep_freed_memory
 from bitstrata_runtime import _engine
 
 QUICK, FULL = Effort(rounds=2, turn_s=0.0), Effort(rounds=9, turn_s=0.0, steady=2)
@@ -271,9 +273,12 @@ def _arguments() -> argparse.Namespace:
     made.add_argument("--bits", type=numbers, help="of ours, default 4, for vit 6,4; with --quick the first of them")
     made.add_argument("--threads", type=numbers, help="default 1,2 as far as there are cores; with --quick 1")
     made.add_argument("--profile", action="store_true", help="also print where the time of our step goes")
+    made.add_argument("--keep-freed", action="store_true", help=KEEP_FREED)
     made.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     made.add_argument("--memory-of", metavar="CONTESTANT", help="print its memory alone, in MB; first case and threads")
     arguments = made.parse_args()
+    if arguments.keep_freed and not keep_freed_memory():
+        made.error("--keep-freed: the C library is not glibc")
     if not runtime.available_isas():
         raise SystemExit("train_step: the engine is not built here")
     if arguments.batch is not None and arguments.batch < 2:

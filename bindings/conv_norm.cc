@@ -1,4 +1,6 @@
+#include <limits>
 #include <memory>
+#include <optional>
 
 #include "bitstrata/conv_norm.h"
 #include "norm.h"
@@ -134,12 +136,13 @@ class ConvNorm {
     return {nb::cast(new BoundNorm(std::move(norm)), nb::rv_policy::take_ownership), ""};
   }
 
-  std::string backward(BoundNorm& norm, In<int8_t, 4> codes, Matrix gradient, Pooled pooled, Vector scale,
-                       std::optional<float> range, bool rectified, NoiseKey noise, NoiseKey product_noise,
-                       const Input& x, In<float, 4> weight, Bytes scratch, std::optional<Out<int32_t, 4>> input,
-                       std::optional<Out<float, 1>> input_factor, std::optional<Out<float, 4>> of_weight,
-                       std::optional<Out<float, 1>> of_gamma, std::optional<Out<float, 1>> of_beta,
-                       const std::string& isa, int threads) {
+  // (what was not finite, the input gradient's range where it passes the input's normalization or None)
+  std::tuple<std::string, std::optional<float>> backward(
+      BoundNorm& norm, In<int8_t, 4> codes, Matrix gradient, Pooled pooled, Vector scale, std::optional<float> range,
+      bool rectified, NoiseKey noise, NoiseKey product_noise, const Input& x, In<float, 4> weight, Bytes scratch,
+      std::optional<Out<int32_t, 4>> input, std::optional<Out<float, 1>> input_factor,
+      std::optional<Out<float, 4>> of_weight, std::optional<Out<float, 1>> of_gamma,
+      std::optional<Out<float, 1>> of_beta, const std::string& isa, int threads) {
     const ProductShape s = shape(x, maps_of(codes), weight);
     const Rows& rows = norm.norm().rows();
     if (rows.rows != s.batch * s.out_h * s.out_w || rows.channels != s.out_c)
@@ -172,12 +175,18 @@ class ConvNorm {
                              pointer(first),
                              gradient_,
                              pointer(second)};
-    const ConvNormResult out{scratch.data(),     data_of(input),    data_of(input_factor),
+    float passed = std::numeric_limits<float>::quiet_NaN();
+    const ConvNormResult out{scratch.data(),     data_of(input),    data_of(input_factor), &passed,
                              data_of(of_weight), data_of(of_gamma), data_of(of_beta)};
     const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
-    nb::gil_scoped_release unlocked;
-    return text_of(bitstrata::conv_norm_backward(kernels, threads, s, norm.norm(), codes.data(), g, x.get(),
-                                                 this->weight(weight), out));
+    Status status;
+    {
+      nb::gil_scoped_release unlocked;
+      status = bitstrata::conv_norm_backward(kernels, threads, s, norm.norm(), codes.data(), g, x.get(),
+                                             this->weight(weight), out);
+    }
+    const bool known = input.has_value() && x.get().norm != nullptr && status == Status::kDone;
+    return {text_of(status), known ? std::optional<float>(passed) : std::nullopt};
   }
 
  private:

@@ -48,14 +48,23 @@ def run(rank: int, world: int, folder: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{where}/meeting", rank=rank, world_size=world)
     try:
-        model = DistributedDataParallel(small(rank))
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        first: list[Tensor] = []
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(shard(rank)).square().sum().backward()
-            first = first or [p.grad.clone() for p in model.parameters() if p.grad is not None]
-            optimizer.step()
-        torch.save((first, [p.detach() for p in model.parameters()]), where / f"{rank}.pt")
+        torch.save(trained(rank), where / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def trained(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The first step's gradients, and the parameters.
+
+    In a function of its own, so that the model is gone before its process group: torch can hang where a model frees the
+    group, as it then waits, with the interpreter's lock, for a thread that needs the lock.
+    """
+    model = DistributedDataParallel(small(rank))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first: list[Tensor] = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(shard(rank)).square().sum().backward()
+        first = first or [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+    return first, [p.detach() for p in model.parameters()]

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
+
+#include "quantize_rows.h"
 
 namespace bitstrata {
 namespace {
@@ -40,6 +43,39 @@ Made made(const ShiftGrid& grid, const ShiftFormat& f, bool negative, const uint
               out.channel.data()};
   return out;
 }
+
+// Of an input's gradient: the largest magnitude of what passes the normalization that the input is the result of.
+class PassedRange : public SumReader {
+ public:
+  PassedRange(const ConvInput& input, const float* factor)
+      : norm_(*input.norm),
+        codes_(input.normed),
+        pass_(norm_.passes(input.rectified)),
+        factor_(repeated(std::vector<float>(factor, factor + norm_.rows().channels), norm_.period())) {}
+
+  void begin(int threads) override {
+    parts_.assign(static_cast<size_t>(threads), std::vector<float>(factor_.size(), 0.0f));
+  }
+
+  void read(int thread, const int32_t* sums, int64_t at, int64_t count) override {
+    norm_.rows().kernels.training->gradient_range_i32(sums, codes_ + at, count, norm_.period(), factor_.data(), pass_,
+                                                      parts_[static_cast<size_t>(thread)].data());
+  }
+
+  float result() const {
+    float top = 0;
+    for (const auto& part : parts_)
+      for (float v : part) top = larger(top, v);
+    return top;
+  }
+
+ private:
+  const Norm& norm_;
+  const int8_t* codes_;
+  PassArgs pass_;
+  std::vector<float> factor_;
+  std::vector<std::vector<float>> parts_;
+};
 
 Made codes_of(const ConvInput& x, uint8_t* scratch) {
   if (x.norm == nullptr) return {x.given, {}, {}};
@@ -119,7 +155,10 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
       out.input_factor[i] = static_cast<float>(gradient.side.unit * static_cast<double>(w_scale[i]));
     ProductResult result;
     result.acc = out.input;
+    std::optional<PassedRange> range;
+    if (input.norm != nullptr && out.input_range != nullptr) result.reader = &range.emplace(input, out.input_factor);
     conv_input_grad(kernels, threads, s, gradient.side.codes, w, result);
+    if (range) *out.input_range = range->result();
   }
   if (out.weight != nullptr) {
     const Made x = codes_of(input, out.scratch);

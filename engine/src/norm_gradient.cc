@@ -58,12 +58,11 @@ void Norm::each_gradient(const RealTensor& g, const PooledGradient* pooled, cons
 float Norm::gradient_range(const RealTensor& g, const PooledGradient* pooled, const float* scale, const int8_t* codes,
                            bool rectify) const {
   const Training& k = *rows_.kernels.training;
-  const auto& pass = rectify ? pass_ : whole_;
+  const PassArgs by = passes(rectify);
   std::mutex mutex;
   float top = 0;
   each_gradient(g, pooled, [&](const RealTensor& from, int64_t at, int64_t count) {
     std::vector<float> part(static_cast<size_t>(period_), 0.0f);
-    const PassArgs by{pass[0].data(), pass[1].data()};
     if (from.i32 != nullptr)
       k.gradient_range_i32(from.i32, codes + at, count, period_, scale, by, part.data());
     else
@@ -78,7 +77,7 @@ bool Norm::backward(const RealTensor& gradient, const PooledGradient* pooled, co
                     bool rectify, const Noise* noise, int8_t* out) {
   const Training& k = *rows_.kernels.training;
   const size_t wide = static_cast<size_t>(period_);
-  const auto& pass = rectify ? pass_ : whole_;
+  const PassArgs by_code = passes(rectify);
   std::vector<float> scale;
   if (gradient.scale != nullptr)
     scale = repeated(std::vector<float>(gradient.scale, gradient.scale + rows_.channels), period_);
@@ -106,11 +105,10 @@ bool Norm::backward(const RealTensor& gradient, const PooledGradient* pooled, co
     }
     const Noise from = moved(noise, at);
     const Noise* with = noise ? &from : nullptr;
-    const PassArgs passes{pass[0].data(), pass[1].data()};
     if (g.i32 != nullptr)
-      k.gradient_codes_i32(g.i32, codes + at, count, period_, by, inverse, bound(), with, passes, out + at, to);
+      k.gradient_codes_i32(g.i32, codes + at, count, period_, by, inverse, bound(), with, by_code, out + at, to);
     else
-      k.gradient_codes_f32(g.f32, codes + at, count, period_, by, inverse, bound(), with, passes, out + at, to);
+      k.gradient_codes_f32(g.f32, codes + at, count, period_, by, inverse, bound(), with, by_code, out + at, to);
     std::lock_guard<std::mutex> lock(mutex);
     add_to(sums[0], part[0]);
     add_to(sums[1], part[1]);

@@ -20,9 +20,13 @@ ShiftGrid shift_grid(const std::vector<float>& ranges, const ShiftFormat& f) {
   }
   grid.scale = top / largest;
   if (grid.scale < kSmallestScale) grid.scale = 0;
+  std::vector<float> fits;  // ranges up to fits[e] can have the exponent e + 1
+  for (int e = 1; e < f.groups; ++e) fits.push_back(std::ldexp(top, -e));
   for (size_t c = 0; c < ranges.size(); ++c)
-    while (grid.exponents[c] < f.groups - 1 && ranges[c] * f.clip <= std::ldexp(top, -(grid.exponents[c] + 1)))
+    for (const float limit : fits) {
+      if (ranges[c] * f.clip > limit) break;
       ++grid.exponents[c];
+    }
   return grid;
 }
 

@@ -19,7 +19,7 @@ inline int64_t period_of(int64_t channels, int64_t wanted = kLongPeriod) {
 template <typename T>
 std::vector<T> repeated(const std::vector<T>& channels, int64_t period) {
   std::vector<T> out(static_cast<size_t>(period));
-  for (size_t i = 0; i < out.size(); ++i) out[i] = channels[i % channels.size()];
+  for (auto at = out.begin(); at != out.end();) at = std::copy(channels.begin(), channels.end(), at);
   return out;
 }
 
@@ -61,11 +61,13 @@ inline Noise moved(const Noise* noise, int64_t start) {
 struct CodeTables {
   CodeTables(const ShiftGrid& grid, const ShiftFormat& f, int64_t period) {
     const float inverse = grid.scale > 0 ? 1.0f / grid.scale : 0.0f;
-    std::vector<float> factors;
-    std::vector<int32_t> shifts;
-    for (uint8_t e : grid.exponents) {
-      factors.push_back(std::ldexp(inverse, e));
-      shifts.push_back(f.absorb ? f.groups - 1 - e : 0);
+    const size_t c = grid.exponents.size();
+    std::vector<float> factors(c);
+    std::vector<int32_t> shifts(c);
+    for (size_t i = 0; i < c; ++i) {
+      const int e = grid.exponents[i];
+      factors[i] = inverse * static_cast<float>(1 << e);
+      shifts[i] = f.absorb ? f.groups - 1 - e : 0;
     }
     factor = repeated(factors, period);
     shift = repeated(shifts, period);

@@ -51,18 +51,20 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels&, int threads, const Produ
 struct ConvNormGradient {
   RealTensor real;               // of the result, or of its maximum pooling
   const PooledGradient* pooled;  // then, else null
-  const float* range;            // its largest magnitude, or null
+  const float* range;            // its largest magnitude where it passes, or null
   bool rectified;                // the result was
   const Noise* noise;            // of its codes; null for nearest
   ShiftFormat format;            // of the products' gradient
   const Noise* product_noise;
 };
 
-// Where it goes; each but scratch may be null if nobody asks for it.
+// Where it goes; each but scratch may be null if nobody asks for it. input_range is written if there are an input's
+// gradient and a normalization that it belongs to.
 struct ConvNormResult {
   uint8_t* scratch;
   int32_t* input;  // (batch, in_h, in_w, in_c): sums, which stand for sum * input_factor[c]; may be the gradient's
   float* input_factor;
+  float* input_range;  // the largest magnitude of what these stand for, where it passes the input's normalization
   float* weight;
   float *gamma, *beta;
 };

@@ -108,7 +108,7 @@ class Norm {
   void track(float* mean, float* deviation, double share) const;
 
   // Codes of the gradient of the result, or, if `rectify`, of the rectified result. pooled: the gradient is that of the
-  // maximum pooling of it, in float32; else null. range: of the gradient where it is known (and not rectified), else
+  // maximum pooling of it, in float32; else null. range: its largest magnitude where it passes, if that is known, else
   // null. False if it is not finite.
   bool backward(const RealTensor& gradient, const PooledGradient* pooled, const float* range, const int8_t* codes,
                 bool rectify, const Noise*, int8_t* out);
@@ -116,6 +116,13 @@ class Norm {
   void gradient_f32(const int8_t* gradient, const int8_t* codes, float* out) const;
   ShiftGrid gradient_codes(const int8_t* gradient, const int8_t* codes, const ShiftFormat&, const Noise*,
                            uint8_t* out) const;
+
+  // Which normalized codes the gradient passes, `period` of them: whole pixels, whose channels are repeated.
+  PassArgs passes(bool rectify) const {
+    const auto& by = rectify ? pass_ : whole_;
+    return {by[0].data(), by[1].data()};
+  }
+  int64_t period() const { return period_; }
 
   const Rows& rows() const { return rows_; }
   const std::vector<float>& mean() const { return mean_; }            // of the batch, before it is quantized

@@ -51,6 +51,7 @@ class Gradient:
     sums: list[NDArray[np.float32] | Pooled] = field(default_factory=list)
     range: float | None = None  # largest magnitude in the last of the sums, where known
     products: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
+    passed: float | None = None  # likewise in the last of the products, where the activation's normalization passes it
 
     def __bool__(self) -> bool:
         return bool(self.sums or self.products)

@@ -195,22 +195,25 @@ class ConvNorm(Unit):
             return
         operation, parameters, gradients, arrays = step.ready[id(self)]
         layer, norm, pool = self.conv, self.norm, step.pool
-        single, pooled, total = value.gradient.single(), None, None
+        single, pooled, total, known = value.gradient.single(), None, None, None
         if isinstance(single, Pooled):
             real, scale, pooled = single.rows, None, (single.places, single.window)
         elif single is not None:
             real, scale = single
+            if scale is not None:
+                known = value.gradient.passed
+            elif not self.rectified:
+                known = value.gradient.range
         else:
             total, _ = value.gradient.total(pool)
             real, scale = total, None
-        known = None if self.rectified or pooled or total is not None else value.gradient.range
         scratch = pool.take((operation.sizes(x, source, parameters[0])[2],), np.uint8)
         sums = self._sums(x, value, pool) if x.wanted else None
         factor = np.empty(x.shape[3], np.float32) if x.wanted else None
         if layer.weight.requires_grad and arrays[0] is None:
             arrays[0] = step.lasting.take(layer.weight.shape, np.float32)
             gradients[0] = torch.from_numpy(arrays[0])
-        lost = operation.engine.backward(
+        lost, passed = operation.engine.backward(
             value.norm,
             value.normed,
             real,
@@ -242,6 +245,7 @@ class ConvNorm(Unit):
                 step.add(parameter, gradient)
         if sums is not None and factor is not None:
             x.gradient.products.append((sums.reshape(x.rows), factor))
+            x.gradient.passed = passed
 
     @staticmethod
     def _sums(x: Value, value: Normed, pool: Pool) -> NDArray[np.int32]:
