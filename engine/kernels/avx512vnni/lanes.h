@@ -120,14 +120,6 @@ inline void each_part(int64_t count, int64_t period, int64_t elements, const Sta
     stage(from, from + rows * period < count ? from + rows * period : count);
 }
 
-// Asks for the lines of a block at x[at], which may be beyond the end: large tensors arrive from memory while others of
-// their elements are worked on, which the processor does not see to by itself where noise is made in between.
-template <typename T>
-inline void ask_for(const T* x, int64_t at) {
-  const uintptr_t line = reinterpret_cast<uintptr_t>(x) + static_cast<uintptr_t>(at) * sizeof(T);
-  for (size_t i = 0; i < sizeof(T); ++i) __builtin_prefetch(reinterpret_cast<const char*>(line + 64 * i));
-}
-
 // Calls body(channel, valid, first, end): columns [channel, channel + valid) of a period, valid <= 64, at elements
 // first, first + period, ... before end. The last period may be a part of one.
 template <typename Body>

@@ -138,8 +138,8 @@ void block_gradient_codes(const In* g, const int8_t* x, int64_t count, int64_t p
       const Passes passes(p, c, mask);
       Sides sides;
       for (int64_t at = first; at < end; at += period) {
-        ask_for(g, at + (to - from));
-        ask_for(x, at + (to - from));
+        ask_for(g, at + (to - from), kBlock);
+        ask_for(x, at + (to - from), kBlock);
         const __m512i h = load_bytes(x + at, mask);
         const Floats z = times(scaled<kScaled>(g + at, mask, s), by);
         __m512i codes;
@@ -220,8 +220,8 @@ void block_l1_gradient_codes(const int8_t* g, const int8_t* h, int64_t count, in
       const Floats factor = times(load_floats(a.factor + c, block.mask), _mm512_set1_ps(kNoisy ? kOne : 1.0f));
       const Shifts shifts(a.shift + c, block.mask);
       for (int64_t at = first; at < end; at += period) {
-        ask_for(g, at + (to - from));
-        ask_for(h, at + (to - from));
+        ask_for(g, at + (to - from), kBlock);
+        ask_for(h, at + (to - from), kBlock);
         Floats dx = block(g + at, h + at);
         for (int q = 0; q < 4; ++q) dx.v[q] = _mm512_mul_ps(dx.v[q], factor.v[q]);
         __m512i codes;

@@ -7,7 +7,6 @@
 namespace bitstrata {
 namespace {
 
-constexpr int64_t kAhead = 2048;
 constexpr int64_t kPartOfWords = 1 << 13, kPartOfBytes = 1 << 14;  // elements that stay in the L1 cache
 
 // Least and greatest of a block's codes over rows.
@@ -53,7 +52,7 @@ void block_norm_codes(const In* x, int64_t count, int64_t period, const float* s
       ByteSums sums;
       Extremes extremes;
       for (int64_t at = first; at < end; at += period) {
-        ask_for(x, at + kAhead);
+        ask_for(x, at + kAhead, kBlock);
         const __m512i codes = clamped(rounded(times(scaled<kScaled>(x + at, mask, s), by)), lo, hi);
         store_bytes(out + at, mask, codes);
         sums.add(codes);

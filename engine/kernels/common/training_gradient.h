@@ -52,6 +52,8 @@ void gradient_codes_with(const In* g, const int8_t* x, int64_t count, int64_t pe
     const In* from = g + at;
     const float* s = scale + (kScaled ? c : 0);
     int8_t* to = out + at;
+    ask_for(from, kAhead, n);
+    ask_for(x + at, kAhead, n);
     const float by = inverse, most = bound;  // copies: a store of bytes might change what a reference refers to
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
@@ -70,20 +72,29 @@ void gradient_codes_with(const In* g, const int8_t* x, int64_t count, int64_t pe
 inline int8_t greater8(int8_t a, int8_t b) { return a > b ? a : b; }
 inline int8_t lesser8(int8_t a, int8_t b) { return a < b ? a : b; }
 
+// Extends least and most by v where the code is on one side: below 0, 0, above. With one side at a time, and masks in
+// place of conditions, compilers make vectors of bytes of it.
+template <typename Where>
+inline void extend_side(const int8_t* v, const int8_t* code, int64_t n, int8_t* least, int8_t* most,
+                        const Where& where) {
+  BITSTRATA_INDEPENDENT
+  for (int64_t j = 0; j < n; ++j) {
+    const int8_t mask = static_cast<int8_t>(-where(code[j])), other = static_cast<int8_t>(~mask);
+    const int8_t here = static_cast<int8_t>(v[j] & mask);
+    least[j] = lesser8(static_cast<int8_t>(here | (other & 127)), least[j]);
+    most[j] = greater8(static_cast<int8_t>(here | (other & -128)), most[j]);
+  }
+}
+
 inline void gradient_sums(const int8_t* g, const int8_t* h, int64_t count, int64_t period, const GradientSums& sums) {
   each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
     const int8_t *v = g + at, *code = h + at;
-    int8_t *low0 = sums.least[0] + c, *low1 = sums.least[1] + c, *low2 = sums.least[2] + c;
-    int8_t *high0 = sums.most[0] + c, *high1 = sums.most[1] + c, *high2 = sums.most[2] + c;
-    BITSTRATA_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) {
-      low0[j] = lesser8(code[j] < 0 ? v[j] : int8_t{127}, low0[j]);
-      high0[j] = greater8(code[j] < 0 ? v[j] : int8_t{-128}, high0[j]);
-      low1[j] = lesser8(code[j] == 0 ? v[j] : int8_t{127}, low1[j]);
-      high1[j] = greater8(code[j] == 0 ? v[j] : int8_t{-128}, high1[j]);
-      low2[j] = lesser8(code[j] > 0 ? v[j] : int8_t{127}, low2[j]);
-      high2[j] = greater8(code[j] > 0 ? v[j] : int8_t{-128}, high2[j]);
-    }
+    const auto extend = [&](int side, const auto& where) {
+      extend_side(v, code, n, sums.least[side] + c, sums.most[side] + c, where);
+    };
+    extend(0, [](int8_t h) { return h < 0; });
+    extend(1, [](int8_t h) { return h == 0; });
+    extend(2, [](int8_t h) { return h > 0; });
   });
   sum_codes_up(g, count, period, sums.g);
   sum_up<128 * 128, int32_t>(count, period, sums.gh, [=](int64_t i, int64_t) { return g[i] * h[i]; });

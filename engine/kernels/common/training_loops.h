@@ -57,6 +57,16 @@ inline int32_t round_noisy(float z, int32_t bits) {
   return ((static_cast<int32_t>((z + 128.0f) * 65536.0f) + bits) >> 16) - 128;
 }
 
+// Asks for `count` elements of x from x[at] on, which may be beyond its end. Large tensors arrive while elements before
+// these are worked on; the processor alone does not look far enough ahead, least of all where noise is made in between.
+template <typename T>
+inline void ask_for(const T* x, int64_t at, int64_t count) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(x) + static_cast<uintptr_t>(at) * sizeof(T);
+  for (uintptr_t i = 0; i < static_cast<uintptr_t>(count) * sizeof(T); i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + i));
+}
+constexpr int64_t kAhead = 2048;  // elements
+
 // Calls body(at, channel, n): elements [at, at + n) whose first has index `channel` in arrays of `period` elements.
 template <typename Body>
 inline void each_stretch(int64_t begin, int64_t end, int64_t period, const Body& body) {
@@ -146,6 +156,7 @@ void codes_with(const In* x, int64_t count, int64_t period, const CodeArgs& a, u
     const int32_t* shift = a.shift + c;
     uint8_t* to = out + at;
     const float lo = a.lo, hi = a.hi;
+    ask_for(from, kNoisy ? kNoiseChunk : kAhead, n);
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j)
       to[j] = static_cast<uint8_t>(

@@ -43,6 +43,7 @@ void norm_codes_with(const In* x, int64_t count, int64_t period, const float* sc
     int8_t* to = out + at;
     int32_t* lowest = low + c;
     int32_t* highest = high + c;
+    ask_for(from, kAhead, n);
     const float by = inverse, most = bound;  // copies: a store of bytes might change what a reference refers to
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
@@ -136,6 +137,10 @@ inline void positive_bits(const float* x, int64_t count, uint8_t* bits) {
     const uint16_t two = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_setzero_ps(), _CMP_GT_OQ);
     std::memcpy(bits + i / 8, &two, 2);
   }
+#elif defined(__AVX2__)
+  for (; i + 8 <= count; i += 8)
+    bits[i / 8] = static_cast<uint8_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), _mm256_setzero_ps(), _CMP_GT_OQ)));
 #endif
   for (; i < count; i += 8) {
     uint32_t byte = 0;
@@ -153,6 +158,13 @@ inline void keep_bits(const uint8_t* bits, int64_t count, float* x) {
     uint16_t two;
     std::memcpy(&two, bits + i / 8, 2);
     _mm512_storeu_ps(x + i, _mm512_maskz_loadu_ps(two, x + i));
+  }
+#elif defined(__AVX2__)
+  const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  for (; i + 8 <= count; i += 8) {
+    const __m256i kept = _mm256_and_si256(_mm256_set1_epi32(bits[i / 8]), places);
+    const __m256 mask = _mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, places));
+    _mm256_storeu_ps(x + i, _mm256_and_ps(_mm256_loadu_ps(x + i), mask));
   }
 #endif
   for (; i + 8 <= count; i += 8) {
