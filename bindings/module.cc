@@ -145,6 +145,7 @@ NB_MODULE(_engine, m) {
   bind_training(m);
   bind_conv_norm(m);
   bind_layer_norm(m);
+  bind_layer_step(m);
   bind_fake_quantize(m);
   bind_qat(m);
   bind_qat_products(m);

@@ -11,6 +11,9 @@ void bind_conv_norm(nanobind::module_& m);
 // The layer normalization.
 void bind_layer_norm(nanobind::module_& m);
 
+// A layer's products and quantization in one call each way.
+void bind_layer_step(nanobind::module_& m);
+
 // Fake quantization.
 void bind_fake_quantize(nanobind::module_& m);
 

@@ -5,44 +5,10 @@
 #include <optional>
 
 #include "quantize_rows.h"
+#include "scaled_codes.h"
 
 namespace bitstrata {
 namespace {
-
-WeightShape weight_shape(const ProductShape& s) { return {s.out_c, s.group_in(), s.kernel_h * s.kernel_w, s.groups}; }
-
-// Codes of the weight, in scratch memory.
-bool quantize(const Kernels& kernels, int threads, const ProductShape& s, const ConvWeight& w, bool by_output,
-              int8_t* codes, std::vector<float>* scale) {
-  scale->resize(static_cast<size_t>(by_output ? s.out_c : s.in_c));
-  return weight_codes(kernels, threads, w.data, weight_shape(s), w.bits, by_output, w.scales, codes, scale->data());
-}
-
-// Codes that were made, and what belongs to them.
-struct Made {
-  ScaledCodes side;
-  std::vector<uint8_t> shift;
-  std::vector<double> channel;
-};
-
-// What the codes of a grid, at `data`, are to a product. negative: whether some may be.
-Made made(const ShiftGrid& grid, const ShiftFormat& f, bool negative, const uint8_t* data) {
-  const int last = f.groups - 1;
-  const int32_t largest = f.largest() << (f.absorb ? last : 0);
-  const double scale = static_cast<double>(grid.scale), unit = std::ldexp(scale, -last);
-  Made out;
-  out.channel.assign(grid.exponents.size(), unit);
-  if (!f.absorb)
-    for (size_t i = 0; i < out.channel.size(); ++i) {
-      out.shift.push_back(static_cast<uint8_t>(last - grid.exponents[i]));
-      out.channel[i] = std::ldexp(scale, -grid.exponents[i]);
-    }
-  out.side = {{data, negative ? DType::s8 : DType::u8, negative ? -largest : 0, largest,
-               out.shift.empty() ? nullptr : out.shift.data()},
-              unit,
-              out.channel.data()};
-  return out;
-}
 
 // Of an input's gradient: the largest magnitude of what passes the normalization that the input is the result of.
 class PassedRange : public SumReader {
@@ -119,9 +85,7 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, con
   const Made x = codes_of(input, scratch);
   int32_t* acc = reinterpret_cast<int32_t*>(scratch + before_sums(s, input));
   std::vector<int32_t> least(w_scale.size()), most(w_scale.size());
-  std::vector<float> scale(w_scale.size());
-  for (size_t i = 0; i < scale.size(); ++i)
-    scale[i] = static_cast<float>(x.side.unit * static_cast<double>(w_scale[i]));
+  const std::vector<float> scale = sum_factors(x.side.unit, w_scale);
   ProductResult result;
   result.acc = acc;
   result.lo = least.data();
@@ -151,8 +115,8 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
     int8_t* w = reinterpret_cast<int8_t*>(out.scratch);
     std::vector<float> w_scale;
     if (!quantize(kernels, threads, s, weight, false, w, &w_scale)) return Status::kWeight;
-    for (size_t i = 0; i < w_scale.size(); ++i)
-      out.input_factor[i] = static_cast<float>(gradient.side.unit * static_cast<double>(w_scale[i]));
+    const std::vector<float> factor = sum_factors(gradient.side.unit, w_scale);
+    std::copy(factor.begin(), factor.end(), out.input_factor);
     ProductResult result;
     result.acc = out.input;
     std::optional<PassedRange> range;

@@ -114,7 +114,8 @@ class Execution {
     const int64_t pixels = (end - begin) * out_w_;
     const ProductKernels& loops = *plan_.kernels.products;
     if (lo != nullptr) loops.bounds(rows, pixels, plan_.out_c, lo, hi);
-    if (result_.values != nullptr) loops.scale(rows, result_.factor, result_.values + here, pixels, plan_.out_c);
+    if (result_.values != nullptr)
+      loops.scale(rows, result_.factor, result_.bias, result_.values + here, pixels, plan_.out_c);
     if (result_.reader != nullptr) result_.reader->read(thread, rows, result_.first + here, pixels * plan_.out_c);
   }
 

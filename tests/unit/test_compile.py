@@ -116,7 +116,9 @@ def test_every_recipe_compiles_to_one_graph(name: str) -> None:
     recipe = RECIPES[name] if name in RECIPES else bs.recipes.maqd()
     eager, model = quantized(recipe), quantized(recipe)
     backend = Counting()
-    assert_same_step(eager, torch.compile(model, backend=backend, fullgraph=True), images())
+    # maqd has a tensor that several operations read, whose gradients the traced graph adds in another order
+    tolerance = 1e-6 if name == "maqd" else 0.0
+    assert_same_step(eager, torch.compile(model, backend=backend, fullgraph=True), images(), tolerance=tolerance)
     assert backend.graphs == 1
 
 

@@ -24,6 +24,7 @@ from bitstrata.integer import (
     conv_forward,
     conv_input_grad,
     conv_weight_grad,
+    engine_step,
     integer_conv,
     integer_linear,
     linear_forward,
@@ -314,12 +315,9 @@ def walk(fn: Any) -> Any:
         fn = fn.next_functions[0][0] if fn.next_functions else None
 
 
-@pytest.mark.parametrize("needs", [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)])
-@pytest.mark.parametrize("conv", [False, True])
-def test_products_that_nobody_needs_are_not_computed(
-    needs: tuple[int, ...], conv: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind, called = "conv" if conv else "linear", []
+def count_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which gradients layers of this kind compute from now on, by operations one by one or by the engine."""
+    called: list[str] = []
     for name in ("input_grad", "weight_grad"):
         original = getattr(module_under_test, f"{kind}_{name}")
 
@@ -328,7 +326,30 @@ def test_products_that_nobody_needs_are_not_computed(
             return original(*args, **options)
 
         monkeypatch.setattr(module_under_test, f"{kind}_{name}", counted)
-    layer = made(nn.Conv1d(6, 4, 3) if conv else nn.Linear(6, 4))
+
+    class Counted:
+        def __init__(self, operation: Any) -> None:
+            self.forward, self.operation = operation.forward, operation
+
+        def backward(self, *args: Any) -> str:
+            called.extend(
+                name for name, out in zip(("input_grad", "weight_grad"), args[6:8], strict=True) if out is not None
+            )
+            return str(self.operation.backward(*args))
+
+    made_by = engine_step._operation
+    monkeypatch.setattr(engine_step, "_operation", lambda *args: Counted(made_by(*args)))
+    return called
+
+
+@pytest.mark.parametrize("form", ["engine", "float64"])
+@pytest.mark.parametrize("needs", [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)])
+@pytest.mark.parametrize("conv", [False, True])
+def test_products_that_nobody_needs_are_not_computed(
+    needs: tuple[int, ...], conv: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = count_products("conv" if conv else "linear", monkeypatch)
+    layer = made(nn.Conv1d(6, 4, 3) if conv else nn.Linear(6, 4), IntegerRule(form=form))
     x = gauss(5, 6, 7) if conv else gauss(5, 6)
     full = gradients(layer, x, gauss(*layer(x).shape, seed=1))[1:]
     assert sorted(called) == ["input_grad", "weight_grad"]

@@ -162,8 +162,8 @@ struct ProductKernels {
   void (*bounds)(const int32_t* x, int64_t pixels, int64_t channels, int32_t* lo, int32_t* hi);
   // x[i] = (x[i] << shift) + part[i], modulo 2^32.
   void (*shift_add)(int32_t* x, const int32_t* part, int64_t count, int shift);
-  // out[p, c] = float(x[p, c]) * factor[c].
-  void (*scale)(const int32_t* x, const float* factor, float* out, int64_t pixels, int64_t channels);
+  // out[p, c] = float(x[p, c]) * factor[c] (+ bias[c], null for none).
+  void (*scale)(const int32_t* x, const float* factor, const float* bias, float* out, int64_t pixels, int64_t channels);
   // out[i] = float(double(x[i]) * (outer * inner[i])).
   void (*scale_sums)(const int64_t* x, double outer, const double* inner, float* out, int64_t count);
   void (*scale_short_sums)(const int32_t* x, double outer, const double* inner, float* out, int64_t count);

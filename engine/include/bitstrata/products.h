@@ -49,8 +49,9 @@ class SumReader {
 struct ProductResult {
   int32_t* acc = nullptr;                // NHWC
   int32_t *lo = nullptr, *hi = nullptr;  // (channels,) least and largest sum of each channel, over the whole batch
-  float* values = nullptr;               // NHWC, float(sum) * factor of its channel
+  float* values = nullptr;               // NHWC, float(sum) * factor of its channel (+ bias of its channel)
   const float* factor = nullptr;         // (channels,), for values
+  const float* bias = nullptr;           // (channels,), for values; null for none
   SumReader* reader = nullptr;
   int64_t first = 0;  // element of the whole result at which the above begin, for the reader
 };

@@ -64,9 +64,12 @@ void shift_add(int32_t* x, const int32_t* part, int64_t count, int shift) {
     x[i] = static_cast<int32_t>((static_cast<uint32_t>(x[i]) << shift) + static_cast<uint32_t>(part[i]));
 }
 
-void scale(const int32_t* x, const float* factor, float* out, int64_t pixels, int64_t channels) {
+void scale(const int32_t* x, const float* factor, const float* bias, float* out, int64_t pixels, int64_t channels) {
   for (int64_t p = 0; p < pixels; ++p, x += channels, out += channels)
-    for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>(x[c]) * factor[c];
+    if (bias == nullptr)
+      for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>(x[c]) * factor[c];
+    else
+      for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<float>(x[c]) * factor[c] + bias[c];
 }
 
 template <typename Sum>

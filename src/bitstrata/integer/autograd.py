@@ -6,6 +6,7 @@ Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer train
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
+from .engine_codes import Noise, noise_of
+from .engine_step import EngineStep, OperandError
 from .frozen import FrozenRange, frozen_quantize
 from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, linear_weight_grad
 from .rounding import CounterGenerator
@@ -85,6 +88,20 @@ class _Call:
             raise problem
         return None
 
+    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> EngineStep | None:
+        """All of it as one operation each way, if there is such."""
+        if self.frozen is not None:
+            return None
+        return EngineStep.of(self.rule, self.geometry, self.result_shape(x, weight), (x, weight, bias))
+
+    def activation_noise(self) -> Noise:
+        """For the activation's codes: a stream, or None to round to nearest."""
+        return noise_of("stochastic", _forward_noise(self))
+
+    def gradient_noise(self) -> Noise:
+        """For the gradient's codes: the next stream, or None to round to nearest."""
+        return noise_of(self.rule.grad_rounding if self.training else "nearest", self.state.noise)
+
     def axis(self, x: Tensor) -> int:
         return x.dim() - 1 if self.geometry is None else 1
 
@@ -141,20 +158,37 @@ class _IntegerProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         ctx.call, ctx.packing = call, None
         ctx.like = [None if t is None else (t.shape, t.dtype, t.device) for t in (x, weight, bias)]
+        keep = call.differentiated and ctx.needs_input_grad[1]
+        ctx.usable, ctx.step = True, call.step(x, weight, bias)
+        made = None
+        if ctx.step is not None:
+            with suppress(OperandError):  # which operations one by one report, or skip
+                made = ctx.step.forward(x, weight, bias, call.activation_noise(), keep=keep)
+        y, packed = made or _IntegerProduct.result(ctx, x, weight, bias, keep=keep)
+        kept: list[Tensor | None] = [None, None, None]
+        if packed is not None:
+            kept = [packed.codes, packed.exponents, packed.scale]
+            ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed, packed.channels_last)
+        ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
+        return y
+
+    @staticmethod
+    def result(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool
+    ) -> tuple[Tensor, PackedShift | None]:
+        """The result by operations one by one, and the codes to keep."""
+        call: _Call = ctx.call
         dtype = torch.promote_types(x.dtype, weight.dtype)
+        ctx.step = None
         with torch.autocast(x.device.type, enabled=False):
             xq = call.activation(x)
             ctx.usable = xq is not None
             if xq is None:
-                return torch.full(call.result_shape(x, weight), torch.nan, dtype=dtype, device=x.device)
+                return torch.full(call.result_shape(x, weight), torch.nan, dtype=dtype, device=x.device), None
             y = call.forward(xq, call.weight(weight, "out"), dtype)
-        kept: list[Tensor | None] = [None, None, None]
-        if call.differentiated and ctx.needs_input_grad[1]:
-            packed = xq.pack()
-            kept = [packed.codes, packed.exponents, packed.scale]
-            ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed, packed.channels_last)
-        ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
-        return y if bias is None else y.add_(bias.to(dtype))
+        if bias is not None:
+            y.add_(bias.to(dtype))
+        return y, xq.pack() if keep else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,6 +201,9 @@ class _IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        made = _IntegerProduct.gradients_of_step(ctx, grad)
+        if made is not None:
+            return made
         call: _Call = ctx.call
         needs = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
@@ -174,18 +211,41 @@ class _IntegerProduct(torch.autograd.Function):
         if gq is None:
             call.state.skipped += 1
             return *(_zeros(like) if need else None for like, need in zip(ctx.like, needs, strict=False)), None
-        codes, exponents, scale, weight = ctx.saved_tensors
         (x_shape, x_dtype, _), (w_shape, w_dtype, _), b_like = ctx.like
+        kept, weight = _IntegerProduct.kept(ctx)
         gx = gw = gb = None
         with torch.autocast(grad.device.type, enabled=False):
             if needs[0]:
                 gx = call.input_grad(gq, call.weight(weight, "in"), tuple(x_shape[2:]), x_dtype)
             if needs[1]:
-                xq = PackedShift(codes, exponents, scale, *ctx.packing).unpack()
-                gw = call.weight_grad(gq, xq, tuple(w_shape[2:]), w_dtype)
+                gw = call.weight_grad(gq, kept.unpack(), tuple(w_shape[2:]), w_dtype)
             if needs[2]:
                 gb = bias_grad(gq, dtype=b_like[1]).reshape(b_like[0])
         return gx, gw, gb, None
+
+    @staticmethod
+    def gradients_of_step(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        """By one operation; None where there is none, or something is not finite: then no stream of noise was taken."""
+        if ctx.step is None:
+            return None
+        call: _Call = ctx.call
+        stream = call.state.noise.stream
+        (_, x_dtype, _), (w_shape, _, _), b_like = ctx.like
+        kept, weight = _IntegerProduct.kept(ctx)
+        try:
+            gx, gw, gb = ctx.step.backward(
+                grad, w_shape, weight, kept, call.gradient_noise(), needs=ctx.needs_input_grad[:3]
+            )
+        except OperandError:  # which operations one by one report, or skip
+            call.state.noise.stream = stream
+            return None
+        return None if gx is None else gx.to(x_dtype), gw, None if gb is None else gb.view(b_like[0]), None
+
+    @staticmethod
+    def kept(ctx: Any) -> tuple[Any, Tensor]:
+        """The input's codes, None if the weight's gradient is not needed, and the weight."""
+        codes, exponents, scale, weight = ctx.saved_tensors
+        return None if ctx.packing is None else PackedShift(codes, exponents, scale, *ctx.packing), weight
 
 
 class _NoSecondDerivative(torch.autograd.Function):
