@@ -18,6 +18,8 @@ using bitstrata::WeightScales;
 using Pair = std::tuple<int64_t, int64_t>;
 using Real = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;  // float32, or bfloat16 as int16
 using Sizes = std::array<int64_t, 4>;                                          // batch, height, width, channels
+using Known = std::optional<std::tuple<In<int8_t, 4>, In<float, 1>>>;          // a weight's codes and scales
+using Forwarded = std::tuple<std::string, float, nb::ndarray<nb::numpy, uint8_t>>;
 using Kept = std::tuple<In<uint8_t, 1>, In<uint8_t, 1>, float, bool>;          // packed, exponents, scale, signed
 
 const char* text_of(StepStatus s) {
@@ -77,18 +79,31 @@ class LayerStep {
     shape_.groups = groups;
   }
 
+  // A weight's codes for the forward product, or, if not `by_output`, the input gradient's; False if it is not finite.
+  bool weight_codes(In<float, 4> weight, bool by_output, Out<int8_t, 4> codes, Out<float, 1> scale,
+                    const std::string& isa, int threads) const {
+    const Sizes n = sizes_of(weight);
+    const bitstrata::WeightShape s{n[0], n[1], n[2] * n[3], shape_.groups};
+    if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
+    if (s.elements() < 1 || s.out % s.groups != 0) fail("the weight does not divide into groups");
+    if (sizes_of(codes) != n) fail("codes must have the shape of the weight");
+    check_scale(scale, by_output ? s.out : s.in * s.groups);
+    const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+    nb::gil_scoped_release unlocked;
+    return bitstrata::weight_codes(kernels, threads, weight.data(), s, weight_bits_, by_output, scales_, codes.data(),
+                                   scale.data());
+  }
+
   // (what was not finite, the scale of the input's codes, their exponents, packed)
-  std::tuple<std::string, float, nb::ndarray<nb::numpy, uint8_t>> forward(Real x, bool is_signed, NoiseKey key,
-                                                                          In<float, 4> weight, Vector bias,
-                                                                          Out<float, 4> y,
-                                                                          std::optional<Out<uint8_t, 1>> packed,
-                                                                          const std::string& isa, int threads) const {
+  Forwarded forward(Real x, bool is_signed, NoiseKey key, In<float, 4> weight, const Known& known, Vector bias,
+                    Out<float, 4> y, std::optional<Out<uint8_t, 1>> packed, const std::string& isa, int threads) const {
     const ProductShape s = shape(sizes_of(x), sizes_of(y), sizes_of(weight), threads);
     ShiftFormat f = input_;
     f.is_signed = is_signed;
     if (bias.has_value() && static_cast<int64_t>(bias->shape(0)) != s.out_c)
       fail("bias must have one element for each output channel");
     if (packed.has_value()) check_bytes("packed", *packed, packed_bytes(s));
+    const ConvWeight w = this->weight(weight.data(), sizes_of(weight), known, s.out_c);
     const RealTensor t = real_of("x", x);
     const auto noise = noise_of(key);
     const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
@@ -96,8 +111,8 @@ class LayerStep {
     StepStatus status;
     {
       nb::gil_scoped_release unlocked;
-      status = bitstrata::layer_forward(kernels, threads, s, t, f, pointer(noise), this->weight(weight.data()),
-                                        data_or_null(bias), y.data(), data_or_null(packed), &grid);
+      status = bitstrata::layer_forward(kernels, threads, s, t, f, pointer(noise), w, data_or_null(bias), y.data(),
+                                        data_or_null(packed), &grid);
     }
     return {text_of(status), grid.scale, array(bitstrata::pack_exponents(grid.exponents, f.groups))};
   }
@@ -105,7 +120,7 @@ class LayerStep {
   // What was not finite. kept: of the input, whose sizes these are; None if the weight's gradient is not asked for, as
   // weight if the input's is not.
   std::string backward(Real gradient, NoiseKey key, const Sizes& sizes, const std::optional<Kept>& kept,
-                       const Sizes& weight_sizes, std::optional<In<float, 4>> weight,
+                       const Sizes& weight_sizes, std::optional<In<float, 4>> weight, const Known& known,
                        std::optional<Out<float, 4>> of_input, std::optional<Out<float, 4>> of_weight,
                        std::optional<Out<float, 1>> of_bias, const std::string& isa, int threads) const {
     const ProductShape s = shape(sizes, sizes_of(gradient), weight_sizes, threads);
@@ -121,6 +136,7 @@ class LayerStep {
       if (sizes_of(*of_weight) != weight_sizes) fail("the weight's gradient must have the weight's shape");
     }
     if (weight.has_value() && sizes_of(*weight) != weight_sizes) fail("weight must have the sizes that are given");
+    const ConvWeight w = this->weight(data_or_null(weight), weight_sizes, known, s.in_c);
     if (of_input.has_value() && !weight.has_value()) fail("the input's gradient needs the weight");
     if (of_input.has_value() && sizes_of(*of_input) != sizes) fail("the input's gradient must have the input's shape");
     if (of_bias.has_value() && static_cast<int64_t>(of_bias->shape(0)) != s.out_c)
@@ -132,8 +148,7 @@ class LayerStep {
     StepStatus status;
     {
       nb::gil_scoped_release unlocked;
-      status = bitstrata::layer_backward(kernels, threads, s, t, gradient_, pointer(noise), &codes,
-                                         this->weight(data_or_null(weight)), out);
+      status = bitstrata::layer_backward(kernels, threads, s, t, gradient_, pointer(noise), &codes, w, out);
     }
     return text_of(status);
   }
@@ -155,7 +170,20 @@ class LayerStep {
     return (s.batch * s.in_h * s.in_w * s.in_c * input_.bits + 7) / 8;
   }
 
-  ConvWeight weight(const float* data) const { return {data, weight_bits_, scales_}; }
+  ConvWeight weight(const float* data, const Sizes& sizes, const Known& known, int64_t channels) const {
+    ConvWeight w{data, weight_bits_, scales_};
+    if (!known.has_value()) return w;
+    const auto& [codes, scale] = *known;
+    if (sizes_of(codes) != sizes) fail("the weight's codes must have its shape");
+    check_scale(scale, channels);
+    w.codes = codes.data(), w.scale = scale.data();
+    return w;
+  }
+
+  template <typename Array>
+  static void check_scale(const Array& scale, int64_t channels) {
+    if (static_cast<int64_t>(scale.shape(0)) != channels) fail("scale must have one element for each channel");
+  }
 
   ProductShape shape_{};
   int weight_bits_;
@@ -170,9 +198,12 @@ void bind_layer_step(nb::module_& m) {
       .def(nb::init<Pair, Pair, Pair, int64_t, int, bool, int, int, float, int, int, bool>(), "stride"_a, "dilation"_a,
            "padding"_a, "groups"_a, "weight_bits"_a, "one_scale"_a, "bits"_a, "code_groups"_a, "clip"_a,
            "gradient_bits"_a, "gradient_groups"_a, "powers"_a)
+      .def("weight_codes", &LayerStep::weight_codes, "weight"_a.noconvert(), "by_output"_a, "codes"_a.noconvert(),
+           "scale"_a.noconvert(), "isa"_a, "threads"_a)
       .def("forward", &LayerStep::forward, "x"_a.noconvert(), "signed"_a, "noise"_a.none(), "weight"_a.noconvert(),
-           "bias"_a.noconvert().none(), "y"_a.noconvert(), "packed"_a.noconvert().none(), "isa"_a, "threads"_a)
+           "known"_a.none(), "bias"_a.noconvert().none(), "y"_a.noconvert(), "packed"_a.noconvert().none(), "isa"_a,
+           "threads"_a)
       .def("backward", &LayerStep::backward, "gradient"_a.noconvert(), "noise"_a.none(), "sizes"_a, "kept"_a.none(),
-           "weight_sizes"_a, "weight"_a.noconvert().none(), "of_input"_a.noconvert().none(),
+           "weight_sizes"_a, "weight"_a.noconvert().none(), "known"_a.none(), "of_input"_a.noconvert().none(),
            "of_weight"_a.noconvert().none(), "of_bias"_a.noconvert().none(), "isa"_a, "threads"_a);
 }

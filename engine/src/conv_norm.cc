@@ -78,10 +78,11 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, con
                                         const ConvInput& input, const ConvWeight& weight, const NormOptions& options,
                                         const float* gamma, const float* beta, uint8_t* scratch, int8_t* codes,
                                         Status* status) {
-  int8_t* w = reinterpret_cast<int8_t*>(scratch + input_scratch(s, input));
   std::vector<float> w_scale;
+  const int8_t* w = quantized(kernels, threads, s, weight, true,
+                              reinterpret_cast<int8_t*>(scratch + input_scratch(s, input)), &w_scale);
   *status = Status::kWeight;
-  if (!quantize(kernels, threads, s, weight, true, w, &w_scale)) return nullptr;
+  if (w == nullptr) return nullptr;
   const Made x = codes_of(input, scratch);
   int32_t* acc = reinterpret_cast<int32_t*>(scratch + before_sums(s, input));
   std::vector<int32_t> least(w_scale.size()), most(w_scale.size());
@@ -112,9 +113,9 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
   if (std::isnan(grid.scale)) return Status::kProduct;
   const Made gradient = made(grid, g.format, true, product_codes);
   if (out.input != nullptr) {
-    int8_t* w = reinterpret_cast<int8_t*>(out.scratch);
     std::vector<float> w_scale;
-    if (!quantize(kernels, threads, s, weight, false, w, &w_scale)) return Status::kWeight;
+    const int8_t* w = quantized(kernels, threads, s, weight, false, reinterpret_cast<int8_t*>(out.scratch), &w_scale);
+    if (w == nullptr) return Status::kWeight;
     const std::vector<float> factor = sum_factors(gradient.side.unit, w_scale);
     std::copy(factor.begin(), factor.end(), out.input_factor);
     ProductResult result;

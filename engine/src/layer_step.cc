@@ -20,8 +20,8 @@ int exponent_bits(int groups) {
   return bits;
 }
 
-int8_t* weight_buffer(Workspace& memory, const ProductShape& s) {
-  return reinterpret_cast<int8_t*>(memory.get(kWeightCodes, weight_shape(s).elements()));
+int8_t* weight_buffer(Workspace& memory, const ProductShape& s, const ConvWeight& w) {
+  return reinterpret_cast<int8_t*>(memory.get(kWeightCodes, w.codes != nullptr ? 0 : weight_shape(s).elements()));
 }
 
 void input_gradient(const Kernels& kernels, int threads, const ProductShape& s, const ScaledCodes& g, const int8_t* w,
@@ -58,9 +58,9 @@ StepStatus layer_forward(const Kernels& kernels, int threads, const ProductShape
   uint8_t* codes = memory[0].get(kCodes, rows.elements());
   *grid = shift_codes(rows, x, format, noise, codes);
   if (std::isnan(grid->scale)) return StepStatus::kReal;
-  int8_t* w = weight_buffer(memory[0], s);
   std::vector<float> w_scale;
-  if (!quantize(kernels, threads, s, weight, true, w, &w_scale)) return StepStatus::kWeight;
+  const int8_t* w = quantized(kernels, threads, s, weight, true, weight_buffer(memory[0], s, weight), &w_scale);
+  if (w == nullptr) return StepStatus::kWeight;
   if (packed != nullptr) pack_codes(kernels, threads, codes, rows.elements(), format.bits, packed);
   const Made side = made(*grid, format, format.is_signed, codes);
   const std::vector<float> factor = sum_factors(side.side.unit, w_scale);
@@ -82,9 +82,9 @@ StepStatus layer_backward(const Kernels& kernels, int threads, const ProductShap
   if (std::isnan(grid.scale)) return StepStatus::kReal;
   const Made g = made(grid, format, true, codes);
   if (out.input != nullptr) {
-    int8_t* w = weight_buffer(memory[0], s);
     std::vector<float> w_scale;
-    if (!quantize(kernels, threads, s, weight, false, w, &w_scale)) return StepStatus::kWeight;
+    const int8_t* w = quantized(kernels, threads, s, weight, false, weight_buffer(memory[0], s, weight), &w_scale);
+    if (w == nullptr) return StepStatus::kWeight;
     input_gradient(kernels, threads, s, g.side, w, w_scale, out.input);
   }
   if (out.weight != nullptr) weight_gradient(kernels, threads, s, g.side, *x, out.weight);

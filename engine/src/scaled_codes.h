@@ -13,11 +13,18 @@ inline WeightShape weight_shape(const ProductShape& s) {
   return {s.out_c, s.group_in(), s.kernel_h * s.kernel_w, s.groups};
 }
 
-// Codes of a weight and their scales. False if it is not finite.
-inline bool quantize(const Kernels& kernels, int threads, const ProductShape& s, const ConvWeight& w, bool by_output,
-                     int8_t* codes, std::vector<float>* scale) {
-  scale->resize(static_cast<size_t>(by_output ? s.out_c : s.in_c));
-  return weight_codes(kernels, threads, w.data, weight_shape(s), w.bits, by_output, w.scales, codes, scale->data());
+// Codes of a weight, in `buffer` unless they were known, and their scales. Null if it is not finite.
+inline const int8_t* quantized(const Kernels& kernels, int threads, const ProductShape& s, const ConvWeight& w,
+                               bool by_output, int8_t* buffer, std::vector<float>* scale) {
+  const size_t channels = static_cast<size_t>(by_output ? s.out_c : s.in_c);
+  if (w.codes != nullptr) {
+    scale->assign(w.scale, w.scale + channels);
+    return w.codes;
+  }
+  scale->resize(channels);
+  const bool finite =
+      weight_codes(kernels, threads, w.data, weight_shape(s), w.bits, by_output, w.scales, buffer, scale->data());
+  return finite ? buffer : nullptr;
 }
 
 // Codes that were made, and what belongs to them.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitstrata.integer import CounterGenerator, Geometry, IntegerRule, LayerState, integer_conv, integer_linear
 from bitstrata.integer import engine_step as module_under_test
-from bitstrata.integer.engine_step import EngineStep, OperandError
+from bitstrata.integer.engine_step import EngineStep, OperandError, SharedWeight
 from bitstrata_runtime import _engine
 
 ISAS = (*_engine.available_isas(), *_engine.emulated_isas())
@@ -138,6 +138,34 @@ def test_grids_of_ours(options: dict[str, Any], isa: str) -> None:
     check(linear_case((33,), 40, 24, 5, biased=True), rule, Way(isa, 2))
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "tensor"}])
+def test_a_weight_that_calls_share_has_its_codes_made_once_a_side(options: dict[str, Any]) -> None:
+    rule, calls = IntegerRule(grad_rounding="nearest", **options), []
+    x, weight = gauss(3, 5, axis=-1).requires_grad_(), gauss(4, 5, seed=1).requires_grad_()
+
+    def twice(shared: SharedWeight | None) -> list[Tensor]:
+        y = sum(integer_linear(part, weight, rule=rule, shared=shared).square() for part in (x, 2 * x))
+        return [y.detach(), *torch.autograd.grad(y.sum(), (x, weight))]
+
+    class Counted(SharedWeight):
+        def codes(self, operation: Any, weight: Tensor, *, by_output: bool) -> tuple[Any, ...]:
+            made = super().codes(operation, weight, by_output=by_output)
+            calls.append((by_output, id(made)))
+            return made
+
+    shared = Counted()
+    assert all(torch.equal(a, b) for a, b in zip(twice(shared), twice(None), strict=True))
+    assert [by_output for by_output, _ in calls] == [True, True, False, False]
+    assert len(set(calls)) == 2
+    with torch.no_grad():
+        weight.mul_(3)  # a weight that has changed has other codes
+    assert all(torch.equal(a, b) for a, b in zip(twice(shared), twice(None), strict=True))
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"integer layer: weight \(4, 5\)"):
+        twice(shared)
+
+
 def test_the_step_is_the_engines_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     made_by = module_under_test._operation
@@ -174,23 +202,25 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     operation = _engine.LayerStep((1, 1), (1, 1), (0, 0), 1, 4, False, 4, 4, 1.0, 4, 4, False)
     x, w = np.ones((2, 1, 1, 3), np.float32), np.ones((4, 3, 1, 1), np.float32)
     y, packed = np.empty((2, 1, 1, 4), np.float32), np.empty(3, np.uint8)
-    arguments = [x, True, None, w, None, y, packed, "", 1]
+    arguments = [x, True, None, w, None, None, y, packed, "", 1]
     failed, scale, exponents = operation.forward(*arguments)
     assert (failed, len(exponents)) == ("", 1)
     kept = (packed, exponents, scale, True)
     for at, wrong, message in (
         (0, x.astype(np.int32), "x must be float32 or bfloat16"),
         (3, np.ones((4, 2, 1, 1), np.float32), "the weight does not fit input and output"),
-        (4, np.ones(3, np.float32), "bias must have one element for each output channel"),
-        (5, np.empty((3, 1, 1, 4), np.float32), "input and output have different batches"),
-        (5, np.empty((2, 2, 1, 4), np.float32), "layer step"),
-        (6, np.empty(4, np.uint8), "packed must have 3 bytes, got 4"),
-        (8, 0, "threads must be at least 1, got 0"),
+        (4, (np.ones((4, 3, 1, 2), np.int8), np.ones(4, np.float32)), "the weight's codes must have its shape"),
+        (4, (np.ones((4, 3, 1, 1), np.int8), np.ones(3, np.float32)), "scale must have one element for each channel"),
+        (5, np.ones(3, np.float32), "bias must have one element for each output channel"),
+        (6, np.empty((3, 1, 1, 4), np.float32), "input and output have different batches"),
+        (6, np.empty((2, 2, 1, 4), np.float32), "layer step"),
+        (7, np.empty(4, np.uint8), "packed must have 3 bytes, got 4"),
+        (9, 0, "threads must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             operation.forward(*arguments[:at], wrong, *arguments[at + 1 :])
     gx, gw, gb = np.empty_like(x), np.empty_like(w), np.empty(4, np.float32)
-    arguments = [y, None, x.shape, kept, w.shape, w, gx, gw, gb, "", 1]
+    arguments = [y, None, x.shape, kept, w.shape, w, None, gx, gw, gb, "", 1]
     assert operation.backward(*arguments) == ""
     for at, wrong, message in (
         (2, (2, 1, 1, 5), "the weight does not fit input and output"),
@@ -199,9 +229,10 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         (3, (packed, exponents[:0].copy(), scale, True), "exponents must have 1 bytes, got 0"),
         (5, None, "the input's gradient needs the weight"),
         (5, np.ones((4, 3, 1, 2), np.float32), "weight must have the sizes that are given"),
-        (6, np.empty((2, 1, 1, 4), np.float32), "the input's gradient must have the input's shape"),
-        (7, np.empty((4, 3, 2, 1), np.float32), "the weight's gradient must have the weight's shape"),
-        (8, np.empty(3, np.float32), "the bias' gradient must have one element for each output channel"),
+        (6, (np.ones((4, 3, 1, 1), np.int8), np.ones(4, np.float32)), "scale must have one element for each channel"),
+        (7, np.empty((2, 1, 1, 4), np.float32), "the input's gradient must have the input's shape"),
+        (8, np.empty((4, 3, 2, 1), np.float32), "the weight's gradient must have the weight's shape"),
+        (9, np.empty(3, np.float32), "the bias' gradient must have one element for each output channel"),
     ):
         with pytest.raises(ValueError, match=message):
             operation.backward(*arguments[:at], wrong, *arguments[at + 1 :])

@@ -333,7 +333,7 @@ def count_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def backward(self, *args: Any) -> str:
             called.extend(
-                name for name, out in zip(("input_grad", "weight_grad"), args[6:8], strict=True) if out is not None
+                name for name, out in zip(("input_grad", "weight_grad"), args[7:9], strict=True) if out is not None
             )
             return str(self.operation.backward(*args))
 

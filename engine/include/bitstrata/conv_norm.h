@@ -33,6 +33,9 @@ struct ConvWeight {
   const float* data;  // (out, in / groups, taps)
   int bits;
   WeightScales scales;
+  // What weight_codes makes of it for the product at hand, if that is known, else null.
+  const int8_t* codes = nullptr;
+  const float* scale = nullptr;
 };
 
 enum class Status { kDone, kWeight, kNorm, kProduct };  // or what was not finite: the weight, or the gradient of which

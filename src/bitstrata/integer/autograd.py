@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
 from .engine_codes import Noise, noise_of
-from .engine_step import EngineStep, OperandError
+from .engine_step import EngineStep, OperandError, SharedWeight
 from .frozen import FrozenRange, frozen_quantize
 from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, linear_weight_grad
 from .rounding import CounterGenerator
@@ -54,6 +54,7 @@ class _Call:
     training: bool
     differentiated: bool  # gradients are recorded: there will be a backward pass
     frozen: FrozenRange | None = None
+    shared: SharedWeight | None = None
 
     def activation(self, x: Tensor) -> ShiftQuantized | None:
         """Its codes; None as of `usable`."""
@@ -92,7 +93,7 @@ class _Call:
         """All of it as one operation each way, if there is such."""
         if self.frozen is not None:
             return None
-        return EngineStep.of(self.rule, self.geometry, self.result_shape(x, weight), (x, weight, bias))
+        return EngineStep.of(self.rule, self.geometry, self.result_shape(x, weight), (x, weight, bias), self.shared)
 
     def activation_noise(self) -> Noise:
         """For the activation's codes: a stream, or None to round to nearest."""
@@ -276,13 +277,10 @@ def _forward_noise(call: _Call) -> CounterGenerator | None:
 
 
 def _call(
-    rule: IntegerRule | None,
-    state: LayerState | None,
-    geometry: Geometry | None,
-    training: bool,
-    frozen: FrozenRange | None,
+    rule: IntegerRule | None, state: LayerState | None, geometry: Geometry | None, *, training: bool, **options: Any
 ) -> _Call:
-    return _Call(rule or IntegerRule(), state or LayerState(), geometry, training, torch.is_grad_enabled(), frozen)
+    recorded = torch.is_grad_enabled()
+    return _Call(rule or IntegerRule(), state or LayerState(), geometry, training, recorded, **options)
 
 
 def integer_linear(
@@ -294,6 +292,7 @@ def integer_linear(
     state: LayerState | None = None,
     training: bool = True,
     frozen: FrozenRange | None = None,
+    shared: SharedWeight | None = None,
 ) -> Tensor:
     """Y = X W^T + b with the forward product and both gradients on integer codes.
 
@@ -309,7 +308,8 @@ def integer_linear(
         x: floating (..., in), not empty. weight: floating (out, in). bias: (out,), added in floating point.
         rule: None for `IntegerRule()`. state: the layer's name and noise; None for a new one, so for the same draws at
             every call. training: False rounds everything to nearest. frozen: range and exponents of x to use in the
-            place of its own, rounded to nearest.
+            place of its own, rounded to nearest. shared: of calls with the same weight, whose codes are then made once;
+            None if there is one call.
 
     Returns:
         (..., out) in the wider dtype of x and weight. Differentiable once.
@@ -318,7 +318,7 @@ def integer_linear(
         ValueError: shapes that do not fit; x empty; weights that are not finite; activations or, in the backward pass,
             gradients that are not finite under on_nonfinite "error".
     """
-    call = _call(rule, state, None, training, frozen)
+    call = _call(rule, state, None, training=training, frozen=frozen, shared=shared)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{call.state.name}: input {tuple(x.shape)} must be (..., in) and weight {tuple(weight.shape)} (out, in)"
@@ -349,7 +349,7 @@ def integer_conv(
     Raises:
         ValueError: as integer_linear.
     """
-    call = _call(rule, state, geometry or Geometry(), training, frozen)
+    call = _call(rule, state, geometry or Geometry(), training=training, frozen=frozen)
     if x.dim() != weight.dim() or x.dim() not in (3, 4) or x.shape[1] != weight.shape[1] * call.conv_groups():
         raise ValueError(
             f"{call.state.name}: input {tuple(x.shape)} must be (samples, in, [height,] width) and weight "

@@ -40,6 +40,32 @@ class OperandError(ValueError):
         super().__init__(f"the {'weight' if self.weight else 'input or gradient'} contains NaN or infinity")
 
 
+class SharedWeight:
+    """Codes of a weight that several calls use before it changes, as those of a recurrent layer do at every step.
+
+    They are made once for each side, and stay until the other side's are asked for: when the backward pass begins.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, ...] | None = None
+        self._of: tuple[Any, ...] | None = None
+
+    def codes(self, operation: Any, weight: Tensor, *, by_output: bool) -> tuple[Any, ...]:
+        """Codes and scales for the engine, of a weight (out, in / groups, rows, columns).
+
+        Raises:
+            OperandError: of the weight.
+        """
+        asked = (operation, weight.data_ptr(), weight._version, by_output)
+        if self._made is None or asked != self._of:
+            channels = weight.shape[0] if by_output else weight.shape[1]
+            made = array(torch.empty(weight.shape, dtype=torch.int8)), array(torch.empty(channels))
+            if not operation.weight_codes(array(weight), by_output, *made, FASTEST, torch.get_num_threads()):
+                raise OperandError("weight")
+            self._made, self._of = made, asked
+        return self._made
+
+
 @lru_cache(maxsize=1024)
 def _operation(rule: IntegerRule, geometry: Geometry | None, dims: int) -> Any:
     """The engine's, of layers with this rule and geometry; None for matrices."""
@@ -67,7 +93,8 @@ class EngineStep:
 
     Attributes:
         operation: the engine's. rule: the layer's. planar: whether it is a convolution, not of matrices. signed: the
-            input's codes. shape, result: of the input and of the result.
+            input's codes. shape, result: of the input and of the result. shared: of the weight, if other calls use its
+            codes too.
     """
 
     operation: Any
@@ -76,6 +103,7 @@ class EngineStep:
     signed: bool
     shape: tuple[int, ...]
     result: tuple[int, ...]
+    shared: SharedWeight | None = None
 
     @staticmethod
     def of(
@@ -83,6 +111,7 @@ class EngineStep:
         geometry: Geometry | None,
         result: tuple[int, ...],
         operands: tuple[Tensor, Tensor, Tensor | None],
+        shared: SharedWeight | None = None,
     ) -> EngineStep | None:
         """None where the engine does not take it, or int32 is not proved to hold sums. operands: x, weight, bias."""
         x, weight, bias = operands
@@ -102,7 +131,7 @@ class EngineStep:
         if geometry is not None and result[-1] > WIDEST_OUTPUT:
             return None
         operation = _operation(rule, geometry, x.dim() - 2)
-        return EngineStep(operation, rule, geometry is not None, signed, tuple(x.shape), result)
+        return EngineStep(operation, rule, geometry is not None, signed, tuple(x.shape), result, shared)
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise, *, keep: bool
@@ -122,6 +151,7 @@ class EngineStep:
             self.signed,
             noise,
             array(weights),
+            self._known(weight, by_output=True),
             None if bias is None else array(bias.reshape(-1)),
             array(y),
             array(packed),
@@ -178,6 +208,7 @@ class EngineStep:
             codes,
             weight_sizes,
             None if weight is None else array(self._weights(weight)),
+            self._known(weight, by_output=False) if needs[0] else None,
             array(of_input),
             array(of_weight),
             array(of_bias),
@@ -191,6 +222,12 @@ class EngineStep:
             None if of_weight is None else of_weight.view(weight_shape),
             of_bias,
         )
+
+    def _known(self, weight: Tensor | None, *, by_output: bool) -> tuple[Any, ...] | None:
+        """The weight's codes if others have use for them; None if they are this call's affair."""
+        if self.shared is None or weight is None:
+            return None
+        return self.shared.codes(self.operation, self._weights(weight), by_output=by_output)
 
     def _maps(self, x: Tensor) -> Tensor:
         """(samples, height, width, channels), contiguous."""

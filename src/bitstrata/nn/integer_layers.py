@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..integer.autograd import LayerState, integer_conv, integer_linear
 from ..integer.convolution import Geometry
+from ..integer.engine_step import SharedWeight
 from ..integer.frozen import FrozenRange
 from ..integer.rounding import CounterGenerator
 from ..integer.rule import IntegerRule
@@ -168,11 +169,14 @@ class IntegerLayerOfSeveral(IntegerLayer):
     def states(self) -> Mapping[str, LayerState]:
         return self._states
 
-    def _product(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(
+        self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, shared: SharedWeight | None = None
+    ) -> Tensor:
         """x W^T + b in integers, or in float where there is nothing to quantize."""
         if x.numel() == 0:
             return F.linear(x, weight, bias)
-        return integer_linear(x, weight, bias, rule=self.rule, state=self.states[name], training=self.training)
+        state = self.states[name]
+        return integer_linear(x, weight, bias, rule=self.rule, state=state, training=self.training, shared=shared)
 
     def _guarded(self, x: Tensor) -> Tensor:
         """x, whose gradient is 0 in steps that are skipped: for what the layer reads in float besides its products."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..integer.engine_step import SharedWeight
 from .integer_layers import IntegerLayerOfSeveral, integer_form
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (rows, features)
@@ -226,6 +227,7 @@ class _IntegerRNN(_Recurrent):
     ) -> tuple[Tensor, State]:
         """One layer in one direction. Sequences are sorted by length, so those still running are the first rows."""
         from_input = self._weighted("ih", tail, data).split(sizes)
+        hidden, projection = SharedWeight(), SharedWeight()
         outputs: list[Tensor] = []
         ended: list[State] = []
         state = tuple(part[: sizes[-1]] for part in initial) if backward else initial
@@ -236,9 +238,9 @@ class _IntegerRNN(_Recurrent):
             elif size < rows:
                 ended.append(tuple(part[size:] for part in state))
                 state = tuple(part[:size] for part in state)
-            state = GATES[self.mode](from_input[step], self._weighted("hh", tail, state[0]), state)
+            state = GATES[self.mode](from_input[step], self._weighted("hh", tail, state[0], hidden), state)
             if self.proj_size:
-                state = (self._weighted("hr", tail, state[0]), *state[1:])
+                state = (self._weighted("hr", tail, state[0], projection), *state[1:])
             outputs.append(state[0])
         if backward:
             outputs.reverse()
@@ -246,9 +248,9 @@ class _IntegerRNN(_Recurrent):
             state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
         return torch.cat(outputs), state
 
-    def _weighted(self, kind: str, tail: str, x: Tensor) -> Tensor:
+    def _weighted(self, kind: str, tail: str, x: Tensor, shared: SharedWeight | None = None) -> Tensor:
         name = f"weight_{kind}_{tail}"
-        return self._product(name, x, getattr(self, name), getattr(self, f"bias_{kind}_{tail}", None))
+        return self._product(name, x, getattr(self, name), getattr(self, f"bias_{kind}_{tail}", None), shared)
 
 
 @integer_form(nn.LSTM)
