@@ -121,9 +121,10 @@ class RandomGraph {
 
   void clip() {
     const int64_t most = static_cast<int64_t>(std::min(sizes_.back(), 2147483647.0));
-    const int64_t lo = last().dtype == DType::u8 ? below(3) : -below(most + 1);
+    const int64_t low = last().dtype == DType::u8 ? below(3) : -below(most + 1);
+    const int64_t lo = std::max<int64_t>(low, lowest(last().dtype));
     const int64_t hi = std::min<int64_t>(lo + 1 + below(most + 1), highest(last().dtype));
-    emit(Kind::clip, {std::max<int64_t>(lo, lowest(last().dtype)), hi}, sizes_.back());
+    emit(Kind::clip, {lo, hi}, sizes_.back());
   }
 
   void pool(Kind kind) {
