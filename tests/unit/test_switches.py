@@ -103,6 +103,8 @@ SWITCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("adabits", {}, {"bits": (1, 4)}),
     ("adabits", {}, {"a": 4}),
     ("adabits", {}, {"scheme": "centered"}),
+    ("adabits", {}, {"alpha": 2.0}),
+    ("adabits", {}, {"alpha": "mse"}),
     ("adabits", {}, {"edges": "inner"}),
     ("ascending", {}, {"bits": (2, 3)}),
     ("ascending", {}, {"a": 4}),
