@@ -392,10 +392,68 @@ class ConvNorm:
         of_beta: Array | None,
         isa: str,
         threads: int,
-    ) -> str:
-        """What was not finite: "weight", "norm" or "product"; "" for nothing. pooled: places of the maxima of a pooling
-        of the result; then `gradient` is the pooling's.
+    ) -> tuple[str, float | None]:
+        """What was not finite: "weight", "norm" or "product"; "" for nothing. Then the largest magnitude of the input's
+        gradient where the input's normalization passes it, if it has one. pooled: places of the maxima of a pooling of
+        the result; then `gradient` is the pooling's.
         """
+
+class LayerStep:
+    """A layer's quantization and products in one call each way (bindings/layer_step.cc), for batches of any size.
+
+    x, gradient: (samples, height, width, channels), float32, or bfloat16 as int16. known: codes and scales that
+    `weight_codes` made for the product at hand.
+    """
+
+    def __init__(
+        self,
+        stride: Pair,
+        dilation: Pair,
+        padding: Pair,
+        groups: int,
+        weight_bits: int,
+        one_scale: bool,
+        bits: int,
+        code_groups: int,
+        clip: float,
+        gradient_bits: int,
+        gradient_groups: int,
+        powers: bool,
+    ) -> None: ...
+    def weight_codes(self, weight: Array, by_output: bool, codes: Array, scale: Array, isa: str, threads: int) -> bool:
+        """For the forward product, or, if not by_output, the input gradient's; False if the weight is not finite."""
+
+    def forward(
+        self,
+        x: Array,
+        signed: bool,
+        noise: Noise,
+        weight: Array,
+        known: tuple[Array, Array] | None,
+        bias: Array | None,
+        y: Array,
+        packed: Array | None,
+        isa: str,
+        threads: int,
+    ) -> tuple[str, float, NDArray[np.uint8]]:
+        """What was not finite ("weight", "real", or "" for nothing); of x the scale of its codes and packed exponents."""
+
+    def backward(
+        self,
+        gradient: Array,
+        noise: Noise,
+        sizes: tuple[int, ...],
+        kept: tuple[Array, Array, float, bool] | None,
+        weight_sizes: tuple[int, ...],
+        weight: Array | None,
+        known: tuple[Array, Array] | None,
+        of_input: Array | None,
+        of_weight: Array | None,
+        of_bias: Array | None,
+        isa: str,
+        threads: int,
+    ) -> str:
+        """What was not finite. sizes: of x. kept: its packed codes, packed exponents and scale, and whether signed."""
 
 # Quantization-aware training. x: rows of channels, (rows, channels), int16 or int32 sums, float32, or bfloat16 as
 # uint16; it stands for u = max(x * scale + offset, 0 if rectified), with scale and offset float32 (channels,). `real`

@@ -89,7 +89,7 @@ def weight_codes(weight: Tensor, bits: int, by_output: bool, conv_groups: int) -
     """Codes and scales of `weight_codes` to nearest, or None if the weight is not finite."""
     w = weight.detach().contiguous()
     codes = torch.empty(w.shape, dtype=torch.int8)
-    scale = torch.empty(w.shape[0] if by_output else w.shape[1] * conv_groups)
+    scale = torch.empty(w.shape[0] if by_output else w.shape[1] * conv_groups, dtype=torch.float32)
     shape = (w.shape[0], w.shape[1], -1)
     finite = _engine.weight_codes(
         array(w.reshape(shape)),

@@ -28,7 +28,7 @@ class _Normalized(torch.autograd.Function):
         rows, threads = x.numel() // features, torch.get_num_threads()
         w, b = (None if t is None else t.detach().float().numpy().reshape(-1) for t in (weight, bias))
         norm = _engine.LayerNorm(rows, features, rule.bits, rule.l2, rule.eps, rule.factor, w, b, FASTEST, threads)
-        codes, out = torch.empty((rows, features), dtype=torch.int8), torch.empty(x.shape)
+        codes, out = torch.empty((rows, features), dtype=torch.int8), torch.empty(x.shape, dtype=torch.float32)
         ctx.finite = norm.forward(_rows(x, features), codes.numpy(), _rows(out, features))
         if not ctx.finite:
             out.fill_(torch.nan)
@@ -41,7 +41,7 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (codes,) = ctx.saved_tensors
         features, wanted = codes.shape[1], ctx.needs_input_grad
-        out, noise = torch.empty(grad.shape), ctx.rule.noise()
+        out, noise = torch.empty(grad.shape, dtype=torch.float32), ctx.rule.noise()
         found = ctx.finite and ctx.norm.backward(_rows(grad, features), codes.numpy(), noise, _rows(out, features))
         if not found:
             out.fill_(torch.nan)

@@ -182,7 +182,8 @@ def scaled_weight_grad(
     """The same times the factors of the output and the input channel (float64 (out,) and (in,), the products of which
     are exact): rounded once, to float32.
     """
-    out = torch.empty(operands.g_codes.shape[3], operands.x_codes.shape[3] // layout.groups, *kernel)
+    shape = (operands.g_codes.shape[3], operands.x_codes.shape[3] // layout.groups, *kernel)
+    out = torch.empty(shape, dtype=torch.float32)
     _engine.conv_weight_grad(
         *operands.arguments(),
         **layout.arguments(),

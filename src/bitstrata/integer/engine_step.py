@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitstrata_runtime import _engine
+
 from .convolution import Geometry
 from .engine_codes import FASTEST, MEMORY, Noise, array, takes
 from .engine_products import INT32_MAX, WIDEST_OUTPUT, maps, planes, rows_as_maps
 from .rule import IntegerRule
 from .shiftquant import PackedShift, largest_code
-
-_engine: Any
-try:
-    from bitstrata_runtime import _engine
-except ImportError:  # built without the extension
-    _engine = None
 
 Needs = tuple[bool, bool, bool]  # gradients of input, weight and bias that somebody asks for
 
@@ -59,7 +55,7 @@ class SharedWeight:
         asked = (operation, weight.data_ptr(), weight._version, by_output)
         if self._made is None or asked != self._of:
             channels = weight.shape[0] if by_output else weight.shape[1]
-            made = array(torch.empty(weight.shape, dtype=torch.int8)), array(torch.empty(channels))
+            made = array(torch.empty(weight.shape, dtype=torch.int8)), array(_floats(channels))
             if not operation.weight_codes(array(weight), by_output, *made, FASTEST, torch.get_num_threads()):
                 raise OperandError("weight")
             self._made, self._of = made, asked
@@ -116,7 +112,7 @@ class EngineStep:
         """None where the engine does not take it, or int32 is not proved to hold sums. operands: x, weight, bias."""
         x, weight, bias = operands
         floats = (weight,) if bias is None else (weight, bias)
-        if _engine is None or rule.form != "engine" or not takes(x):
+        if rule.form != "engine" or not takes(x):
             return None
         if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in floats):
             return None
@@ -145,7 +141,7 @@ class EngineStep:
         bits = self.rule.a
         packed = torch.empty((x.numel() * bits + 7) // 8, dtype=torch.uint8) if keep else None
         weights = self._weights(weight)
-        y = torch.empty((maps_of_x.shape[0], *self._size(self.result), weights.shape[0]))
+        y = _floats(maps_of_x.shape[0], *self._size(self.result), weights.shape[0])
         failed, scale, exponents = self.operation.forward(
             array(maps_of_x.view(MEMORY[x.dtype])),
             self.signed,
@@ -166,7 +162,7 @@ class EngineStep:
         kept = PackedShift(
             packed,
             torch.from_numpy(exponents),
-            torch.tensor(scale),
+            torch.tensor(scale, dtype=torch.float32),
             self.shape,
             bits,
             1 if self.planar else len(self.shape) - 1,
@@ -195,9 +191,9 @@ class EngineStep:
         """
         maps_of_g, weight_sizes = self._maps(gradient), self._four(weight_shape)
         sizes = (maps_of_g.shape[0], *self._size(self.shape), self.shape[1 if self.planar else -1])
-        of_input = torch.empty(sizes) if needs[0] else None
-        of_weight = torch.empty(weight_sizes) if needs[1] else None
-        of_bias = torch.empty(weight_sizes[0]) if needs[2] else None
+        of_input = _floats(*sizes) if needs[0] else None
+        of_weight = _floats(*weight_sizes) if needs[1] else None
+        of_bias = _floats(weight_sizes[0]) if needs[2] else None
         codes = None
         if kept is not None:
             codes = (array(kept.codes), array(kept.exponents), float(kept.scale), kept.signed)
@@ -252,3 +248,8 @@ class EngineStep:
     def _weights(cls, weight: Tensor) -> Tensor:
         """A weight with these sizes, contiguous."""
         return weight.detach().contiguous().view(cls._four(tuple(weight.shape)))
+
+
+def _floats(*shape: int) -> Tensor:
+    """Not initialized."""
+    return torch.empty(shape, dtype=torch.float32)
