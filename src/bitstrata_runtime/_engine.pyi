@@ -436,7 +436,7 @@ class LayerStep:
         isa: str,
         threads: int,
     ) -> tuple[str, float, NDArray[np.uint8]]:
-        """What was not finite ("weight", "real", or "" for nothing); of x the scale of its codes and packed exponents."""
+        """What was not finite: "weight", "real", or "" for nothing; scale and packed exponents of the codes of x."""
 
     def backward(
         self,
