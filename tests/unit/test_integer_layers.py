@@ -34,7 +34,7 @@ from bitstrata.integer import (
     tensor_quantize,
     weight_codes,
 )
-from bitstrata.integer import autograd as module_under_test
+from bitstrata.integer import layer_call as module_under_test
 
 WORKED = torch.tensor([[7, 1, 0.4, 0.2], [-3.5, -1.75, 0.875, -0.05]])
 

@@ -3,7 +3,7 @@
 Pure functions on tensors, and the two differentiable ones that layers are made of (`autograd.py`).
 """
 
-from .autograd import LayerState, integer_conv, integer_linear
+from .autograd import integer_conv, integer_linear
 from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
 from .groups import (
     OptimalGroups,
@@ -17,6 +17,7 @@ from .groups import (
     unpack_bits,
     unpack_groups,
 )
+from .layer_call import LayerState
 from .linear import (
     WeightCodes,
     bias_grad,

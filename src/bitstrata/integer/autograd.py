@@ -5,158 +5,27 @@ Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer train
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .convolution import Geometry, conv_forward, conv_input_grad, conv_weight_grad
-from .engine_codes import Noise, noise_of
-from .engine_step import EngineStep, OperandError, SharedWeight
-from .frozen import FrozenRange, frozen_quantize
-from .linear import WeightCodes, bias_grad, linear_forward, linear_input_grad, linear_weight_grad
-from .rounding import CounterGenerator
+from .convolution import Geometry
+from .engine_step import OperandError, SharedWeight
+from .frozen import FrozenRange
+from .layer_call import LayerCall, LayerState
+from .linear import bias_grad
 from .rule import IntegerRule
-from .shiftquant import PackedShift, ShiftQuantized
+from .shiftquant import PackedShift
 from .untraced import untraced
-
-FORWARD_STREAMS = 1 << 63  # streams from here on belong to activations, those below to gradients
-
-
-@dataclass
-class LayerState:
-    """What a layer carries from step to step.
-
-    Attributes:
-        name: how errors call the layer.
-        noise: each gradient that is rounded takes its next stream, so draws depend on the seed, on the layer's own
-            streams and on how many backward passes it has seen; not on threads, other layers, or on whether its
-            forward pass was run twice (checkpointing).
-        skipped: backward passes whose gradients were set to 0.
-    """
-
-    name: str = "integer layer"
-    noise: CounterGenerator = field(default_factory=lambda: CounterGenerator(0))
-    skipped: int = 0
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a layer; geometry None for linear."""
-
-    rule: IntegerRule
-    state: LayerState
-    geometry: Geometry | None
-    training: bool
-    differentiated: bool  # gradients are recorded: there will be a backward pass
-    frozen: FrozenRange | None = None
-    shared: SharedWeight | None = None
-
-    def activation(self, x: Tensor) -> ShiftQuantized | None:
-        """Its codes; None as of `usable`."""
-        if self.frozen is not None:
-            return self._coded(
-                x,
-                "the activation",
-                partial(frozen_quantize, frozen=self.frozen, bits=self.rule.a, groups=self.rule.shift_groups),
-            )
-        quantize = partial(self.rule.quantize_activation, training=self.training, generator=_forward_noise(self))
-        return self._coded(x, "the activation", quantize)
-
-    def gradient(self, grad: Tensor) -> ShiftQuantized | None:
-        """Its codes; None as of `usable`. Then no stream of random bits was taken."""
-        noise = self.state.noise
-        stream = noise.stream
-        quantize = partial(self.rule.quantize_gradient, training=self.training, generator=noise)
-        codes = None
-        try:
-            codes = self._coded(grad, "the gradient", quantize)
-        finally:
-            if codes is None:
-                noise.stream = stream
-        return codes
-
-    def _coded(self, x: Tensor, what: str, quantize: Callable[..., ShiftQuantized]) -> ShiftQuantized | None:
-        try:  # that x is finite shows as its range is found: looking first would read it once more
-            return quantize(x, axis=self.axis(x))
-        except ValueError as error:
-            problem = error
-        if self.usable(x, what):
-            raise problem
-        return None
-
-    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> EngineStep | None:
-        """All of it as one operation each way, if there is such."""
-        if self.frozen is not None:
-            return None
-        return EngineStep.of(self.rule, self.geometry, self.result_shape(x, weight), (x, weight, bias), self.shared)
-
-    def activation_noise(self) -> Noise:
-        """For the activation's codes: a stream, or None to round to nearest."""
-        return noise_of("stochastic", _forward_noise(self))
-
-    def gradient_noise(self) -> Noise:
-        """For the gradient's codes: the next stream, or None to round to nearest."""
-        return noise_of(self.rule.grad_rounding if self.training else "nearest", self.state.noise)
-
-    def axis(self, x: Tensor) -> int:
-        return x.dim() - 1 if self.geometry is None else 1
-
-    def conv_groups(self) -> int:
-        return 1 if self.geometry is None else self.geometry.groups
-
-    def usable(self, x: Tensor, what: str) -> bool:
-        """Whether x is finite in float32; ValueError if it is not and the rule says so."""
-        values = x.detach()
-        if bool(values.sum(dtype=torch.float32).isfinite()):  # NaN and infinity stay in a sum
-            return True
-        finite = values.to(torch.float32).isfinite()
-        if bool(finite.all()):
-            return True
-        if self.rule.on_nonfinite == "error":
-            bad = x.numel() - int(finite.sum())
-            raise ValueError(
-                f"{self.state.name}: {bad} of {x.numel()} elements of {what} {tuple(x.shape)} are not finite (NaN or "
-                "infinite in float32)"
-            )
-        return False
-
-    def weight(self, weight: Tensor, side: str) -> WeightCodes:
-        try:
-            return self.rule.quantize_weight(weight, side, self.conv_groups())
-        except ValueError as error:
-            raise ValueError(f"{self.state.name}: weight {tuple(weight.shape)}: {error}") from error
-
-    def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        if self.geometry is None:
-            return (*x.shape[:-1], weight.shape[0])
-        return (x.shape[0], weight.shape[0], *self.geometry.output(tuple(x.shape[2:]), tuple(weight.shape[2:])))
-
-    def forward(self, x: ShiftQuantized, w: WeightCodes, dtype: torch.dtype) -> Tensor:
-        if self.geometry is None:
-            return linear_forward(x, w, form=self.rule.form, dtype=dtype)
-        return conv_forward(x, w, self.geometry, form=self.rule.form, dtype=dtype)
-
-    def input_grad(self, g: ShiftQuantized, w: WeightCodes, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.geometry is None:
-            return linear_input_grad(g, w, form=self.rule.form, dtype=dtype)
-        return conv_input_grad(g, w, size, self.geometry, form=self.rule.form, dtype=dtype)
-
-    def weight_grad(self, g: ShiftQuantized, x: ShiftQuantized, kernel: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.geometry is None:
-            return linear_weight_grad(g, x, form=self.rule.form, dtype=dtype)
-        return conv_weight_grad(g, x, kernel, self.geometry, form=self.rule.form, dtype=dtype)
 
 
 class _IntegerProduct(torch.autograd.Function):
     """Y = X W^T + b on codes; keeps X's packed codes, exponents and scale, and a reference to W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
         ctx.call, ctx.packing = call, None
         ctx.like = [None if t is None else (t.shape, t.dtype, t.device) for t in (x, weight, bias)]
         keep = call.differentiated and ctx.needs_input_grad[1]
@@ -178,7 +47,7 @@ class _IntegerProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool
     ) -> tuple[Tensor, PackedShift | None]:
         """The result by operations one by one, and the codes to keep."""
-        call: _Call = ctx.call
+        call: LayerCall = ctx.call
         dtype = torch.promote_types(x.dtype, weight.dtype)
         ctx.step = None
         with torch.autocast(x.device.type, enabled=False):
@@ -205,7 +74,7 @@ class _IntegerProduct(torch.autograd.Function):
         made = _IntegerProduct.gradients_of_step(ctx, grad)
         if made is not None:
             return made
-        call: _Call = ctx.call
+        call: LayerCall = ctx.call
         needs = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
             gq = call.gradient(grad) if ctx.usable else None
@@ -229,7 +98,7 @@ class _IntegerProduct(torch.autograd.Function):
         """By one operation; None where there is none, or something is not finite: then no stream of noise was taken."""
         if ctx.step is None:
             return None
-        call: _Call = ctx.call
+        call: LayerCall = ctx.call
         stream = call.state.noise.stream
         (_, x_dtype, _), (w_shape, _, _), b_like = ctx.like
         kept, weight = _IntegerProduct.kept(ctx)
@@ -269,20 +138,6 @@ def _zeros(like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
     return torch.zeros(like[0], dtype=like[1], device=like[2])
 
 
-def _forward_noise(call: _Call) -> CounterGenerator | None:
-    """A stream that torch's default generator picks: checkpointing restores that, so a second run draws the same."""
-    if call.rule.act_rounding == "nearest" or not call.training:
-        return None
-    return CounterGenerator(call.state.noise.seed, FORWARD_STREAMS + int(torch.randint(FORWARD_STREAMS - 1, ())))
-
-
-def _call(
-    rule: IntegerRule | None, state: LayerState | None, geometry: Geometry | None, *, training: bool, **options: Any
-) -> _Call:
-    recorded = torch.is_grad_enabled()
-    return _Call(rule or IntegerRule(), state or LayerState(), geometry, training, recorded, **options)
-
-
 def integer_linear(
     x: Tensor,
     weight: Tensor,
@@ -318,7 +173,7 @@ def integer_linear(
         ValueError: shapes that do not fit; x empty; weights that are not finite; activations or, in the backward pass,
             gradients that are not finite under on_nonfinite "error".
     """
-    call = _call(rule, state, None, training=training, frozen=frozen, shared=shared)
+    call = LayerCall.of(rule, state, None, training=training, frozen=frozen, shared=shared)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{call.state.name}: input {tuple(x.shape)} must be (..., in) and weight {tuple(weight.shape)} (out, in)"
@@ -349,7 +204,7 @@ def integer_conv(
     Raises:
         ValueError: as integer_linear.
     """
-    call = _call(rule, state, geometry or Geometry(), training=training, frozen=frozen)
+    call = LayerCall.of(rule, state, geometry or Geometry(), training=training, frozen=frozen)
     if x.dim() != weight.dim() or x.dim() not in (3, 4) or x.shape[1] != weight.shape[1] * call.conv_groups():
         raise ValueError(
             f"{call.state.name}: input {tuple(x.shape)} must be (samples, in, [height,] width) and weight "
@@ -359,7 +214,7 @@ def integer_conv(
     return _apply(x, weight, bias, call)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"{call.state.name}: input {tuple(x.shape)} has no elements, so no range")
     result: Tensor = untraced(_IntegerProduct.apply, x, weight, bias, call)

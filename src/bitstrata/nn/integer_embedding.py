@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..integer.autograd import LayerState
+from ..integer.layer_call import LayerState
 from ..integer.rounding import CounterGenerator
 from .integer_layers import IntegerLayer, integer_form
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..integer.autograd import LayerState, integer_conv, integer_linear
+from ..integer.autograd import integer_conv, integer_linear
 from ..integer.convolution import Geometry
 from ..integer.engine_step import SharedWeight
 from ..integer.frozen import FrozenRange
+from ..integer.layer_call import LayerState
 from ..integer.rounding import CounterGenerator
 from ..integer.rule import IntegerRule
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..integer.autograd import LayerState
+from ..integer.layer_call import LayerState
 from ..integer.rounding import CounterGenerator
 from ..integer.rule import IntegerRule
 from ..integer.shiftquant import ShiftQuantized
