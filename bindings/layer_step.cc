@@ -20,7 +20,7 @@ using Real = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;  /
 using Sizes = std::array<int64_t, 4>;                                          // batch, height, width, channels
 using Known = std::optional<std::tuple<In<int8_t, 4>, In<float, 1>>>;          // a weight's codes and scales
 using Forwarded = std::tuple<std::string, float, nb::ndarray<nb::numpy, uint8_t>>;
-using Kept = std::tuple<In<uint8_t, 1>, In<uint8_t, 1>, float, bool>;          // packed, exponents, scale, signed
+using Kept = std::tuple<In<uint8_t, 1>, In<uint8_t, 1>, float, bool>;  // packed, exponents, scale, signed
 
 const char* text_of(StepStatus s) {
   switch (s) {
@@ -72,6 +72,7 @@ class LayerStep {
         input_(format(bits, code_groups, true, false, clip)),
         gradient_(format(gradient_bits, gradient_groups, true, gradient_bits + gradient_groups <= 9, 1, powers)) {
     format(weight_bits, 1, true, false);
+    if (groups < 1) fail("groups must be at least 1, got " + std::to_string(groups));
     std::tie(shape_.stride_h, shape_.stride_w) = stride;
     std::tie(shape_.dilation_h, shape_.dilation_w) = dilation;
     std::tie(shape_.pad_top, shape_.pad_left) = padding;

@@ -10,10 +10,6 @@ namespace {
 
 enum Shared { kCodes, kWeightCodes };  // buffers
 
-Rows rows_of(const Kernels& kernels, int threads, int64_t pixels, int64_t channels) {
-  return {kernels, threads, pixels, channels};
-}
-
 int exponent_bits(int groups) {
   int bits = 0;
   while ((1 << bits) < groups) ++bits;
@@ -53,7 +49,7 @@ void weight_gradient(const Kernels& kernels, int threads, const ProductShape& s,
 StepStatus layer_forward(const Kernels& kernels, int threads, const ProductShape& s, const RealTensor& x,
                          const ShiftFormat& format, const Noise* noise, const ConvWeight& weight, const float* bias,
                          float* y, uint8_t* packed, ShiftGrid* grid) {
-  const Rows rows = rows_of(kernels, threads, s.batch * s.in_h * s.in_w, s.in_c);
+  const Rows rows{kernels, threads, s.batch * s.in_h * s.in_w, s.in_c};
   Workspaces memory(1);
   uint8_t* codes = memory[0].get(kCodes, rows.elements());
   *grid = shift_codes(rows, x, format, noise, codes);
@@ -75,7 +71,7 @@ StepStatus layer_forward(const Kernels& kernels, int threads, const ProductShape
 StepStatus layer_backward(const Kernels& kernels, int threads, const ProductShape& s, const RealTensor& gradient,
                           const ShiftFormat& format, const Noise* noise, const KeptCodes* x, const ConvWeight& weight,
                           const LayerGradients& out) {
-  const Rows rows = rows_of(kernels, threads, s.batch * s.out_h * s.out_w, s.out_c);
+  const Rows rows{kernels, threads, s.batch * s.out_h * s.out_w, s.out_c};
   Workspaces memory(1);
   uint8_t* codes = memory[0].get(kCodes, rows.elements());
   const ShiftGrid grid = shift_codes(rows, gradient, format, noise, codes);

@@ -199,6 +199,8 @@ def test_what_is_not_finite_is_told() -> None:
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+        _engine.LayerStep((1, 1), (1, 1), (0, 0), 0, 4, False, 4, 4, 1.0, 4, 4, False)
     operation = _engine.LayerStep((1, 1), (1, 1), (0, 0), 1, 4, False, 4, 4, 1.0, 4, 4, False)
     x, w = np.ones((2, 1, 1, 3), np.float32), np.ones((4, 3, 1, 1), np.float32)
     y, packed = np.empty((2, 1, 1, 4), np.float32), np.empty(3, np.uint8)
