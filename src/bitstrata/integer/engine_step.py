@@ -1,7 +1,7 @@
 """A layer's training step by the engine: quantization, products and the codes to keep, in one call each way.
 
-The same integers and floats as the operations one by one, which remain for what the engine does not take. A layer of
-a transformer spends a fifth of its time between such calls otherwise, a recurrent one most of it.
+The same integers and floats as the operations one by one, which remain for what the engine does not take. What torch
+and Python do between those counts where layers are small or called often, as in recurrent networks.
 """
 
 from __future__ import annotations
