@@ -15,19 +15,15 @@ namespace {
 using bitstrata::ConvNormGradient;
 using bitstrata::ConvNormResult;
 using bitstrata::ConvWeight;
-using bitstrata::DType;
 using bitstrata::ProductShape;
-using bitstrata::ScaledCodes;
 using bitstrata::Status;
 using bitstrata::WeightScales;
 
 using Bytes = Out<uint8_t, 1>;
 using Pooled = std::optional<std::tuple<In<uint8_t, 4>, PoolWindow>>;  // places of the maxima
 using Maps = std::array<int64_t, 4>;                                   // batch, height, width, channels
-using Codes = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Codes = In<uint8_t, 4>;
 using Pair = std::tuple<int64_t, int64_t>;
-using Range = std::tuple<int32_t, int32_t>;
-using Shift = std::optional<In<uint8_t, 1>>;
 
 const char* text_of(Status s) {
   switch (s) {
@@ -52,17 +48,18 @@ Maps maps_of(const Array& x) {
 // What a convolution reads, forward and backward; keeps what it refers to.
 class Input {
  public:
-  Input(Codes codes, Range range, double unit, Shift shift, In<double, 1> channel)
-      : maps_(maps_of(codes)), codes_(codes), shift_(shift), channel_(channel) {
-    const bool is_signed = codes.dtype() == nb::dtype<int8_t>();
-    if (!is_signed && codes.dtype() != nb::dtype<uint8_t>()) fail("codes must be int8 or uint8");
-    for (size_t size : {shift.has_value() ? shift->shape(0) : codes.shape(3), channel.shape(0)})
-      if (size != codes.shape(3)) fail("shift and channel must have one element for each channel");
-    input_.given = {{codes.data(), is_signed ? DType::s8 : DType::u8, std::get<0>(range), std::get<1>(range),
-                     shift.has_value() ? shift->data() : nullptr},
-                    unit,
-                    channel.data()};
+  Input(Codes codes, float scale, In<uint8_t, 1> exponents, int bits, int groups, bool is_signed, bool absorb)
+      : maps_(maps_of(codes)), codes_(codes) {
+    input_.format = format(bits, groups, is_signed, absorb);
+    if (exponents.shape(0) != codes.shape(3)) fail("exponents must have one element for each channel");
+    grid_ = {scale, {exponents.data(), exponents.data() + exponents.shape(0)}};
+    for (uint8_t e : grid_.exponents)
+      if (e >= groups) fail("exponents must be below the number of groups");
+    input_.codes = codes.data();
+    input_.grid = &grid_;
   }
+  Input(const Input&) = delete;
+  Input& operator=(const Input&) = delete;
 
   Input(const BoundNorm& norm, In<int8_t, 4> normed, bool rectified, int bits, int groups, bool is_signed, bool absorb,
         float clip)
@@ -76,15 +73,33 @@ class Input {
     input_.format = format(bits, groups, is_signed, absorb, clip);
   }
 
+  bool rests() const { return bitstrata::rests(input_.format); }
+  // The codes go into `packed`, which from now on is what is read.
+  void rest(Bytes packed, const std::string& isa, int threads) {
+    if (input_.codes == nullptr || !rests()) fail("there are no codes of at most 4 bits");
+    const int64_t pixels = maps_[0] * maps_[1] * maps_[2];
+    const size_t bytes = static_cast<size_t>((pixels * maps_[3] * input_.format.bits + 7) / 8);
+    if (packed.shape(0) != bytes) fail("packed must have " + std::to_string(bytes) + " bytes");
+    const Rows rows{bitstrata::select_kernels(isa), threads, pixels, maps_[3]};
+    {
+      nb::gil_scoped_release unlocked;
+      bitstrata::pack_codes(rows, input_.codes, grid_, input_.format, packed.data());
+    }
+    packed_ = packed;
+    input_.packed = packed.data();
+    input_.codes = nullptr;
+    codes_.reset();
+  }
+
   const Maps& maps() const { return maps_; }
   const bitstrata::ConvInput& get() const { return input_; }
 
  private:
   Maps maps_;
   bitstrata::ConvInput input_;
+  bitstrata::ShiftGrid grid_;
   std::optional<Codes> codes_;
-  Shift shift_;
-  std::optional<In<double, 1>> channel_;
+  std::optional<Bytes> packed_;
   std::optional<In<int8_t, 4>> normed_;
 };
 
@@ -153,10 +168,10 @@ class ConvNorm {
     else
       check_size("gradient", gradient, rows);
     check_scratch(scratch, bitstrata::conv_norm_backward_scratch(s, x.get()));
+    const bool dense = !input.has_value() || maps_of(*input) == x.maps();
+    if (!dense) check_pixels_read(s, x, maps_of(*input));
     if (input.has_value() != input_factor.has_value()) fail("input and input_factor must be given together");
     for (size_t d = 0; d < 4; ++d) {
-      if (input.has_value() && static_cast<int64_t>(input->shape(d)) != x.maps()[d])
-        fail("input must have the shape of what the convolution reads");
       if (of_weight.has_value() && of_weight->shape(d) != weight.shape(d))
         fail("of_weight must have the shape of the weight");
     }
@@ -176,7 +191,7 @@ class ConvNorm {
                              gradient_,
                              pointer(second)};
     float passed = std::numeric_limits<float>::quiet_NaN();
-    const ConvNormResult out{scratch.data(),     data_of(input),    data_of(input_factor), &passed,
+    const ConvNormResult out{scratch.data(),     data_of(input),    dense,           data_of(input_factor), &passed,
                              data_of(of_weight), data_of(of_gamma), data_of(of_beta)};
     const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
     Status status;
@@ -216,6 +231,12 @@ class ConvNorm {
     return out;
   }
 
+  static void check_pixels_read(const ProductShape& s, const Input& x, const Maps& input) {
+    const bool points = s.kernel_h == 1 && s.kernel_w == 1 && s.pad_top == 0 && s.pad_left == 0;
+    if (x.get().norm != nullptr || !points || input != Maps{s.batch, s.out_h, s.out_w, s.in_c})
+      fail("input must have the shape of what the convolution reads, or of what a 1x1 kernel without padding does");
+  }
+
   static void check_scratch(const Bytes& scratch, size_t bytes) {
     if (scratch.shape(0) < bytes || reinterpret_cast<uintptr_t>(scratch.data()) % bitstrata::kScratchAlignment != 0)
       fail("scratch must hold " + std::to_string(bytes) + " bytes, aligned to " +
@@ -241,8 +262,10 @@ class ConvNorm {
 
 void bind_conv_norm(nb::module_& m) {
   nb::class_<Input>(m, "ConvInput")
-      .def(nb::init<Codes, Range, double, Shift, In<double, 1>>(), "codes"_a.noconvert(), "range"_a, "unit"_a,
-           "shift"_a.noconvert().none(), "channel"_a.noconvert())
+      .def(nb::init<Codes, float, In<uint8_t, 1>, int, int, bool, bool>(), "codes"_a.noconvert(), "scale"_a,
+           "exponents"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a)
+      .def_prop_ro("rests", &Input::rests)
+      .def("rest", &Input::rest, "packed"_a.noconvert(), "isa"_a, "threads"_a)
       .def(nb::init<const BoundNorm&, In<int8_t, 4>, bool, int, int, bool, bool, float>(), nb::keep_alive<1, 2>(),
            "norm"_a, "normed"_a.noconvert(), "rectified"_a, "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a);
   nb::class_<ConvNorm>(m, "ConvNorm")

@@ -119,6 +119,26 @@ float join(Matrix x, Vector scale, std::optional<In<float, 2>> add, std::optiona
                          out.data());
 }
 
+float join_strided(Matrix x, Vector scale, std::array<int64_t, 2> map, std::array<int64_t, 2> stride,
+                   In<int32_t, 4> add, In<float, 1> add_scale, std::optional<Out<uint8_t, 1>> bits, Out<float, 2> out,
+                   const std::string& isa, int threads) {
+  const Rows rows = rows_of(isa, threads, x);
+  const RealTensor t = real(x, scale);
+  if (t.bf16 != nullptr) fail("the tensor must be float32 or int32");
+  check_size("out", out, rows);
+  if (bits.has_value()) check_bits(*bits, rows);
+  for (size_t d = 0; d < 2; ++d)
+    if (map[d] < 1 || stride[d] < 1) fail("map and stride must be at least 1");
+  bitstrata::StridedTensor s{{}, map[0], map[1], stride[0], stride[1]};
+  s.rows.i32 = add.data(), s.rows.scale = add_scale.data();
+  const auto size = [&](size_t d) { return static_cast<int64_t>(add.shape(d)); };
+  if (size(0) * map[0] * map[1] != rows.rows || size(1) != s.out_h() || size(2) != s.out_w() ||
+      size(3) != rows.channels || add_scale.shape(0) != add.shape(3))
+    fail("add must have every stride-th pixel of the tensor's maps, and a scale for each channel");
+  nb::gil_scoped_release unlocked;
+  return bitstrata::join(rows, t, s, bits.has_value() ? bits->data() : nullptr, out.data());
+}
+
 }  // namespace
 
 void bind_training(nb::module_& m) {
@@ -135,6 +155,9 @@ void bind_training(nb::module_& m) {
         "codes"_a.noconvert(), "scale"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("shift_codes", &shift_codes, "x"_a.noconvert(), "bits"_a, "groups"_a, "signed"_a, "absorb"_a, "clip"_a,
         "noise"_a.none(), "out"_a.noconvert(), "ranges"_a.noconvert().none(), "isa"_a, "threads"_a, "powers"_a = false);
+  m.def("join_strided", &join_strided, "x"_a.noconvert(), "scale"_a.noconvert().none(), "map"_a, "stride"_a,
+        "add"_a.noconvert(), "add_scale"_a.noconvert(), "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a,
+        "threads"_a);
   m.def("join", &join, "x"_a.noconvert(), "scale"_a.noconvert().none(), "add"_a.noconvert().none(),
         "bits"_a.noconvert().none(), "out"_a.noconvert(), "isa"_a, "threads"_a);
   nb::class_<BoundNorm>(m, "Norm")

@@ -43,8 +43,17 @@ class PassedRange : public SumReader {
   std::vector<std::vector<float>> parts_;
 };
 
-Made codes_of(const ConvInput& x, uint8_t* scratch) {
-  if (x.norm == nullptr) return {x.given, {}, {}};
+int64_t inputs(const ProductShape& s) { return s.batch * s.in_h * s.in_w * s.in_c; }
+int64_t results(const ProductShape& s) { return s.batch * s.out_h * s.out_w * s.out_c; }
+
+Made codes_of(const Kernels& kernels, int threads, const ProductShape& s, const ConvInput& x, uint8_t* scratch) {
+  if (x.codes != nullptr) return made(*x.grid, x.format, x.format.is_signed, x.codes);
+  if (x.packed != nullptr) {
+    unpack_codes(kernels, threads, x.packed, inputs(s), x.format.bits, x.format.is_signed, scratch);
+    ShiftFormat bare = x.format;
+    bare.absorb = false;
+    return made(*x.grid, bare, bare.is_signed, scratch);
+  }
   const ShiftGrid grid = x.norm->to_codes(x.normed, x.rectified, x.format, nullptr, scratch);
   return made(grid, x.format, x.format.is_signed && !x.rectified, scratch);
 }
@@ -52,17 +61,23 @@ Made codes_of(const ConvInput& x, uint8_t* scratch) {
 size_t aligned(int64_t bytes) {
   return (static_cast<size_t>(bytes) + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
 }
-size_t input_scratch(const ProductShape& s, const ConvInput& x) {
-  return x.norm == nullptr ? 0 : aligned(s.batch * s.in_h * s.in_w * s.in_c);
+// For codes that are there neither now nor, in the backward pass, later.
+size_t input_scratch(const ProductShape& s, const ConvInput& x, bool backward) {
+  return x.codes != nullptr && !(backward && rests(x.format)) ? 0 : aligned(inputs(s));
 }
 size_t weight_scratch(const ProductShape& s) { return aligned(weight_shape(s).elements()); }
-int64_t results(const ProductShape& s) { return s.batch * s.out_h * s.out_w * s.out_c; }
+
+// The same product on the pixels that it reads alone.
+ProductShape pixels_read(ProductShape s) {
+  s.in_h = s.out_h, s.in_w = s.out_w, s.stride_h = s.stride_w = 1;
+  return s;
+}
 
 // Forward: codes of the input, of the weight, sums. Backward: codes of the weight and then of the input, which are not
 // needed together; codes of the gradient.
-size_t before_sums(const ProductShape& s, const ConvInput& x) { return input_scratch(s, x) + weight_scratch(s); }
+size_t before_sums(const ProductShape& s, const ConvInput& x) { return input_scratch(s, x, false) + weight_scratch(s); }
 size_t before_gradient(const ProductShape& s, const ConvInput& x) {
-  return std::max(input_scratch(s, x), weight_scratch(s));
+  return std::max(input_scratch(s, x, true), weight_scratch(s));
 }
 
 }  // namespace
@@ -80,10 +95,10 @@ std::unique_ptr<Norm> conv_norm_forward(const Kernels& kernels, int threads, con
                                         Status* status) {
   std::vector<float> w_scale;
   const int8_t* w = quantized(kernels, threads, s, weight, true,
-                              reinterpret_cast<int8_t*>(scratch + input_scratch(s, input)), &w_scale);
+                              reinterpret_cast<int8_t*>(scratch + input_scratch(s, input, false)), &w_scale);
   *status = Status::kWeight;
   if (w == nullptr) return nullptr;
-  const Made x = codes_of(input, scratch);
+  const Made x = codes_of(kernels, threads, s, input, scratch);
   int32_t* acc = reinterpret_cast<int32_t*>(scratch + before_sums(s, input));
   std::vector<int32_t> least(w_scale.size()), most(w_scale.size());
   const std::vector<float> scale = sum_factors(x.side.unit, w_scale);
@@ -122,11 +137,11 @@ Status conv_norm_backward(const Kernels& kernels, int threads, const ProductShap
     result.acc = out.input;
     std::optional<PassedRange> range;
     if (input.norm != nullptr && out.input_range != nullptr) result.reader = &range.emplace(input, out.input_factor);
-    conv_input_grad(kernels, threads, s, gradient.side.codes, w, result);
+    conv_input_grad(kernels, threads, out.dense ? s : pixels_read(s), gradient.side.codes, w, result);
     if (range) *out.input_range = range->result();
   }
   if (out.weight != nullptr) {
-    const Made x = codes_of(input, out.scratch);
+    const Made x = codes_of(kernels, threads, s, input, out.scratch);
     WeightGradResult result;
     result.values = out.weight;
     result.out_factor = gradient.side.channel;

@@ -179,26 +179,22 @@ void unpack_codes(const Kernels& kernels, int threads, const uint8_t* packed, in
   });
 }
 
-float join(const Rows& r, const RealTensor& x, const float* add, const uint8_t* bits, float* out) {
-  const Training& k = *r.kernels.training;
+void pack_codes(const Rows& r, const uint8_t* codes, const ShiftGrid& grid, const ShiftFormat& f, uint8_t* out) {
+  if (!f.absorb || f.groups == 1) return pack_codes(r.kernels, r.threads, codes, r.elements(), f.bits, out);
+  std::vector<uint16_t> factors;
+  for (uint8_t exponent : grid.exponents) factors.push_back(static_cast<uint16_t>(1 << exponent));
   const int64_t period = period_of(r.channels);
-  std::vector<float> scale;
-  float largest = 0;
-  if (x.scale != nullptr) scale = repeated(std::vector<float>(x.scale, x.scale + r.channels), period);
-  std::mutex mutex;
-  for_blocks(r, [&](int64_t at, int64_t count) {
-    std::vector<float> part(static_cast<size_t>(period), 0.0f);
-    const float* by = scale.empty() ? nullptr : scale.data();
-    const float* other = add ? add + at : nullptr;
-    const uint8_t* keep = bits ? bits + at / 8 : nullptr;
-    if (x.i32 != nullptr)
-      k.join_i32(x.i32 + at, count, period, by, other, keep, out + at, part.data());
-    else
-      k.join_f32(x.f32 + at, count, period, by, other, keep, out + at, part.data());
-    std::lock_guard<std::mutex> lock(mutex);
-    for (float range : part) largest = larger(range, largest);
+  factors = repeated(factors, period);
+  const Training& k = *r.kernels.training;
+  for_blocks(r, [&](int64_t begin, int64_t all) {
+    const int64_t block = std::min(all, block_rows(r.channels) * r.channels);
+    std::vector<uint8_t> bare(static_cast<size_t>(block));
+    for (int64_t at = begin; at < begin + all; at += block) {
+      const int64_t count = std::min(block, begin + all - at);
+      k.unshift(codes + at, count, period, factors.data(), f.groups - 1, bare.data());
+      k.pack(bare.data(), count, f.bits, out + at / 8 * f.bits);
+    }
   });
-  return largest;
 }
 
 }  // namespace bitstrata

@@ -83,10 +83,15 @@ struct CodeTables {
   bool powers;
 };
 
-// Calls body(first element, number of elements) for blocks of rows that begin at whole bytes of bits.
-inline void for_blocks(const Rows& r, const std::function<void(int64_t, int64_t)>& body) {
+// Rows that a cache holds, which begin at whole bytes of bits.
+inline int64_t block_rows(int64_t channels) {
   constexpr int64_t kElements = 1 << 15;
-  const int64_t block = std::max<int64_t>(kElements / r.channels / 8, 1) * 8;
+  return std::max<int64_t>(kElements / channels / 8, 1) * 8;
+}
+
+// Calls body(first element, number of elements) for some blocks of rows at a time.
+inline void for_blocks(const Rows& r, const std::function<void(int64_t, int64_t)>& body) {
+  const int64_t block = block_rows(r.channels);
   const int64_t blocks = (r.rows + block - 1) / block;
   parallel_for(r.threads, blocks, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * block, last = std::min(r.rows, end * block);

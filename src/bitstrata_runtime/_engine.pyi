@@ -215,6 +215,22 @@ def join(
 ) -> float:
     """x, plus `add`, 0 where bits are 0, to `out`; its largest magnitude."""
 
+def join_strided(
+    x: Array,
+    scale: Array | None,
+    map: Pair,
+    stride: Pair,
+    add: Array,
+    add_scale: Array,
+    bits: Array | None,
+    out: Array,
+    isa: str,
+    threads: int,
+) -> float:
+    """x, of maps (height, width), plus `add` * add_scale at every stride-th pixel, 0 where bits are 0, to `out`; its
+    largest magnitude. add: int32 (images, height, width, channels) of these pixels.
+    """
+
 class Norm:
     """The quantized normalization of one batch: `forward`, then what reads its codes; `backward`, then gradients."""
 
@@ -321,7 +337,9 @@ class ConvInput:
     """
 
     @overload
-    def __init__(self, codes: Array, range: Pair, unit: float, shift: Array | None, channel: Array) -> None: ...
+    def __init__(
+        self, codes: Array, scale: float, exponents: Array, bits: int, groups: int, signed: bool, absorb: bool
+    ) -> None: ...
     @overload
     def __init__(
         self,
@@ -334,6 +352,12 @@ class ConvInput:
         absorb: bool,
         clip: float,
     ) -> None: ...
+    @property
+    def rests(self) -> bool:
+        """Whether its codes can be packed: they have at most 4 bits."""
+
+    def rest(self, packed: Array, isa: str, threads: int) -> None:
+        """The codes go to `packed`, one stream of bits, which from now on is what is read."""
 
 class ConvNorm:
     """A convolution with its normalization as one operation (bindings/conv_norm.cc), for batches of any size."""

@@ -192,6 +192,45 @@ def test_norm_of_sums_and_join(shape, seed, add, mask):
 
 @QUICK
 @given(
+    images=st.integers(1, 3), size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), channels=st.integers(1, 70), seed=st.integers(0, 99),
+    whole=st.booleans(), mask=st.booleans(),
+)  # fmt: skip
+def test_join_of_some_pixels(*, images, size, stride, channels, seed, whole, mask):
+    rng = np.random.default_rng(seed)
+    dense = rng.integers(-30000, 30000, (images, *size, channels)).astype(np.int32)
+    part = rng.integers(-30000, 30000, dense[:, :: stride[0], :: stride[1]].shape).astype(np.int32)
+    scale, part_scale = (rng.uniform(1e-4, 1e-2, channels).astype(np.float32) for _ in range(2))
+    keep = rng.integers(0, 2, dense.shape).astype(np.uint8)
+    bits = np.packbits(keep, bitorder="little") if mask else None
+    want = dense.astype(np.float32) * scale
+    x = dense if whole else want.copy()
+    want[:, :: stride[0], :: stride[1]] += part.astype(np.float32) * part_scale
+    want = want * keep if mask else want
+    for isa in ISAS:
+        for threads in (1, 2):
+            out = x.reshape(-1, channels).copy()
+            args = size, stride, part, part_scale, bits
+            largest = _engine.join_strided(out, scale if whole else None, *args, out.view(np.float32), isa, threads)
+            assert np.array_equal(out.view(np.float32).reshape(want.shape), want)
+            assert largest == np.abs(want).max()
+
+
+def test_join_of_some_pixels_takes_no_others():
+    x, scale = np.zeros((18, 4), np.float32), np.ones(4, np.float32)
+    for shape, stride in (
+        ((2, 1, 2, 4), (2, 2)),
+        ((2, 2, 2, 3), (2, 2)),
+        ((1, 2, 2, 4), (2, 2)),
+        ((2, 2, 2, 4), (0, 2)),
+    ):
+        part = np.zeros(shape, np.int32)
+        with pytest.raises(ValueError, match="stride"):
+            _engine.join_strided(x, None, (3, 3), stride, part, scale[: shape[3]], None, x, "", 1)
+
+
+@QUICK
+@given(
     out=st.integers(1, 40), inner=st.integers(1, 70), taps=st.sampled_from([1, 3, 9]), groups=st.integers(1, 3),
     bits=st.integers(2, 8), kind=st.sampled_from(["gauss", "zero", "outlier"]), seed=st.integers(0, 99),
 )  # fmt: skip

@@ -19,15 +19,20 @@ struct ScaledCodes {
   const double* channel;  // (channels,): of stored codes, which with absorbed shifts are units
 };
 
-// What a convolution reads: codes that are there, or the result of a normalization, of which codes are made, in scratch
-// memory, wherever they are needed.
+// What a convolution reads: codes of a grid, (batch, in_h, in_w, in_c), the same at rest, or the result of a
+// normalization; of the latter two codes are made, in scratch memory, wherever they are needed.
 struct ConvInput {
-  ScaledCodes given;           // if norm is null
-  const Norm* norm = nullptr;  // and its normalized codes, (batch * in_h * in_w, in_c)
+  const uint8_t* codes = nullptr;
+  const uint8_t* packed = nullptr;  // see pack_codes
+  const ShiftGrid* grid = nullptr;  // of these two
+  const Norm* norm = nullptr;       // and its normalized codes, (batch * in_h * in_w, in_c)
   const int8_t* normed = nullptr;
   bool rectified = false;
-  ShiftFormat format;  // of the codes to be made
+  ShiftFormat format;  // of the codes
 };
+
+// Whether codes are worth packing: where the kernel that does it is fast, and the room is half of it or more.
+inline bool rests(const ShiftFormat& f) { return f.bits <= 4; }
 
 struct ConvWeight {
   const float* data;  // (out, in / groups, taps)
@@ -66,6 +71,7 @@ struct ConvNormGradient {
 struct ConvNormResult {
   uint8_t* scratch;
   int32_t* input;  // (batch, in_h, in_w, in_c): sums, which stand for sum * input_factor[c]; may be the gradient's
+  bool dense;      // else (batch, out_h, out_w, in_c): of the pixels alone that a 1x1 kernel without padding reads
   float* input_factor;
   float* input_range;  // the largest magnitude of what these stand for, where it passes the input's normalization
   float* weight;

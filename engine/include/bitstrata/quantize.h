@@ -61,6 +61,8 @@ void max_pool_gradient(const Kernels&, int threads, int64_t images, const PoolMa
 void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out);
 void unpack_codes(const Kernels&, int threads, const uint8_t* packed, int64_t count, int width, bool is_signed,
                   uint8_t* out);
+// Codes of a grid at rest: `bits` each, without shifts that they have absorbed.
+void pack_codes(const Rows&, const uint8_t* codes, const ShiftGrid&, const ShiftFormat&, uint8_t* out);
 
 // A weight, (out, in / groups, taps), as symmetric codes to nearest with a scale for each output channel, (out,), or,
 // if not `by_output`, for each input channel, (in,); all scales are the same if there is one for the tensor. False if
@@ -75,6 +77,17 @@ bool weight_codes(const Kernels&, int threads, const float* weight, const Weight
 
 // out = x * scale (+ add), 0 where bits are 0; its largest magnitude. add, bits: null for none.
 float join(const Rows&, const RealTensor&, const float* add, const uint8_t* bits, float* out);
+
+// What every stride-th pixel of a map has, from the first on; the others have 0. rows: (images * out_h() * out_w(),
+// channels), int32 with scales.
+struct StridedTensor {
+  RealTensor rows;
+  int64_t in_h, in_w, stride_h, stride_w;  // of the map
+  int64_t out_h() const { return (in_h - 1) / stride_h + 1; }
+  int64_t out_w() const { return (in_w - 1) / stride_w + 1; }
+};
+// As `join`, of a map of whole images.
+float join(const Rows&, const RealTensor&, const StridedTensor& add, const uint8_t* bits, float* out);
 
 struct NormOptions {
   int bits = 8;

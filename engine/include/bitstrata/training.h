@@ -98,6 +98,9 @@ struct Training {
   // Codes of `width` bits, 2 to 8, as one stream of bits, low bits first; unused bits are 0.
   void (*pack)(const uint8_t* codes, int64_t count, int width, uint8_t* out);
   void (*unpack)(const uint8_t* packed, int64_t count, int width, bool is_signed, uint8_t* out);
+  // Codes that absorbed shifts, code << shift[c], back to bare ones, of which the high bits are arbitrary: factor[c] is
+  // 2^(last - shift[c]).
+  void (*unshift)(const uint8_t* codes, int64_t count, int64_t period, const uint16_t* factor, int last, uint8_t* out);
 
   // code = clamp(round((x * scale[c]) * inverse), -bound, bound), scale null for 1; sums and ranges of the codes.
   void (*norm_codes_i32)(const int32_t* x, int64_t count, int64_t period, const float* scale, float inverse,

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "unroll.h"
+
 #ifdef __BMI2__
 #include <immintrin.h>
 #endif
@@ -39,8 +41,37 @@ inline uint64_t spread_bits(uint64_t packed, uint64_t mask, int width) {
 #endif
 }
 
+// Two codes of 4 bits a byte, in loops that compilers vectorize.
+inline void pack_pairs(const uint8_t* codes, int64_t pairs, uint8_t* out) {
+  BITSTRATA_INDEPENDENT
+  for (int64_t i = 0; i < pairs; ++i) {
+    uint16_t two;
+    std::memcpy(&two, codes + 2 * i, sizeof two);
+    out[i] = static_cast<uint8_t>((two & 15) | (two >> 4 & 0xf0));
+  }
+}
+
+inline void unpack_pairs(const uint8_t* packed, int64_t pairs, bool is_signed, uint8_t* out) {
+  const uint16_t sign = is_signed ? 0x0808 : 0;
+  BITSTRATA_INDEPENDENT
+  for (int64_t i = 0; i < pairs; ++i) {
+    uint16_t two = static_cast<uint16_t>((packed[i] & 15) | (packed[i] >> 4) << 8);
+    two = static_cast<uint16_t>(two | (two & sign) * 30);  // 8 * 30 = 0xf0
+    std::memcpy(out + 2 * i, &two, sizeof two);
+  }
+}
+
 // Codes to (count * width + 7) / 8 bytes; unused bits are 0.
 inline void pack(const uint8_t* codes, int64_t count, int width, uint8_t* out) {
+  if (width == 4) {
+    pack_pairs(codes, count / 2, out);
+    if (count % 2 != 0) out[count / 2] = codes[count - 1] & 15;
+    return;
+  }
+  if (width == 8) {
+    std::memcpy(out, codes, static_cast<size_t>(count));
+    return;
+  }
   const uint64_t mask = kEachByte * ((1u << width) - 1);
   const int64_t size = (count * width + 7) / 8;
   for (int64_t i = 0, to = 0; i < count; i += 8, to += width) {
@@ -55,6 +86,19 @@ inline void pack(const uint8_t* codes, int64_t count, int width, uint8_t* out) {
 
 // The inverse; signed codes are extended to bytes.
 inline void unpack(const uint8_t* packed, int64_t count, int width, bool is_signed, uint8_t* out) {
+  if (width == 4) {
+    unpack_pairs(packed, count / 2, is_signed, out);
+    if (count % 2 != 0) {
+      uint8_t two[2];
+      unpack_pairs(packed + count / 2, 1, is_signed, two);
+      out[count - 1] = two[0];
+    }
+    return;
+  }
+  if (width == 8) {
+    std::memcpy(out, packed, static_cast<size_t>(count));
+    return;
+  }
   constexpr int64_t kChunk = 4096;
   const uint64_t mask = kEachByte * ((1u << width) - 1);
   const int64_t size = (count * width + 7) / 8;

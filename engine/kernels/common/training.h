@@ -21,6 +21,7 @@ constexpr Training kTraining = {
     sum_codes_up,
     pack,
     unpack,
+    unshift,
     norm_codes<int32_t>,
     norm_codes<float>,
     norm_sides,

@@ -11,13 +11,7 @@
 #include "bitstrata/training.h"
 #include "noise.h"
 #include "pack.h"
-
-// Before a loop whose steps do not depend on one another: no array that it writes overlaps another.
-#ifdef __clang__
-#define BITSTRATA_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define BITSTRATA_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "unroll.h"
 
 namespace bitstrata {
 namespace {
@@ -96,6 +90,18 @@ inline void each_noisy_stretch(int64_t count, int64_t period, const Noise* noise
       body(at, channel, n, static_cast<const uint16_t*>(nullptr));
     });
   }
+}
+
+inline void unshift(const uint8_t* codes, int64_t count, int64_t period, const uint16_t* factor, int last,
+                    uint8_t* out) {
+  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
+    const uint8_t* from = codes + at;
+    const uint16_t* by = factor + c;
+    uint8_t* to = out + at;
+    const int right = last;
+    BITSTRATA_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<uint8_t>(static_cast<uint16_t>(from[j] * by[j]) >> right);
+  });
 }
 
 template <typename In>

@@ -1,5 +1,5 @@
-// Loops that are unrolled before anything else, so that arrays of vectors become registers. See pointwise.h for the
-// unnamed namespace.
+// What compilers are told of loops; and loops that are unrolled before anything else, so that arrays of vectors become
+// registers. See pointwise.h for the unnamed namespace.
 #pragma once
 
 #include <type_traits>
@@ -11,6 +11,13 @@
 #define BITSTRATA_INLINE __attribute__((always_inline)) inline
 #else
 #define BITSTRATA_INLINE inline
+#endif
+
+// Before a loop whose steps do not depend on one another: no array that it writes overlaps another.
+#ifdef __clang__
+#define BITSTRATA_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define BITSTRATA_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
 namespace bitstrata {

@@ -40,17 +40,58 @@ class Pooled:
         pool.give(self.places)
 
 
+@dataclass(frozen=True)
+class Strided:
+    """A product's accumulators, of every stride-th pixel of an activation's maps; the others have 0.
+
+    sums: int32 (samples, height, width, channels) of these pixels. scale: float32 (channels,). map: height and width.
+    """
+
+    sums: NDArray[np.int32]
+    scale: NDArray[np.float32]
+    map: tuple[int, int]
+    stride: tuple[int, int]
+
+    def spread(self, pool: Pool) -> NDArray[np.float32]:
+        """The activation's gradient, (rows, channels), taken from the pool, to which this returns."""
+        samples, _, _, channels = self.sums.shape
+        out = pool.take((samples * self.map[0] * self.map[1], channels), np.float32)
+        out.fill(0)
+        self.join(out, None, None, out)
+        self.release(pool)
+        return out
+
+    def join(
+        self,
+        other: NDArray[Any],
+        scale: NDArray[np.float32] | None,
+        bits: NDArray[np.uint8] | None,
+        out: NDArray[np.float32],
+    ) -> float:
+        """Its sum with another summand, (rows, channels), 0 where bits are 0; the largest magnitude."""
+        threads = torch.get_num_threads()
+        strided = self.map, self.stride, self.sums, self.scale
+        return _engine.join_strided(other, scale, *strided, bits, out, FASTEST, threads)
+
+    def release(self, pool: Pool) -> None:
+        """Give the memory back."""
+        pool.give(self.sums)
+
+
+Product = tuple[NDArray[Any], NDArray[np.float32] | None]
+
+
 @dataclass
 class Gradient:
     """A sum of floats and of products' accumulators times scales, whose memory is the pool's.
 
     sums: float32 (rows, channels), not to be written, or of poolings. products: int32 (rows, channels) with float32
-    (channels,).
+    (channels,), or of some pixels.
     """
 
     sums: list[NDArray[np.float32] | Pooled] = field(default_factory=list)
     range: float | None = None  # largest magnitude in the last of the sums, where known
-    products: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
+    products: list[Product | Strided] = field(default_factory=list)
     passed: float | None = None  # likewise in the last of the products, where the activation's normalization passes it
 
     def __bool__(self) -> bool:
@@ -61,19 +102,22 @@ class Gradient:
         self.sums.append(summand)
         self.range = largest
 
-    def single(self) -> tuple[NDArray[Any], NDArray[np.float32] | None] | Pooled | None:
-        """The only summand and its scale, if there is but one."""
+    def single(self) -> Product | Pooled | None:
+        """The only summand and its scale, if there is but one and it has all pixels."""
         if len(self.sums) + len(self.products) != 1:
             return None
         if self.products:
-            return self.products[0]
+            return None if isinstance(self.products[0], Strided) else self.products[0]
         return self.sums[0] if isinstance(self.sums[0], Pooled) else (self.sums[0], None)
 
     def total(self, pool: Pool, bits: NDArray[np.uint8] | None = None) -> tuple[NDArray[np.float32], float]:
         """Its value, 0 where bits are 0, and the largest magnitude: float32 (rows, channels) taken from the pool."""
+        strided = self._take_strided()
         sums = [part.spread(pool) if isinstance(part, Pooled) else part for part in self.sums]
         self.sums = [*sums]
-        summands: list[tuple[NDArray[Any], NDArray[np.float32] | None]] = [*self.products, *((s, None) for s in sums)]
+        products = [(part.spread(pool), None) if isinstance(part, Strided) else part for part in self.products]
+        self.products = [*products]
+        summands: list[Product] = [*products, *((s, None) for s in sums)]
         (first, scale), rest = summands[0], summands[1:]
         add = sums[-1] if rest and sums else None
         if add is not None:
@@ -86,6 +130,10 @@ class Gradient:
             self.products.pop(0)
         else:
             out = pool.take(tuple(first.shape), np.float32)
+        if strided is not None:
+            largest = strided.join(first, scale, bits, out)
+            strided.release(pool)
+            return out, largest
         isa, threads = FASTEST, torch.get_num_threads()
         to, keep = out, bits
         largest = _engine.join(first, scale, add, None if rest else keep, to, isa, threads)
@@ -98,7 +146,15 @@ class Gradient:
         """Give all summands back."""
         for part in self.sums:
             part.release(pool) if isinstance(part, Pooled) else pool.give(part)
-        for product, _ in self.products:
-            pool.give(product)
+        for product in self.products:
+            product.release(pool) if isinstance(product, Strided) else pool.give(product[0])
         self.sums.clear()
         self.products.clear()
+
+    def _take_strided(self) -> Strided | None:
+        """The only one of two summands that has some pixels alone: out of the list, to be added in one pass."""
+        found = [part for part in self.products if isinstance(part, Strided)]
+        if len(self.sums) + len(self.products) != 2 or len(found) != 1:
+            return None
+        self.products.remove(found[0])
+        return found[0]

@@ -37,8 +37,9 @@ class FusedNetwork(nn.Module):
 
     After `integer_` (training in integers): sums stay in integers until they are the normalization's 8-bit codes, and
     these become the next layer's codes without floats in between. Of each such unit the 8-bit codes are all that is
-    kept for the backward pass. Residual sums, and what torch does, stay in float32. Results, gradients, running
-    statistics and random bits equal those of `model` itself to the last bit. Under on_nonfinite "skip" a gradient that
+    kept for the backward pass; where a convolution reads a residual sum, its codes of that are too, packed where they
+    have up to 4 bits. Residual sums, and what torch does, stay in float32. Results, gradients, running statistics and
+    random bits equal those of `model` itself to the last bit. Under on_nonfinite "skip" a gradient that
     is not finite makes all gradients of the step 0 (in `model`, those of its layer and of what lies before it); a
     forward pass with values that are not finite is `model`'s.
 

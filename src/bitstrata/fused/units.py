@@ -20,7 +20,7 @@ from ..integer.engine_codes import FASTEST, array, noise_of
 from ..integer.engine_norm import NormRule
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
-from .gradients import Pooled
+from .gradients import Pooled, Strided
 from .pool import Pool
 from .values import Flow, Format, Normed, NotFiniteError, Real, Shape, Value, from_torch
 
@@ -94,6 +94,7 @@ class _Operation:
         self.norm: NormRule = found
         self._geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
         planar = self._geometry.planar(2)
+        self.stride, self._padding = planar["stride"], planar["padding"]
         gradient = Format.of_gradient(layer.rule)
         self.engine = _engine.ConvNorm(
             planar["stride"],
@@ -121,6 +122,10 @@ class _Operation:
             shape = (x.shape[0], height, width, weight.shape[0])
             self._sizes[key] = (shape, *self.engine.scratch(source, weight, shape))
         return self._sizes[key]
+
+    def skips_pixels(self, weight: NDArray[np.float32]) -> bool:
+        """Whether it reads every stride-th pixel of a map and no other."""
+        return weight.shape[2:] == (1, 1) and self.stride != (1, 1) and self._padding == (0, 0)
 
 
 class _Ready(NamedTuple):
@@ -178,8 +183,8 @@ class ConvNorm(Unit):
         except NotFiniteError as error:
             raise NotFiniteError(f"{layer.state.name}: {error}") from error
         shape, needed, _ = operation.sizes(x, source, parameters[0])
+        normed = pool.take(shape, np.int8)  # before what goes at once, so that it does not lie behind that
         scratch = pool.take((needed,), np.uint8)
-        normed = pool.take(shape, np.int8)
         made, lost = operation.engine.forward(source, *parameters, scratch, normed, FASTEST, step.threads)
         pool.give(scratch)
         if made is None:
@@ -208,7 +213,9 @@ class ConvNorm(Unit):
             total, _ = value.gradient.total(pool)
             real, scale = total, None
         scratch = pool.take((operation.sizes(x, source, parameters[0])[2],), np.uint8)
-        sums = self._sums(x, value, pool) if x.wanted else None
+        strided = isinstance(x, Real) and operation.skips_pixels(parameters[0])
+        shape = (*value.shape[:3], x.shape[3]) if strided else x.shape
+        sums = self._sums(shape, value, pool) if x.wanted else None
         factor = np.empty(x.shape[3], np.float32) if x.wanted else None
         if layer.weight.requires_grad and arrays[0] is None:
             arrays[0] = step.lasting.take(layer.weight.shape, np.float32)
@@ -244,21 +251,24 @@ class ConvNorm(Unit):
             if gradient is not None:
                 step.add(parameter, gradient)
         if sums is not None and factor is not None:
-            x.gradient.products.append((sums.reshape(x.rows), factor))
+            if strided:
+                x.gradient.products.append(Strided(sums, factor, x.shape[1:3], operation.stride))
+            else:
+                x.gradient.products.append((sums.reshape(x.rows), factor))
             x.gradient.passed = passed
 
     @staticmethod
-    def _sums(x: Value, value: Normed, pool: Pool) -> NDArray[np.int32]:
-        """Memory for the input's gradient: that of the result's, which is read before the other is written, if it is
-        a product's sums alone and as large.
+    def _sums(shape: Shape, value: Normed, pool: Pool) -> NDArray[np.int32]:
+        """Memory for the input's gradient, of this shape: that of the result's, which is read before the other is
+        written, if it is a product's sums alone and as large.
         """
-        products = value.gradient.products
-        if products and value.gradient.single() is not None:
-            own = products[0][0]
-            if own.size == math.prod(x.shape) and pool.sole(own):
+        products, single = value.gradient.products, value.gradient.single()
+        if products and isinstance(single, tuple):
+            own = single[0]
+            if own.size == math.prod(shape) and pool.sole(own):
                 products.clear()
-                return own.reshape(x.shape)
-        return pool.take(x.shape, np.int32)
+                return own.reshape(shape)
+        return pool.take(shape, np.int32)
 
 
 @dataclass
@@ -275,8 +285,8 @@ class Join(Unit):
         if normed.shape != other.shape:
             raise ValueError(f"fused sum {self.result!r}: shapes {normed.shape} and {other.shape} differ")
         pool, count = step.pool, normed.rows[0] * normed.rows[1]
-        out = pool.take(normed.rows, np.float32)
         bits = pool.take(((count + 7) // 8,), np.uint8) if self.rectified else None
+        out = pool.take(normed.rows, np.float32)
         ranges = normed.norm.to_f32(normed.normed_rows(), self.rectified, other.real(), out, bits)
         value = Real(out, normed.shape, pool, escaped=False, rectified=self.rectified, ranges=ranges)
         step.env[self.result] = value
@@ -293,6 +303,14 @@ class Join(Unit):
         if bits is not None:
             step.pool.give(bits)
         value.release()
+
+
+class _Places(NamedTuple):
+    """Where maxima were, at rest: a stream of so many bits each. window: of the pooling, as the engine takes it."""
+
+    packed: NDArray[np.uint8]
+    bits: int
+    window: Any
 
 
 @dataclass
@@ -319,18 +337,24 @@ class MaxPool(Unit):
             )
         shape, pool = (n, height, width, c), step.pool
         window = ((h, w), self.kernel, self.stride, self.padding)
+        bits = 4 if math.prod(self.kernel) <= 16 else 8  # of a place
+        packed = pool.take(((math.prod(shape) * bits + 7) // 8,), np.uint8)
         out, places = pool.take(shape, np.float32), pool.take(shape, np.uint8)
         ranges = normed.norm.max_pool(normed.normed_rows(), normed.rectified, window, out, places)
         rows = out.reshape(n * height * width, c)
         value = Real(rows, shape, pool, escaped=False, rectified=normed.rectified, ranges=ranges)
         step.env[self.result] = value
-        step.tape.append(lambda s: self._backward(s, normed, value, places, window))
+        _engine.pack_codes(places.reshape(-1), bits, packed, FASTEST, step.threads)
+        pool.give(places)
+        step.tape.append(lambda s: self._backward(s, normed, value, _Places(packed, bits, window)))
 
     @staticmethod
-    def _backward(step: Step, normed: Normed, value: Real, places: NDArray[np.uint8], window: Any) -> None:
+    def _backward(step: Step, normed: Normed, value: Real, at_rest: _Places) -> None:
+        packed, bits, window = at_rest
         if value.gradient:
             total, _ = value.gradient.total(step.pool)
+            places = step.pool.take(value.shape, np.uint8)
+            _engine.unpack_codes(packed, bits, False, places.reshape(-1), FASTEST, step.threads)
             normed.gradient.append(Pooled(total, places, window))
-        else:
-            step.pool.give(places)
+        step.pool.give(packed)
         value.release()

@@ -18,9 +18,7 @@ from torch import Tensor
 from bitstrata_runtime import _engine
 
 from ..integer.engine_codes import FASTEST
-from ..integer.powers import largest_power
 from ..integer.rule import IntegerRule
-from ..integer.shiftquant import largest_code
 from .gradients import Gradient
 from .pool import Pool
 
@@ -52,51 +50,6 @@ class Format:
     def absorbed(self) -> bool:
         """Whether codes are stored as code << (groups - 1 - exponent), which fits into their bytes."""
         return self.bits + self.groups - 1 <= 8
-
-    @property
-    def largest(self) -> int:
-        """The largest magnitude of a code as it is stored."""
-        if self.powers:
-            return largest_power(self.bits)
-        return largest_code(self.bits, self.signed) << (self.groups - 1 if self.absorbed else 0)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A tensor in a format.
-
-    data: int8, or uint8 where no code is negative, (samples, height, width, channels). scale: of ShiftQuant.
-    exponents: (channels,).
-    """
-
-    data: NDArray[Any]
-    scale: float
-    exponents: NDArray[np.uint8]
-    format: Format
-
-    @property
-    def unit(self) -> float:
-        """What 1 of a product's accumulator stands for on this side."""
-        return self.scale * 2.0 ** (1 - self.format.groups)
-
-    @property
-    def shift(self) -> NDArray[np.uint8] | None:
-        """Shifts that the product has to apply: uint8 (channels,); None if the codes have absorbed them."""
-        if self.format.absorbed:
-            return None
-        return (self.format.groups - 1 - self.exponents).astype(np.uint8)
-
-    @property
-    def range(self) -> tuple[int, int]:
-        """Bounds of the codes as they are stored."""
-        top = self.format.largest
-        return (0 if self.data.dtype == np.uint8 else -top, top)
-
-    def channel_scales(self) -> NDArray[np.float64]:
-        """What 1 of each channel's stored code stands for: float64 (channels,)."""
-        if self.format.absorbed:
-            return np.full(len(self.exponents), self.unit)
-        return self.scale * np.exp2(-self.exponents.astype(np.float64))
 
 
 def as_map(rows: NDArray[np.float32], shape: Shape) -> Tensor:
@@ -219,7 +172,7 @@ class Real(Value):
         super().__init__(shape, pool)
         self._real, self.escaped = real, escaped
         self._rectified, self._ranges = rectified, ranges
-        self._inputs: dict[Format, tuple[NDArray[Any], Any]] = {}  # kept codes
+        self._inputs: dict[Format, tuple[NDArray[np.uint8], Any]] = {}  # codes, as bytes until they are at rest
 
     def never_negative(self) -> bool:
         if not self._rectified and self._real is not None:
@@ -228,10 +181,17 @@ class Real(Value):
 
     def input(self, form: Format) -> Any:
         if form not in self._inputs:
-            codes = self._make_codes(form)
-            made = _engine.ConvInput(codes.data, codes.range, codes.unit, codes.shift, codes.channel_scales())
-            self._inputs[form] = codes.data, made
+            self._inputs[form] = self._make_input(form)
         return self._inputs[form][1]
+
+    def forget(self) -> None:
+        super().forget()
+        for form, (codes, made) in self._inputs.items():
+            if made.rests:
+                packed = self.pool.take(((codes.size * form.bits + 7) // 8,), np.uint8)
+                made.rest(packed, FASTEST, torch.get_num_threads())
+                self.pool.give(codes)
+                self._inputs[form] = packed, made
 
     def release(self) -> None:
         super().release()
@@ -239,7 +199,7 @@ class Real(Value):
             self.pool.give(data)
         self._inputs.clear()
 
-    def _make_codes(self, form: Format) -> Codes:
+    def _make_input(self, form: Format) -> tuple[NDArray[np.uint8], Any]:
         out = self.pool.take(self.shape, np.uint8)
         scale, exponents = _engine.shift_codes(
             self.real(),
@@ -256,7 +216,7 @@ class Real(Value):
         )
         if math.isnan(scale):
             raise NotFiniteError("its activation contains NaN or infinity")
-        return Codes(out.view(np.int8) if form.signed else out, scale, exponents, form)
+        return out, _engine.ConvInput(out, scale, exponents, form.bits, form.groups, form.signed, form.absorbed)
 
     def _make_real(self) -> NDArray[np.float32]:
         raise AssertionError("its floats were dropped")
