@@ -41,11 +41,11 @@ from torch import Tensor, nn
 
 import bitstrata_runtime as runtime
 from bitstrata.functional.l1norm import quantized_norm
-from bitstrata.fused.pool import Pool
 from bitstrata.fused.values import Format
 from bitstrata.integer import shift_quantize
 from bitstrata.integer.engine_codes import array
 from bitstrata.integer.engine_norm import NormRule, batch_norm
+from bitstrata.integer.pool import Pool
 from bitstrata.integer.rounding import CounterGenerator, CounterRounding
 from bitstrata.nn import QuantizedL1BatchNorm2d, QuantizedL1LayerNorm
 from bitstrata.train import keep_freed_memory

@@ -5,8 +5,8 @@
 
 Every contestant runs forward and cross entropy in training mode, backward, and SGD with momentum on the same batch,
 activations channels last. Ours: the network after `integer_` with one width for weights, activations and gradients (the
-first and the last layer have eight), and `fuse` where the network is convolutional. Peers: the float network in
-float32, or under bfloat16 autocast.
+first and the last layer have eight), and `fuse` where the network is convolutional; in `vit-recompute` the forward
+pass is under `recompute_outputs`. Peers: the float network in float32, or under bfloat16 autocast.
 
 Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
 rises above the resident set just before the first step, when model, batch and optimizer exist; in 2^20 bytes. What the
@@ -21,7 +21,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class Case:
     bits: tuple[int, ...]
     fused: bool
     options: tuple[tuple[str, str], ...] = ()
+    recompute: bool = False  # ours, under `recompute_outputs`
 
     @property
     def title(self) -> str:
@@ -66,9 +67,10 @@ CASES = {
         Case("resnet20", "resnet20", 32, 128, (4,), True, (("shortcut", "B"),)),
         Case("resnet18", "resnet18", 224, 8, (4,), True),
         Case("vit", "vit_cifar", 32, 64, (6, 4), False),
+        Case("vit-recompute", "vit_cifar", 32, 64, (4,), False, recompute=True),
     )
 }
-QUICK_BATCHES = {"resnet20": 32, "resnet18": 2, "vit": 8}
+QUICK_BATCHES = {"resnet20": 32, "resnet18": 2, "vit": 8, "vit-recompute": 8}
 
 
 class Contestant:
@@ -85,6 +87,7 @@ class Contestant:
         self.x = images.contiguous(memory_format=torch.channels_last)
         self.targets = torch.arange(case.batch) % 10
         self.who, self.autocast = who, who == "torch-bf16"
+        self.recompute = case.recompute and who not in PEERS
         if who in PEERS:  # weights in the layout of the gradients that each side's kernels give, as SGD likes it
             self.model: nn.Module = model.to(memory_format=torch.channels_last)
         else:
@@ -93,7 +96,8 @@ class Contestant:
 
     def loss(self) -> Tensor:
         """Of the batch."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        context = bs.recompute_outputs() if self.recompute else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast), context:
             return F.cross_entropy(self.model(self.x), self.targets)
 
     def __call__(self) -> Tensor:

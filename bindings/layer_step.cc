@@ -101,8 +101,7 @@ class LayerStep {
     const ProductShape s = shape(sizes_of(x), sizes_of(y), sizes_of(weight), threads);
     ShiftFormat f = input_;
     f.is_signed = is_signed;
-    if (bias.has_value() && static_cast<int64_t>(bias->shape(0)) != s.out_c)
-      fail("bias must have one element for each output channel");
+    check_bias(bias, s);
     if (packed.has_value()) check_bytes("packed", *packed, packed_bytes(s));
     const ConvWeight w = this->weight(weight.data(), sizes_of(weight), known, s.out_c);
     const RealTensor t = real_of("x", x);
@@ -118,6 +117,18 @@ class LayerStep {
     return {text_of(status), grid.scale, array(bitstrata::pack_exponents(grid.exponents, f.groups))};
   }
 
+  // What was not finite. kept: of the input, whose sizes these are.
+  std::string again(const Sizes& sizes, const Kept& kept, In<float, 4> weight, const Known& known, Vector bias,
+                    Out<float, 4> y, const std::string& isa, int threads) const {
+    const ProductShape s = shape(sizes, sizes_of(y), sizes_of(weight), threads);
+    check_bias(bias, s);
+    const bitstrata::KeptCodes codes = kept_codes(kept, s);
+    const ConvWeight w = this->weight(weight.data(), sizes_of(weight), known, s.out_c);
+    const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+    nb::gil_scoped_release unlocked;
+    return text_of(bitstrata::layer_again(kernels, threads, s, codes, w, data_or_null(bias), y.data()));
+  }
+
   // What was not finite. kept: of the input, whose sizes these are; None if the weight's gradient is not asked for, as
   // weight if the input's is not.
   std::string backward(Real gradient, NoiseKey key, const Sizes& sizes, const std::optional<Kept>& kept,
@@ -128,12 +139,7 @@ class LayerStep {
     bitstrata::KeptCodes codes{};
     if (of_weight.has_value()) {
       if (!kept.has_value()) fail("the weight's gradient needs the input's codes");
-      const auto& [packed, exponents, scale, is_signed] = *kept;
-      check_bytes("packed", packed, packed_bytes(s));
-      const std::vector<uint8_t> none(static_cast<size_t>(s.in_c), 0);
-      check_bytes("exponents", exponents, static_cast<int64_t>(bitstrata::pack_exponents(none, input_.groups).size()));
-      codes = {packed.data(), exponents.data(), scale, input_};
-      codes.format.is_signed = is_signed;
+      codes = kept_codes(*kept, s);
       if (sizes_of(*of_weight) != weight_sizes) fail("the weight's gradient must have the weight's shape");
     }
     if (weight.has_value() && sizes_of(*weight) != weight_sizes) fail("weight must have the sizes that are given");
@@ -165,6 +171,21 @@ class LayerStep {
     if (kernel[1] * s.groups != s.in_c || kernel[0] != s.out_c) fail("the weight does not fit input and output");
     bitstrata::check_product("layer step", s);
     return s;
+  }
+
+  bitstrata::KeptCodes kept_codes(const Kept& kept, const ProductShape& s) const {
+    const auto& [packed, exponents, scale, is_signed] = kept;
+    check_bytes("packed", packed, packed_bytes(s));
+    const std::vector<uint8_t> none(static_cast<size_t>(s.in_c), 0);
+    check_bytes("exponents", exponents, static_cast<int64_t>(bitstrata::pack_exponents(none, input_.groups).size()));
+    bitstrata::KeptCodes codes{packed.data(), exponents.data(), scale, input_};
+    codes.format.is_signed = is_signed;
+    return codes;
+  }
+
+  static void check_bias(const Vector& bias, const ProductShape& s) {
+    if (bias.has_value() && static_cast<int64_t>(bias->shape(0)) != s.out_c)
+      fail("bias must have one element for each output channel");
   }
 
   int64_t packed_bytes(const ProductShape& s) const {
@@ -204,6 +225,8 @@ void bind_layer_step(nb::module_& m) {
       .def("forward", &LayerStep::forward, "x"_a.noconvert(), "signed"_a, "noise"_a.none(), "weight"_a.noconvert(),
            "known"_a.none(), "bias"_a.noconvert().none(), "y"_a.noconvert(), "packed"_a.noconvert().none(), "isa"_a,
            "threads"_a)
+      .def("again", &LayerStep::again, "sizes"_a, "kept"_a, "weight"_a.noconvert(), "known"_a.none(),
+           "bias"_a.noconvert().none(), "y"_a.noconvert(), "isa"_a, "threads"_a)
       .def("backward", &LayerStep::backward, "gradient"_a.noconvert(), "noise"_a.none(), "sizes"_a, "kept"_a.none(),
            "weight_sizes"_a, "weight"_a.noconvert().none(), "known"_a.none(), "of_input"_a.noconvert().none(),
            "of_weight"_a.noconvert().none(), "of_bias"_a.noconvert().none(), "isa"_a, "threads"_a);

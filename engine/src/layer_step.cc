@@ -29,14 +29,28 @@ void input_gradient(const Kernels& kernels, int threads, const ProductShape& s, 
   conv_input_grad(kernels, threads, s, g.codes, w, result);
 }
 
-void weight_gradient(const Kernels& kernels, int threads, const ProductShape& s, const ScaledCodes& g,
-                     const KeptCodes& kept, float* out) {
+Made unpacked(const Kernels& kernels, int threads, const ProductShape& s, const KeptCodes& kept, Workspace& memory) {
   const int64_t count = s.batch * s.in_h * s.in_w * s.in_c;
-  Workspaces memory(1);  // of its own, so that the gradient's codes stay
-  uint8_t* codes = memory[0].get(kCodes, count);
+  uint8_t* codes = memory.get(kCodes, count);
   unpack_codes(kernels, threads, kept.packed, count, kept.format.bits, kept.format.is_signed, codes);
   const ShiftGrid grid{kept.scale, unpack_exponents(kept.exponents, s.in_c, kept.format.groups)};
-  const Made x = made(grid, kept.format, kept.format.is_signed, codes);
+  return made(grid, kept.format, kept.format.is_signed, codes);
+}
+
+void product(const Kernels& kernels, int threads, const ProductShape& s, const ScaledCodes& x, const int8_t* w,
+             const std::vector<float>& w_scale, const float* bias, float* y) {
+  const std::vector<float> factor = sum_factors(x.unit, w_scale);
+  ProductResult result;
+  result.values = y;
+  result.factor = factor.data();
+  result.bias = bias;
+  conv_forward(kernels, threads, s, x.codes, w, result);
+}
+
+void weight_gradient(const Kernels& kernels, int threads, const ProductShape& s, const ScaledCodes& g,
+                     const KeptCodes& kept, float* out) {
+  Workspaces memory(1);  // of its own, so that the gradient's codes stay
+  const Made x = unpacked(kernels, threads, s, kept, memory[0]);
   WeightGradResult result;
   result.values = out;
   result.out_factor = g.channel;
@@ -59,12 +73,17 @@ StepStatus layer_forward(const Kernels& kernels, int threads, const ProductShape
   if (w == nullptr) return StepStatus::kWeight;
   if (packed != nullptr) pack_codes(kernels, threads, codes, rows.elements(), format.bits, packed);
   const Made side = made(*grid, format, format.is_signed, codes);
-  const std::vector<float> factor = sum_factors(side.side.unit, w_scale);
-  ProductResult result;
-  result.values = y;
-  result.factor = factor.data();
-  result.bias = bias;
-  conv_forward(kernels, threads, s, side.side.codes, w, result);
+  product(kernels, threads, s, side.side, w, w_scale, bias, y);
+  return StepStatus::kDone;
+}
+
+StepStatus layer_again(const Kernels& kernels, int threads, const ProductShape& s, const KeptCodes& x,
+                       const ConvWeight& weight, const float* bias, float* y) {
+  Workspaces memory(1);
+  std::vector<float> w_scale;
+  const int8_t* w = quantized(kernels, threads, s, weight, true, weight_buffer(memory[0], s, weight), &w_scale);
+  if (w == nullptr) return StepStatus::kWeight;
+  product(kernels, threads, s, unpacked(kernels, threads, s, x, memory[0]).side, w, w_scale, bias, y);
   return StepStatus::kDone;
 }
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import data, diagnostics, functional, nn, objectives, quantizers, recipes, report, train, zoo
     from .fused import FusedNetwork, FuseError, fuse
+    from .integer import recompute_outputs
     from .lowering import add_plan, lower, pack, program_summary
     from .nn import PrecisionBatchNorm, QuantConv1d, QuantConv2d, QuantLinear
     from .objectives import PrecisionSampler, joint_backward, joint_loss, warm_start_chain
@@ -67,6 +68,7 @@ _HOMES = {
     "FuseError": "fused",
     "FusedNetwork": "fused",
     "fuse": "fused",
+    "recompute_outputs": "integer",
     "integer_": "prepare",
     "mixed_precision_map": "prepare",
     "parameter_groups": "prepare",
@@ -123,6 +125,7 @@ __all__ = [
     "quantize_",
     "quantizers",
     "recipes",
+    "recompute_outputs",
     "reestimate_batchnorm_",
     "report",
     "saved_memory",

@@ -462,6 +462,19 @@ class LayerStep:
     ) -> tuple[str, float, NDArray[np.uint8]]:
         """What was not finite: "weight", "real", or "" for nothing; scale and packed exponents of the codes of x."""
 
+    def again(
+        self,
+        sizes: tuple[int, ...],
+        kept: tuple[Array, Array, float, bool],
+        weight: Array,
+        known: tuple[Array, Array] | None,
+        bias: Array | None,
+        y: Array,
+        isa: str,
+        threads: int,
+    ) -> str:
+        """y of `forward` once more, of what was kept of x, which has these sizes."""
+
     def backward(
         self,
         gradient: Array,

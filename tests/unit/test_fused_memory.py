@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitstrata as bs
-from bitstrata.fused import pool as pools
-from bitstrata.fused.pool import ALIGNMENT, Pool
 from bitstrata.fused.qat_units import QatConvNorm
+from bitstrata.integer import pool as pools
+from bitstrata.integer.pool import ALIGNMENT, Pool
 
 ALL = 10**9  # products of a sum: every convolution is repeated
 

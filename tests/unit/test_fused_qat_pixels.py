@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from unit.test_fused_qat import same, step
 
 import bitstrata as bs
-from bitstrata.fused.pool import Pool
 from bitstrata.fused.qat_pixels import pixel_codes
 from bitstrata.fused.qat_units import entry
 from bitstrata.fused.values import NotFiniteError
+from bitstrata.integer.pool import Pool
 
 MEANS: dict[str, Any] = {
     "one mean": ((0.45,), (0.25,)),

@@ -26,6 +26,10 @@ struct KeptCodes {
 StepStatus layer_forward(const Kernels&, int threads, const ProductShape&, const RealTensor& x, const ShiftFormat&,
                          const Noise*, const ConvWeight&, const float* bias, float* y, uint8_t* packed, ShiftGrid*);
 
+// y of layer_forward once more, from what was kept and the same weight and bias: the same floats.
+StepStatus layer_again(const Kernels&, int threads, const ProductShape&, const KeptCodes& x, const ConvWeight&,
+                       const float* bias, float* y);
+
 // Where gradients go, each in the shape of what it is of; null if nobody asks for it.
 struct LayerGradients {
   float *input, *weight, *bias;

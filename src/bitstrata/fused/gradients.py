@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bitstrata_runtime import _engine
 
 from ..integer.engine_codes import FASTEST
-from .pool import Pool
+from ..integer.pool import Pool
 
 
 @dataclass(frozen=True)

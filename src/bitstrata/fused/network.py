@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..integer.pool import Pool
 from ..nn.integer_layers import IntegerLayer
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from ..nn.layers import QuantizedLayer
@@ -16,7 +17,6 @@ from ..nn.norm import PrecisionBatchNorm
 from ..nn.own import OwnLayer
 from ..quantizers.base import Quantizer
 from .plan import Planner, trace
-from .pool import Pool
 from .qat_plan import QatPlanner, can_run
 from .qat_units import entry, track
 from .qat_values import from_torch as wrap

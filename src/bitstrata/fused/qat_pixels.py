@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..integer.convolution import Geometry
+from ..integer.pool import Pool
 from ..quantizers.pixels import PixelInput
-from .pool import Pool
 from .qat_codes import PIXELS, IntegerWeight, Rule
 from .qat_units import Batch, QatConvNorm
 from .qat_values import MEMORY, Activation, as_real

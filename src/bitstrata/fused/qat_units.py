@@ -23,10 +23,10 @@ from bitstrata_runtime import _engine
 
 from ..integer.convolution import Geometry
 from ..integer.engine_codes import FASTEST
+from ..integer.pool import Pool
 from ..nn.layers import QuantConv2d
 from ..nn.norm import PrecisionBatchNorm
 from ..quantizers.base import ActivationQuantizer
-from .pool import Pool
 from .qat_codes import IntegerWeight, Rule, integer_weight, rule_of
 from .qat_products import input_gradient, takes_input_gradient, takes_weight_gradient, weight_gradient
 from .qat_values import MEMORY, Activation, Arrived, add_step_gradient, to_map, to_rows

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitstrata_runtime import _engine
 
 from ..integer.engine_codes import FASTEST
-from .pool import Pool
+from ..integer.pool import Pool
 from .qat_codes import TINY, Rule
 from .units import Step
 from .values import Flow, Plain, Shape

@@ -18,10 +18,10 @@ from bitstrata_runtime import _engine
 from ..integer.convolution import Geometry
 from ..integer.engine_codes import FASTEST, array, noise_of
 from ..integer.engine_norm import NormRule
+from ..integer.pool import Pool
 from ..nn.integer_layers import IntegerConv2d
 from ..nn.l1_norm import QuantizedL1BatchNorm
 from .gradients import Pooled, Strided
-from .pool import Pool
 from .values import Flow, Format, Normed, NotFiniteError, Real, Shape, Value, from_torch
 
 Env = dict[str, Any]  # node name -> Value, or whatever else the node is

@@ -18,9 +18,9 @@ from torch import Tensor
 from bitstrata_runtime import _engine
 
 from ..integer.engine_codes import FASTEST
+from ..integer.pool import Pool
 from ..integer.rule import IntegerRule
 from .gradients import Gradient
-from .pool import Pool
 
 Shape = tuple[int, int, int, int]
 

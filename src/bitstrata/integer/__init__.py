@@ -57,6 +57,7 @@ from .products import (
     shift_matmul,
     split_shifts,
 )
+from .recompute import recompute_outputs
 from .rounding import CounterGenerator, philox4x32, random_bits, stochastic_round, uniform
 from .rule import IntegerRule
 from .shiftquant import PackedShift, ShiftQuantized, largest_code, pack_codes, shift_quantize, unpack_codes
@@ -112,6 +113,7 @@ __all__ = [
     "product",
     "quantization_variance",
     "random_bits",
+    "recompute_outputs",
     "right_shift_matmul",
     "shift_matmul",
     "shift_quantize",

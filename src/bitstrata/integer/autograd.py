@@ -6,6 +6,7 @@ Source: Guo, Liu et al., "Towards accurate and efficient sub-8-bit integer train
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .engine_step import OperandError, SharedWeight
 from .frozen import FrozenRange
 from .layer_call import LayerCall, LayerState
 from .linear import bias_grad
+from .recompute import recomputes, remember
 from .rule import IntegerRule
 from .shiftquant import PackedShift
 from .untraced import untraced
@@ -40,7 +42,7 @@ class _IntegerProduct(torch.autograd.Function):
             kept = [packed.codes, packed.exponents, packed.scale]
             ctx.packing = (packed.shape, packed.bits, packed.axis, packed.groups, packed.signed, packed.channels_last)
         ctx.save_for_backward(*kept, weight if ctx.needs_input_grad[0] else None)
-        return y
+        return y.detach()  # no view, which a rectifier in place could not write
 
     @staticmethod
     def result(
@@ -59,6 +61,25 @@ class _IntegerProduct(torch.autograd.Function):
         if bias is not None:
             y.add_(bias.to(dtype))
         return y, xq.pack() if keep else None
+
+    @staticmethod
+    def again(ctx: Any, weight: Tensor, bias: Tensor | None, versions: tuple[int, ...]) -> Tensor:
+        """The result once more, from the codes that are kept."""
+        call: LayerCall = ctx.call
+        if versions != _versions(weight, bias):
+            raise RuntimeError(
+                f"{call.state.name}: its weight or bias was written in place after the forward pass, whose result "
+                "recompute_outputs has to compute again"
+            )
+        kept, _ = _IntegerProduct.kept(ctx)
+        if ctx.step is not None:
+            y: Tensor = ctx.step.again(kept, weight, bias)
+            return y
+        with torch.autocast(weight.device.type, enabled=False):
+            y = call.forward(
+                kept.unpack(), call.weight(weight, "out"), torch.promote_types(ctx.like[0][1], weight.dtype)
+            )
+        return y if bias is None else y.add_(bias.to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,5 +238,17 @@ def integer_conv(
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"{call.state.name}: input {tuple(x.shape)} has no elements, so no range")
-    result: Tensor = untraced(_IntegerProduct.apply, x, weight, bias, call)
+    result: Tensor = untraced(_product, x, weight, bias, call)
     return result
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall) -> Tensor:
+    y: Tensor = _IntegerProduct.apply(x, weight, bias, call)
+    node: Any = y.grad_fn
+    if recomputes() and node is not None and node.packing is not None:
+        remember(y, partial(_IntegerProduct.again, node, weight, bias, _versions(weight, bias)))
+    return y
+
+
+def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    return (weight._version,) if bias is None else (weight._version, bias._version)

@@ -6,6 +6,7 @@ and Python do between those counts where layers are small or called often, as in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from bitstrata_runtime import _engine
 from .convolution import Geometry
 from .engine_codes import FASTEST, MEMORY, Noise, array, takes
 from .engine_products import INT32_MAX, WIDEST_OUTPUT, maps, planes, rows_as_maps
+from .memory import floats, step_floats
 from .rule import IntegerRule
 from .shiftquant import PackedShift, largest_code
 
@@ -55,7 +57,7 @@ class SharedWeight:
         asked = (operation, weight.data_ptr(), weight._version, by_output)
         if self._made is None or asked != self._of:
             channels = weight.shape[0] if by_output else weight.shape[1]
-            made = array(torch.empty(weight.shape, dtype=torch.int8)), array(_floats(channels))
+            made = array(torch.empty(weight.shape, dtype=torch.int8)), array(floats(channels))
             if not operation.weight_codes(array(weight), by_output, *made, FASTEST, torch.get_num_threads()):
                 raise OperandError("weight")
             self._made, self._of = made, asked
@@ -111,10 +113,10 @@ class EngineStep:
     ) -> EngineStep | None:
         """None where the engine does not take it, or int32 is not proved to hold sums. operands: x, weight, bias."""
         x, weight, bias = operands
-        floats = (weight,) if bias is None else (weight, bias)
+        own = (weight,) if bias is None else (weight, bias)
         if rule.form != "engine" or not takes(x):
             return None
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in floats):
+        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in own):
             return None
         signed = not (rule.unsigned_nonneg and bool(x.detach().amin() >= 0))
         forward = weight[0].numel() * (largest_code(rule.a, signed) << (rule.shift_groups - 1))
@@ -141,7 +143,7 @@ class EngineStep:
         bits = self.rule.a
         packed = torch.empty((x.numel() * bits + 7) // 8, dtype=torch.uint8) if keep else None
         weights = self._weights(weight)
-        y = _floats(maps_of_x.shape[0], *self._size(self.result), weights.shape[0])
+        y = (step_floats if keep else floats)(maps_of_x.shape[0], *self._size(self.result), weights.shape[0])
         failed, scale, exponents = self.operation.forward(
             array(maps_of_x.view(MEMORY[x.dtype])),
             self.signed,
@@ -172,6 +174,28 @@ class EngineStep:
         )
         return self._shaped(y, self.result), kept
 
+    def again(self, kept: PackedShift, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The result of `forward` once more, from what was kept and the same weight and bias: the same floats.
+
+        Raises:
+            OperandError: of the weight.
+        """
+        sizes, weights = self._sizes(), self._weights(weight)
+        y = step_floats(sizes[0], *self._size(self.result), weights.shape[0])
+        failed = self.operation.again(
+            sizes,
+            _as_kept(kept),
+            array(weights),
+            self._known(weight, by_output=True),
+            None if bias is None else array(bias.reshape(-1)),
+            array(y),
+            FASTEST,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise OperandError(failed)
+        return self._shaped(y, self.result)
+
     def backward(
         self,
         gradient: Tensor,
@@ -190,18 +214,15 @@ class EngineStep:
             OperandError: of the gradient or the weight.
         """
         maps_of_g, weight_sizes = self._maps(gradient), self._four(weight_shape)
-        sizes = (maps_of_g.shape[0], *self._size(self.shape), self.shape[1 if self.planar else -1])
-        of_input = _floats(*sizes) if needs[0] else None
-        of_weight = _floats(*weight_sizes) if needs[1] else None
-        of_bias = _floats(weight_sizes[0]) if needs[2] else None
-        codes = None
-        if kept is not None:
-            codes = (array(kept.codes), array(kept.exponents), float(kept.scale), kept.signed)
+        sizes = self._sizes()
+        of_input = step_floats(*sizes) if needs[0] else None
+        of_weight = floats(*weight_sizes) if needs[1] else None
+        of_bias = floats(weight_sizes[0]) if needs[2] else None
         failed = self.operation.backward(
             array(maps_of_g.view(MEMORY[gradient.dtype])),
             noise,
             sizes,
-            codes,
+            None if kept is None else _as_kept(kept),
             weight_sizes,
             None if weight is None else array(self._weights(weight)),
             self._known(weight, by_output=False) if needs[0] else None,
@@ -229,6 +250,12 @@ class EngineStep:
         """(samples, height, width, channels), contiguous."""
         return maps(x.detach()) if self.planar else rows_as_maps(x.detach())
 
+    def _sizes(self) -> tuple[int, ...]:
+        """Of the input as maps."""
+        channels = self.shape[1 if self.planar else -1]
+        size = self._size(self.shape)
+        return math.prod(self.shape) // (channels * math.prod(size)), *size, channels
+
     def _size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Height and width of a tensor of this shape."""
         if not self.planar:
@@ -250,6 +277,6 @@ class EngineStep:
         return weight.detach().contiguous().view(cls._four(tuple(weight.shape)))
 
 
-def _floats(*shape: int) -> Tensor:
-    """Not initialized."""
-    return torch.empty(shape, dtype=torch.float32)
+def _as_kept(x: PackedShift) -> tuple[Any, Any, float, bool]:
+    """As the engine takes it."""
+    return array(x.codes), array(x.exponents), float(x.scale), x.signed
