@@ -12,7 +12,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ NAMED = {"name", "options"}
 TRAIN = {f.name for f in fields(TrainConfig)} - {"seed"}
 #: Fields of the training configuration that change neither weights nor accuracies.
 SILENT = ("checkpoint_every", "log_every", "eval_every")
+#: Fields of a recipe that are texts, or count as training.
+UNREAD = ("name", "description", "objective", "schedule")
 
 
 class ConfigError(ValueError):
@@ -118,17 +120,38 @@ def load_table(root: Path, paper: str, name: str, scale: str) -> Table:
 def digest(config: Mapping[str, Any]) -> str:
     """16 hex digits of SHA-256 over what decides a run's result: runs that several tables ask for are the same run.
 
-    The recipe counts as it is now, with the training that it stands for. What is measured is no part of it, nor is
-    what only decides how often something is written.
+    Recipe and training count as they are after all changes, without fields at their defaults: an option that is spelled
+    out, or that this recipe does not read, makes no other run. What is measured is no part of it, nor is what only
+    decides how often something is written.
     """
     kept = {k: v for k, v in config.items() if k != "metrics"}
     if config.get("recipe", {}).get("name", "float") != "float":
         recipe = recipe_of(config)
-        kept["resolved"] = [str(recipe), {k: str(v) for k, v in recipe.training.items()}]
+        kept["train"] = _decisive(training(recipe, config["train"]))
+        kept["recipe"] = {k: v for k, v in _decisive(recipe).items() if k not in UNREAD}
+    if "warm_start" in config:
+        kept["warm_start"] = digest(warming(config))
     for part in ("train", "float"):
         if isinstance(kept.get(part), Mapping):
             kept[part] = {k: v for k, v in kept[part].items() if k not in SILENT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def warming(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The run whose network a run with `warm_start` starts from."""
+    return {k: v for k, v in merge(config, config["warm_start"]).items() if k != "warm_start"}
+
+
+def _decisive(value: Any) -> Any:
+    """A dataclass as JSON values, without fields at their defaults: one that is added later names no run anew."""
+    if is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        return {name: _decisive(found) for name, found in given.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _decisive(found) for key, found in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_decisive(found) for found in value]
+    return value
 
 
 def merge(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

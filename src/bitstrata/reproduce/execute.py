@@ -19,7 +19,7 @@ from ..objectives import ascending_stages, top_then_finetune, warm_start_
 from ..prepare import Pixels, calibrate_, float_form_, quantize_
 from ..recipes import Recipe
 from ..train import TrainConfig, Trainer, checkpoint, quiet
-from .config import digest, merge, recipe_of, training
+from .config import digest, recipe_of, training, warming
 from .metrics import measure
 from .record import Record, read_result, write_result
 
@@ -163,8 +163,7 @@ def trained(run: Run, train: Dataset) -> nn.Module:
     model = run.network(train) if config["start"] == "scratch" else float_network(run, train, recipe)
     prepared(run, model, recipe, train, example)
     if "warm_start" in config:
-        stage = {k: v for k, v in merge(config, config["warm_start"]).items() if k != "warm_start"}
-        before = Run(stage, run.root, run.runs, record=run.record, wait=run.wait)
+        before = Run(warming(config), run.root, run.runs, record=run.record, wait=run.wait)
         warm_start_(model, trained(before, train).state_dict())
         calibrate_(model, calibration(run, train, training(recipe, config["train"]).batch_size))
     settings = training(recipe, {"seed": run.seed, **config["train"]})
