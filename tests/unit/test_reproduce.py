@@ -332,6 +332,22 @@ def test_the_digest_forgets_what_decides_nothing(root: Path) -> None:
     assert digest({**config, "seed": 1}) != digest(config)
 
 
+def test_an_option_at_its_default_is_the_same_run(root: Path) -> None:
+    row = next(row for row in load_table(root, "paper", "table1", "smoke").rows if row.name == "LSQ; 4 bits")
+    config = row.run(0)
+
+    def changed(options: dict[str, Any], **train: object) -> str:
+        recipe = {**config["recipe"], "options": {**config["recipe"]["options"], **options}}
+        return digest({**config, "recipe": recipe, "train": {**config["train"], **train}})
+
+    assert changed({"edges": "int8", "a": "same"}, label_smoothing=0.0) == digest(config)
+    assert changed({"edges": "inner"}) != digest(config)
+    assert changed({}, label_smoothing=0.1) != digest(config)
+    warm = {**config, "warm_start": {"recipe": {"options": {"bits": 5}}}}
+    spelled = {**config, "warm_start": {"recipe": {"options": {"bits": 5, "edges": "int8"}}}}
+    assert digest(warm) == digest(spelled) != digest(config)
+
+
 def test_costs_are_measured(root: Path) -> None:
     costs = estimate(load_table(root, "paper", "table1", "smoke"), None)
     by_row = {cost.row: cost for cost in costs}
