@@ -153,6 +153,44 @@ void test_winograd(const char* isa, const char* name, bool (*fits)(const ConvSha
   expect_chosen(isa, with_bounds(shape_of(14, 64, 64, 5, 1), four, 4), name, false);
 }
 
+void test_stem(const char* isa) {
+  const char* name = kAvx2Stem.name;
+  uint64_t seed = 12000;
+  const auto stem = [](int64_t width, int64_t in, int64_t out) {
+    ConvShape s = shape_of(width, in, out, 7, 1);
+    s.stride_h = s.stride_w = 2, s.mul = 1, s.add = 0;
+    s.out_h = s.out_w = (width - 1) / 2 + 1;
+    return s;
+  };
+  for (const Range& range : kRanges)
+    for (int64_t in : {1, 2, 3, 4})
+      for (int64_t width = 1; width < 40; width += width < 20 ? 1 : 6) {
+        Random random(++seed);
+        ConvShape s = stem(0, in, random.in(1, 40));
+        s.in_w = width, s.pad_left = random.in(width < 7 ? (8 - width) / 2 : 0, 5);
+        s.out_w = (width + 2 * s.pad_left - 7) / 2 + 1;
+        s.kernel_h = random.in(1, 8), s.stride_h = random.in(1, 3), s.dilation_h = random.in(1, 2);
+        s.pad_top = random.in(0, 3), s.in_h = random.in((s.kernel_h - 1) * s.dilation_h + 1, 16);
+        s.out_h = (s.in_h + 2 * s.pad_top - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+        s.mul = static_cast<int32_t>(random.in(1, 2)), s.add = s.mul - 1;
+        s = with_bounds(s, range, s.mul == 1 ? 8 : 4);
+        if (avx2_stem_fits(s))
+          check_kernel(isa, kAvx2Stem, s, seed % 2 == 0 ? Edge::end : Edge::begin, seed, seed % 3 == 0);
+      }
+  const Range eight{DType::u8, 0, 255};
+  for (const ConvShape& s : {stem(224, 3, 64), stem(32, 1, 8)}) {
+    expect_chosen(isa, with_bounds(s, eight, 8), name, true);
+    expect_chosen(isa, with_bounds(s, {DType::s8, -128, 127}, 8), name, true);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 15}, 4), name,
+                  std::strcmp(isa, "avx2") != 0);  // or the narrow one
+  }
+  expect_chosen(isa, with_bounds(stem(2, 3, 8), eight, 8), name, false);   // tiles would be nearly empty
+  expect_chosen(isa, with_bounds(stem(32, 5, 8), eight, 8), name, false);  // too many channels for its rows
+  ConvShape large = with_bounds(stem(32, 3, 8), eight, 8);
+  large.mul = 3;  // 120 times its weights are beyond 16 bits
+  expect_chosen(isa, large, name, false);
+}
+
 bool fits_winograd(const ConvShape& s) { return winograd_fits(s); }
 
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
@@ -191,7 +229,9 @@ void test_low_bit_kernels() {
     test_kernel("avx2", kAvx2Table, avx2_table_fits);
     test_the_bound_of_tables("avx2");
     test_winograd("avx2", "avx2-winograd", avx2_winograd_fits);
+    test_stem("avx2");
   }
+  if (available("avx2vnni")) test_stem("avx2vnni");
   if (available("avx2vnni")) test_winograd("avx2vnni", "avx2vnni-winograd", fits_winograd);
   if (available("avx512vnni")) test_winograd("avx512vnni", "avx512vnni-winograd", fits_winograd);
   for (const char* isa : {"avx2", "avx2vnni"})

@@ -163,12 +163,13 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   const bool winograd = avx2_winograd_pays(s);
   if (avx2_table_pays(s, winograd ? 0.5 : narrow ? 0.65 : 1.3, 6)) return &kAvx2Table;
   if (winograd) return &kAvx2Winograd;
+  if (!narrow && avx2_stem_pays(s)) return &kAvx2Stem;
   return narrow ? &kAvx2Narrow : &kAvx2Wide;
 }
 
 const ConvKernel* other_conv(const ConvShape& s) {
-  if (!avx2_winograd_fits(s)) return nullptr;
-  if (pick_conv(s) != &kAvx2Winograd) return &kAvx2Winograd;
+  const ConvKernel* few = avx2_winograd_fits(s) ? &kAvx2Winograd : avx2_stem_fits(s) ? &kAvx2Stem : nullptr;
+  if (few == nullptr || pick_conv(s) != few) return few;
   return avx2_narrow_fits(s) ? &kAvx2Narrow : &kAvx2Wide;
 }
 

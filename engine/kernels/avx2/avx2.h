@@ -11,6 +11,9 @@ extern const ConvKernel kAvx2Wide;
 extern const ConvKernel kAvx2Narrow;
 // Three neighbouring columns of weights of few bits, with stride 1, by two thirds of the narrow kernel's products.
 extern const ConvKernel kAvx2Winograd;
+// Few input channels and seven columns with stride 2, by less than half of the wide kernel's products: only where
+// avx2_stem_fits.
+extern const ConvKernel kAvx2Stem;
 // Sums of chosen inputs from tables, by planes of the weights' bits: only where avx2_table_fits.
 extern const ConvKernel kAvx2Table;
 // One input and one output channel in each group.
@@ -25,6 +28,10 @@ bool avx2_narrow_fits(const ConvShape&);
 bool avx2_winograd_fits(const ConvShape&);
 // Whether it fits and is faster than the narrow one.
 bool avx2_winograd_pays(const ConvShape&);
+// Whether 16 bits hold what the stem kernel makes of weights and inputs, and int32 its scaled sums.
+bool avx2_stem_fits(const ConvShape&);
+// Whether it fits and is faster than the wide one.
+bool avx2_stem_pays(const ConvShape&);
 // Whether 16 bits hold every sum of products of codes moved to begin at 0.
 bool avx2_table_fits(const ConvShape&);
 // Whether the table kernel fits and is faster than one by bytes that takes, for each pixel and vector of eight output

@@ -9,6 +9,7 @@
 
 #include "../common/cell_stage.h"
 #include "../common/code_planes.h"
+#include "../common/store_lanes.h"
 #include "../common/unroll.h"
 #include "avx2.h"
 
@@ -289,13 +290,7 @@ inline void finish(const Block& b, const __m256i (&wide)[2], const int32_t* corr
     const __m256i product = _mm256_mullo_epi32(_mm256_cvtepu16_epi32(eights[i]), mul);
     const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction) + i);
     const __m256i x = _mm256_add_epi32(product, _mm256_add_epi32(added, other));
-    if (left >= 8)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + i, x);
-    else
-      _mm256_maskstore_epi32(
-          to + i * 8,
-          _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
-          x);
+    store_lanes(to + i * 8, left, x);
   });
 }
 

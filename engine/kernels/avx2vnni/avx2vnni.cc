@@ -45,12 +45,13 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   const bool winograd = avx2vnni_winograd_pays(s);
   if (avx2_table_pays(s, winograd ? 0.45 : 0.54, 9)) return &kAvx2Table;
   if (winograd) return &form().winograd;
+  if (s.in_c < 4 && avx2_stem_pays(s)) return &kAvx2Stem;  // which fills no channels up to four
   return form().direct_fits(s) ? &form().direct : &form().conv;
 }
 
 const ConvKernel* other_conv(const ConvShape& s) {
-  if (!winograd_fits(s)) return nullptr;
-  return pick_conv(s) == &form().winograd ? &form().conv : &form().winograd;
+  const ConvKernel* few = winograd_fits(s) ? &form().winograd : avx2_stem_fits(s) ? &kAvx2Stem : nullptr;
+  return few != nullptr && pick_conv(s) == few ? &form().conv : few;
 }
 
 const WeightGradKernel* pick_weight_grad(const ConvShape& s) {

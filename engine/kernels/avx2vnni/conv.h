@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include "../common/step_conv.h"
+#include "../common/store_lanes.h"
 #include "../common/unroll.h"
 #include "dot.h"
 
@@ -86,12 +87,10 @@ void convolve(const Block& b) {
       });
     });
   }
-  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(b.channels - (kV - 1) * kLanes));
-  const __m256i mask = _mm256_cmpgt_epi32(last, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   each<kP>([&](auto i) {
     int32_t* to = b.out + i * b.out_pitch;
     each<kV - 1>([&](auto j) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * kLanes), sum[i][j]); });
-    _mm256_maskstore_epi32(to + (kV - 1) * kLanes, mask, sum[i][kV - 1]);
+    store_lanes(to + (kV - 1) * kLanes, b.channels - (kV - 1) * kLanes, sum[i][kV - 1]);
   });
 }
 

@@ -43,6 +43,25 @@ Staging<T> dense_staging(const ConvShape& s, int64_t step, int32_t offset, bool 
   return stage;
 }
 
+// Pixels of one to three channels, bytes, filled up to four with zeros. A pixel is read as four bytes, the last ones
+// alone, so that nothing is read behind them.
+template <typename In, typename T>
+void stage_fours(const In* from, int64_t pixels, int64_t channels, int32_t offset, T* to) {
+  const uint32_t real = 0xFFFFFFFFu >> (8 * (4 - channels)), high = 0x80808080u;
+  const uint32_t added = 0x01010101u * static_cast<uint8_t>(offset);
+  for (; pixels * channels >= 4; --pixels, from += channels, to += 4) {
+    uint32_t x;
+    std::memcpy(&x, from, 4);
+    x = ((x & ~high) + (added & ~high)) ^ ((x ^ added) & high);  // byte by byte
+    x &= real;
+    std::memcpy(to, &x, 4);
+  }
+  for (; pixels > 0; --pixels, from += channels, to += 4) {
+    for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<T>(from[c] + offset);
+    for (int64_t c = channels; c < 4; ++c) to[c] = 0;
+  }
+}
+
 // pad: (in_c,) -> padding: (groups, lanes).
 template <typename T>
 void stage_padding(const ConvShape& s, const Staging<T>& g, const int32_t* pad, T* padding) {
@@ -68,7 +87,9 @@ void stage_row(const ConvShape& s, const Staging<T>& g, const T* padding, const 
     if (left < right) {
       const In* from = image + y * s.in_w * s.in_c + group * group_in;
       T* inside = row + left * lanes;
-      if (s.groups == 1 && lanes == s.in_c) {
+      if (sizeof(T) == 1 && s.groups == 1 && lanes == 4 && s.in_c < 4) {
+        stage_fours(from, right - left, s.in_c, g.offset, inside);
+      } else if (s.groups == 1 && lanes == s.in_c) {
         for (int64_t i = 0; i < (right - left) * lanes; ++i) inside[i] = static_cast<T>(from[i] + g.offset);
       } else {
         for (int64_t x = left; x < right; ++x, from += s.in_c, inside += lanes) {

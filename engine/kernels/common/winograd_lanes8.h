@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "store_lanes.h"
 #include "winograd_conv.h"
 
 namespace bitstrata {
@@ -32,17 +33,14 @@ template <int kP, int kV>
 inline void store_tiles(const Lanes8Block& b, const __m256i (&sums)[kPositions][kP][kV]) {
   constexpr int kLanes = 8;
   const auto load = [](const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
-  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(b.channels - (kV - 1) * kLanes));
-  const __m256i mask = _mm256_cmpgt_epi32(last, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   for (int j = 0; j < kV; ++j) {
     const __m256i even = load(b.even + j * kLanes), odd = load(b.odd + j * kLanes);
-    const __m256i real = j == kV - 1 ? mask : _mm256_set1_epi32(-1);
+    const int64_t real = j == kV - 1 ? b.channels - j * kLanes : kLanes;
     for (int i = 0; i < kP; ++i) {
       int32_t* to = b.out.to + b.pixel[i] * b.out.pitch + j * kLanes;
       const __m256i m1 = sums[1][i][j], m2 = sums[2][i][j];
-      _mm256_maskstore_epi32(to, real, halved(_mm256_add_epi32(even, sums[0][i][j]), m1, m2));
-      if (b.whole[i])
-        _mm256_maskstore_epi32(to + b.out.pitch, real, halved(_mm256_sub_epi32(odd, m2), m1, sums[3][i][j]));
+      store_lanes(to, real, halved(_mm256_add_epi32(even, sums[0][i][j]), m1, m2));
+      if (b.whole[i]) store_lanes(to + b.out.pitch, real, halved(_mm256_sub_epi32(odd, m2), m1, sums[3][i][j]));
     }
   }
 }
