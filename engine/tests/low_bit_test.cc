@@ -153,30 +153,60 @@ void test_winograd(const char* isa, const char* name, bool (*fits)(const ConvSha
   expect_chosen(isa, with_bounds(shape_of(14, 64, 64, 5, 1), four, 4), name, false);
 }
 
+// A kernel for `columns` of weights with that stride, on maps of all widths.
+void test_tiles(const char* isa, const ConvKernel& kernel, int64_t columns, int64_t stride, int64_t most_channels,
+                bool (*fits)(const ConvShape&)) {
+  uint64_t seed = 12000;
+  for (const Range& range : kRanges)
+    for (int i = 0; i < 4; ++i)
+      for (int64_t width = 1; width < 40; width += width < 20 ? 1 : 6) {
+        Random random(++seed);
+        ConvShape s =
+            shape_of(0, i < 3 && most_channels < 5 ? i + 1 : random.in(1, most_channels), random.in(1, 40), columns, 1);
+        s.in_w = width, s.stride_w = stride, s.pad_left = random.in(width < columns ? (columns + 1 - width) / 2 : 0, 5);
+        s.out_w = (width + 2 * s.pad_left - columns) / stride + 1;
+        s.kernel_h = random.in(1, 8), s.stride_h = random.in(1, 3), s.dilation_h = random.in(1, 2);
+        s.pad_top = random.in(0, 3), s.in_h = random.in((s.kernel_h - 1) * s.dilation_h + 1, 16);
+        s.out_h = (s.in_h + 2 * s.pad_top - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+        s.mul = static_cast<int32_t>(random.in(1, 2)), s.add = s.mul - 1;
+        s = with_bounds(s, range, s.mul == 1 ? 8 : 4);
+        if (fits(s)) check_kernel(isa, kernel, s, seed % 2 == 0 ? Edge::end : Edge::begin, seed, seed % 3 == 0);
+      }
+}
+
+void test_wide_winograd(const char* isa) {
+  const char* name = kAvx2WinogradWide.name;
+  test_tiles(isa, kAvx2WinogradWide, 3, 1, 70, avx2_winograd_wide_fits);
+  const Range eight{DType::u8, 0, 255};
+  ConvShape most = shape_of(1, 900, 9, 3, 1);  // results of nearly 29 bits
+  most.mul = 1, most.add = 0;
+  for (const Range& range : {eight, Range{DType::s8, -128, 127}})
+    check_kernel(isa, kAvx2WinogradWide, with_bounds(most, range, 8), Edge::end, 1, true);
+  for (ConvShape s : {shape_of(56, 64, 64, 3, 1), shape_of(7, 512, 512, 3, 1), shape_of(32, 16, 16, 3, 1)}) {
+    s.mul = 1, s.add = 0;
+    expect_chosen(isa, with_bounds(s, eight, 8), name, true);
+    expect_chosen(isa, with_bounds(s, {DType::s8, -128, 127}, 8), name, true);
+    expect_chosen(isa, with_bounds(s, eight, 4), name, true);
+    expect_chosen(isa, with_bounds(s, eight, 2), name, false);  // int16 holds many of the narrow kernel's steps
+    ConvShape strided = s;
+    strided.stride_w = 2, strided.out_w = (s.out_w + 1) / 2;
+    expect_chosen(isa, with_bounds(strided, eight, 8), name, false);
+  }
+  ConvShape beyond = shape_of(7, 1000, 8, 3, 1);
+  beyond.mul = 1, beyond.add = 0;
+  if (avx2_winograd_wide_fits(with_bounds(beyond, eight, 8))) ++failures;
+  expect_chosen(isa, with_bounds(shape_of(5, 64, 64, 3, 1), eight, 8), name, false);  // tiles would be half empty
+}
+
 void test_stem(const char* isa) {
   const char* name = kAvx2Stem.name;
-  uint64_t seed = 12000;
+  test_tiles(isa, kAvx2Stem, 7, 2, 4, avx2_stem_fits);
   const auto stem = [](int64_t width, int64_t in, int64_t out) {
     ConvShape s = shape_of(width, in, out, 7, 1);
     s.stride_h = s.stride_w = 2, s.mul = 1, s.add = 0;
     s.out_h = s.out_w = (width - 1) / 2 + 1;
     return s;
   };
-  for (const Range& range : kRanges)
-    for (int64_t in : {1, 2, 3, 4})
-      for (int64_t width = 1; width < 40; width += width < 20 ? 1 : 6) {
-        Random random(++seed);
-        ConvShape s = stem(0, in, random.in(1, 40));
-        s.in_w = width, s.pad_left = random.in(width < 7 ? (8 - width) / 2 : 0, 5);
-        s.out_w = (width + 2 * s.pad_left - 7) / 2 + 1;
-        s.kernel_h = random.in(1, 8), s.stride_h = random.in(1, 3), s.dilation_h = random.in(1, 2);
-        s.pad_top = random.in(0, 3), s.in_h = random.in((s.kernel_h - 1) * s.dilation_h + 1, 16);
-        s.out_h = (s.in_h + 2 * s.pad_top - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
-        s.mul = static_cast<int32_t>(random.in(1, 2)), s.add = s.mul - 1;
-        s = with_bounds(s, range, s.mul == 1 ? 8 : 4);
-        if (avx2_stem_fits(s))
-          check_kernel(isa, kAvx2Stem, s, seed % 2 == 0 ? Edge::end : Edge::begin, seed, seed % 3 == 0);
-      }
   const Range eight{DType::u8, 0, 255};
   for (const ConvShape& s : {stem(224, 3, 64), stem(32, 1, 8)}) {
     expect_chosen(isa, with_bounds(s, eight, 8), name, true);
@@ -230,6 +260,7 @@ void test_low_bit_kernels() {
     test_the_bound_of_tables("avx2");
     test_winograd("avx2", "avx2-winograd", avx2_winograd_fits);
     test_stem("avx2");
+    test_wide_winograd("avx2");
   }
   if (available("avx2vnni")) test_stem("avx2vnni");
   if (available("avx2vnni")) test_winograd("avx2vnni", "avx2vnni-winograd", fits_winograd);

@@ -277,14 +277,14 @@ def test_low_bits_have_their_own_kernels(isa: str) -> None:
     assert chosen[1, 1] == (tables | counts).get(isa, few)
     assert chosen[2, 2] == tables.get(isa, few)
     assert chosen[4, 4] == few
-    assert chosen[8, 8] == {"avx2": "avx2-wide"}.get(isa, isa)
+    assert chosen[8, 8] == {"avx2": "avx2-winograd-wide"}.get(isa, isa)
 
 
 @pytest.mark.parametrize("isa", available_isas())
-@pytest.mark.parametrize(("a_bits", "w_bits"), [(1, 1), (2, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(("a_bits", "w_bits"), [(1, 1), (2, 1), (2, 2), (4, 4), (8, 8)])
 def test_limits_count_what_a_product_takes(isa: str, a_bits: int, w_bits: int) -> None:
     """Of the peak's products: one for each pair of planes, or of a plane and a digit of two bits; four for six, where
-    two outputs are computed together; else one.
+    two outputs are computed together, and six for twelve, where four are; else one.
     """
     shape, wide = (14, 14, 128), (-(2**31), 2**31 - 1)
     values = (p.Value("x", shape, "u8", 0, 2**a_bits - 1), p.Value("y", shape, "i32", *wide))
@@ -293,6 +293,7 @@ def test_limits_count_what_a_product_takes(isa: str, a_bits: int, w_bits: int) -
     work = executor.work(1)
     expected = {
         "avx2-table": ("vpshufb + vpaddb", w_bits * ((a_bits + 1) // 2)),
+        "avx2-winograd-wide": ("vpmaddwd + vpaddd", 6 * 4 / (3 * 14)),
         "avx512vpopcnt": ("vpandd + vpopcntd + vpaddd", w_bits * a_bits),
     }
     kernel = executor.kernels["y"]

@@ -30,7 +30,7 @@ ISAS = (*_engine.available_isas(), *_engine.emulated_isas())
 THREADS = (1, 2)
 KINDS = {
     "generic": ("generic", "generic"),
-    "avx2": ("avx2-wide", "avx2"),
+    "avx2": ("avx2-winograd-wide", "avx2"),
     "avx2vnni": ("avx2vnni", "avx2vnni"),
     "avx512vnni": ("avx512vnni", "avx512vnni"),
     "amx": ("amx", "amx"),

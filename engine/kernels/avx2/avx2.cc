@@ -157,18 +157,26 @@ void requant_i32(const RequantArgs& a, const void* x, void* out, int64_t pixels)
   }
 }
 
+// Where int16 holds fewer of the narrow kernel's steps, widening them takes what it gains over the wide Winograd one.
+constexpr int64_t kFewSteps = 16;
+
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1) return &kAvx2Depthwise;
   const bool narrow = avx2_narrow_fits(s);
   const bool winograd = avx2_winograd_pays(s);
   if (avx2_table_pays(s, winograd ? 0.5 : narrow ? 0.65 : 1.3, 6)) return &kAvx2Table;
   if (winograd) return &kAvx2Winograd;
-  if (!narrow && avx2_stem_pays(s)) return &kAvx2Stem;
-  return narrow ? &kAvx2Narrow : &kAvx2Wide;
+  if (avx2_narrow_steps(s) < kFewSteps && avx2_winograd_wide_pays(s)) return &kAvx2WinogradWide;
+  if (narrow) return &kAvx2Narrow;
+  return avx2_stem_pays(s) ? &kAvx2Stem : &kAvx2Wide;
 }
 
+// The one of few products, or the one of all, whichever is not picked.
 const ConvKernel* other_conv(const ConvShape& s) {
-  const ConvKernel* few = avx2_winograd_fits(s) ? &kAvx2Winograd : avx2_stem_fits(s) ? &kAvx2Stem : nullptr;
+  const ConvKernel* few = avx2_winograd_fits(s)        ? &kAvx2Winograd
+                          : avx2_winograd_wide_fits(s) ? &kAvx2WinogradWide
+                          : avx2_stem_fits(s)          ? &kAvx2Stem
+                                                       : nullptr;
   if (few == nullptr || pick_conv(s) != few) return few;
   return avx2_narrow_fits(s) ? &kAvx2Narrow : &kAvx2Wide;
 }

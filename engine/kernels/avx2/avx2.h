@@ -11,6 +11,8 @@ extern const ConvKernel kAvx2Wide;
 extern const ConvKernel kAvx2Narrow;
 // Three neighbouring columns of weights of few bits, with stride 1, by two thirds of the narrow kernel's products.
 extern const ConvKernel kAvx2Winograd;
+// The same stride and columns, codes of eight bits, by half of the wide kernel's products.
+extern const ConvKernel kAvx2WinogradWide;
 // Few input channels and seven columns with stride 2, by less than half of the wide kernel's products: only where
 // avx2_stem_fits.
 extern const ConvKernel kAvx2Stem;
@@ -22,13 +24,19 @@ extern const ConvKernel kAvx2Depthwise;
 // What bounds the first and the last of them; the narrow kernel's products are the row's fastest.
 extern const PeakLoop kAvx2WidePeak, kAvx2TablePeak;
 
+// How many steps int16 holds of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
+int64_t avx2_narrow_steps(const ConvShape&);
 // Whether int16 holds several of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
 bool avx2_narrow_fits(const ConvShape&);
 // Whether bytes hold what the Winograd kernel makes of weights and inputs, and int16 several of its pair sums.
 bool avx2_winograd_fits(const ConvShape&);
 // Whether it fits and is faster than the narrow one.
 bool avx2_winograd_pays(const ConvShape&);
-// Whether 16 bits hold what the stem kernel makes of weights and inputs, and int32 its scaled sums.
+// Whether 16 bits hold what the wide Winograd kernel makes of weights and inputs, and 29 bits its results.
+bool avx2_winograd_wide_fits(const ConvShape&);
+// Whether it fits and is faster than the wide one.
+bool avx2_winograd_wide_pays(const ConvShape&);
+// Whether 16 bits hold what the stem kernel makes of weights and inputs, and 29 bits its results.
 bool avx2_stem_fits(const ConvShape&);
 // Whether it fits and is faster than the wide one.
 bool avx2_stem_pays(const ConvShape&);

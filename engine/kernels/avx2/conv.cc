@@ -314,10 +314,12 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 
 }  // namespace
 
-bool avx2_narrow_fits(const ConvShape& s) {
+int64_t avx2_narrow_steps(const ConvShape& s) {
   const Form form(s, false);
-  return form.largest_input <= UINT8_MAX && kLeastChunk * 2 * form.largest_weight * form.largest_input <= INT16_MAX;
+  if (form.largest_input > UINT8_MAX) return 0;
+  return INT16_MAX / (2 * max64(form.largest_weight, 1) * max64(form.largest_input, 1));
 }
+bool avx2_narrow_fits(const ConvShape& s) { return avx2_narrow_steps(s) >= kLeastChunk; }
 
 extern const ConvKernel kAvx2Wide = {"avx2-wide",   packed_bytes<true>, pack<true>, staged_row_bytes<true>,
                                      stage<true>,   run<true>,          nullptr,    nullptr,
