@@ -83,19 +83,22 @@ void expect_chosen(const char* isa, const ConvShape& s, const char* name, bool c
 }
 
 void test_tables(const char* isa) {
-  const char* name = kAvx2Table.name;
+  const char *name = kAvx2Table.name, *pairs = kAvx2Pairs.name;
   const Range one{DType::u8, 0, 1}, two{DType::u8, 0, 3};
   const ConvShape layers[] = {shape_of(56, 64, 64, 3, 1), shape_of(28, 128, 128, 3, 1), shape_of(14, 256, 256, 3, 1),
                               shape_of(7, 512, 512, 3, 1), shape_of(16, 32, 32, 3, 1)};
   for (const ConvShape& s : layers) {
-    expect_chosen(isa, with_bounds(s, one, 1), name, true);
+    expect_chosen(isa, with_bounds(s, one, 1), pairs, true);
     expect_chosen(isa, with_bounds(s, two, 1), name, true);
     expect_chosen(isa, with_bounds(s, {DType::u8, 0, 15}, 4), name, false);
     expect_chosen(isa, with_bounds(s, {DType::u8, 0, 255}, 1), name, false);
   }
   expect_chosen(isa, with_bounds(shape_of(28, 128, 128, 3, 1), two, 2), name, true);
-  expect_chosen(isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), name, false);
-  expect_chosen(isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), name, false);  // groups of one channel
+  expect_chosen(isa, with_bounds(shape_of(1, 512, 512, 1, 1), one, 1), name, true);  // there are no pairs
+  for (const char* kernel : {name, pairs}) {
+    expect_chosen(isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), kernel, false);
+    expect_chosen(isa, with_bounds(shape_of(16, 1, 1, 3, 32), one, 1), kernel, false);  // groups of one channel
+  }
 }
 
 // The most inputs whose sums of products 16 bits hold, and one more.
@@ -257,6 +260,7 @@ bool available(const char* isa) {
 void test_low_bit_kernels() {
   if (available("avx2")) {
     test_kernel("avx2", kAvx2Table, avx2_table_fits);
+    test_kernel("avx2", kAvx2Pairs, avx2_pairs_fits);
     test_the_bound_of_tables("avx2");
     test_winograd("avx2", "avx2-winograd", avx2_winograd_fits);
     test_stem("avx2");

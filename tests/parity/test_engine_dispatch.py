@@ -272,9 +272,10 @@ def test_low_bits_have_their_own_kernels(isa: str) -> None:
         plan = p.Plan(values, (conv("y", 0, 1, rng, channels=128, out=128, bits=w_bits),), 0, 1, 1.0, (0.0,))
         chosen[a_bits, w_bits] = EngineExecutor(plan, isa=isa).kernels["y"]
     tables = {"avx2": "avx2-table", "avx2vnni": "avx2-table"}
+    pairs = {isa: "avx2-table-pairs" for isa in tables}
     counts = {"avx512vnni": "avx512vpopcnt"} if counts_bits() else {}
     few = f"{isa}-winograd" if isa in ("avx2", "avx2vnni", "avx512vnni") else isa
-    assert chosen[1, 1] == (tables | counts).get(isa, few)
+    assert chosen[1, 1] == (pairs | counts).get(isa, few)
     assert chosen[2, 2] == tables.get(isa, few)
     assert chosen[4, 4] == few
     assert chosen[8, 8] == {"avx2": "avx2-winograd-wide"}.get(isa, isa)
@@ -293,6 +294,7 @@ def test_limits_count_what_a_product_takes(isa: str, a_bits: int, w_bits: int) -
     work = executor.work(1)
     expected = {
         "avx2-table": ("vpshufb + vpaddb", w_bits * ((a_bits + 1) // 2)),
+        "avx2-table-pairs": ("3 vpshufb + 4 vpaddb + vpsrlw", w_bits),
         "avx2-winograd-wide": ("vpmaddwd + vpaddd", 6 * 4 / (3 * 14)),
         "avx512vpopcnt": ("vpandd + vpopcntd + vpaddd", w_bits * a_bits),
     }

@@ -164,7 +164,7 @@ const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1) return &kAvx2Depthwise;
   const bool narrow = avx2_narrow_fits(s);
   const bool winograd = avx2_winograd_pays(s);
-  if (avx2_table_pays(s, winograd ? 0.5 : narrow ? 0.65 : 1.3, 6)) return &kAvx2Table;
+  if (const ConvKernel* tables = avx2_table_choice(s, winograd ? 0.5 : narrow ? 0.65 : 1.3, 6)) return tables;
   if (winograd) return &kAvx2Winograd;
   if (avx2_narrow_steps(s) < kFewSteps && avx2_winograd_wide_pays(s)) return &kAvx2WinogradWide;
   if (narrow) return &kAvx2Narrow;

@@ -18,11 +18,13 @@ extern const ConvKernel kAvx2WinogradWide;
 extern const ConvKernel kAvx2Stem;
 // Sums of chosen inputs from tables, by planes of the weights' bits: only where avx2_table_fits.
 extern const ConvKernel kAvx2Table;
+// The same of two pixels at once, inputs of one bit: only where avx2_pairs_fits.
+extern const ConvKernel kAvx2Pairs;
 // One input and one output channel in each group.
 extern const ConvKernel kAvx2Depthwise;
 
-// What bounds the first and the last of them; the narrow kernel's products are the row's fastest.
-extern const PeakLoop kAvx2WidePeak, kAvx2TablePeak;
+// What bounds those that the row's fastest products do not; the narrow kernel's products are the row's fastest.
+extern const PeakLoop kAvx2WidePeak, kAvx2TablePeak, kAvx2PairPeak;
 
 // How many steps int16 holds of the narrow kernel's pair sums, for every weight and input within the shape's bounds.
 int64_t avx2_narrow_steps(const ConvShape&);
@@ -42,8 +44,11 @@ bool avx2_stem_fits(const ConvShape&);
 bool avx2_stem_pays(const ConvShape&);
 // Whether 16 bits hold every sum of products of codes moved to begin at 0.
 bool avx2_table_fits(const ConvShape&);
-// Whether the table kernel fits and is faster than one by bytes that takes, for each pixel and vector of eight output
-// channels, step_cycles for every four inputs and vector_cycles besides: an estimate, from measurements on Zen 4.
-bool avx2_table_pays(const ConvShape&, double step_cycles, double vector_cycles);
+// Whether the inputs have one bit too.
+bool avx2_pairs_fits(const ConvShape&);
+// The kernel by tables that fits and is faster than one by bytes that takes, for each pixel and vector of eight output
+// channels, step_cycles for every four inputs and vector_cycles besides; null if none is: an estimate, from
+// measurements on Zen 4.
+const ConvKernel* avx2_table_choice(const ConvShape&, double step_cycles, double vector_cycles);
 
 }  // namespace bitstrata

@@ -43,7 +43,7 @@ bool depthwise(const ConvShape& s) { return s.groups > 1 && s.group_in() == 1 &&
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (depthwise(s)) return &kAvx2Depthwise;
   const bool winograd = avx2vnni_winograd_pays(s);
-  if (avx2_table_pays(s, winograd ? 0.45 : 0.54, 9)) return &kAvx2Table;
+  if (const ConvKernel* tables = avx2_table_choice(s, winograd ? 0.45 : 0.54, 9)) return tables;
   if (winograd) return &form().winograd;
   if (s.in_c < 4 && avx2_stem_pays(s)) return &kAvx2Stem;  // which fills no channels up to four
   return form().direct_fits(s) ? &form().direct : &form().conv;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "bitstrata/kernels.h"
 
@@ -69,12 +70,14 @@ struct Window {
   int64_t begin, end;
 };
 
+constexpr int64_t kPoolBytes = 256;  // of channels together, at most: half of the registers
+
 // Of `count` channels: the largest of rows x columns pixels. Where the count is a constant, in registers.
 template <typename T>
 inline void largest_of(const T* from, int64_t rows, int64_t row_step, int64_t columns, int64_t step, int64_t count,
                        T* to) {
-  T most[64];
-  for (int64_t c = 0; c < count; ++c) most[c] = from[c];
+  T most[kPoolBytes / sizeof(T)];
+  for (int64_t c = 0; c < count; ++c) most[c] = std::numeric_limits<T>::lowest();
   for (int64_t v = 0; v < rows; ++v, from += row_step)
     for (int64_t u = 0; u < columns; ++u)
       for (int64_t c = 0; c < count; ++c) most[c] = larger(most[c], from[u * step + c]);
@@ -83,7 +86,7 @@ inline void largest_of(const T* from, int64_t rows, int64_t row_step, int64_t co
 
 template <typename T>
 void max_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, int64_t row_end) {
-  constexpr int64_t kBlock = 64 / sizeof(T);  // channels together
+  constexpr int64_t kBlock = kPoolBytes / sizeof(T), kPart = kBlock / 4;  // channels together
   const T* in = static_cast<const T*>(x);
   const int64_t row_step = s.in_w * s.channels;
   for (int64_t y = row_begin; y < row_end; ++y) {
@@ -96,6 +99,8 @@ void max_pool(const PoolShape& s, const void* x, void* out, int64_t row_begin, i
       int64_t c = 0;
       for (; c + kBlock <= s.channels; c += kBlock)
         largest_of(from + c, rows, row_step, columns, s.channels, kBlock, to + c);
+      for (; c + kPart <= s.channels; c += kPart)
+        largest_of(from + c, rows, row_step, columns, s.channels, kPart, to + c);
       if (c < s.channels) largest_of(from + c, rows, row_step, columns, s.channels, s.channels - c, to + c);
     }
   }
