@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "../kernels/common/winograd.h"
 #include "bitstrata/dispatch.h"
@@ -93,7 +94,8 @@ void test_tables(const char* isa) {
     expect_chosen(isa, with_bounds(s, {DType::u8, 0, 15}, 4), name, false);
     expect_chosen(isa, with_bounds(s, {DType::u8, 0, 255}, 1), name, false);
   }
-  expect_chosen(isa, with_bounds(shape_of(28, 128, 128, 3, 1), two, 2), name, true);
+  // Two bits of both take as many steps as VNNI does with half of the products.
+  expect_chosen(isa, with_bounds(shape_of(28, 128, 128, 3, 1), two, 2), name, std::strcmp(isa, "avx2") == 0);
   expect_chosen(isa, with_bounds(shape_of(1, 512, 512, 1, 1), one, 1), name, true);  // there are no pairs
   for (const char* kernel : {name, pairs}) {
     expect_chosen(isa, with_bounds(shape_of(32, 3, 16, 3, 1), one, 1), kernel, false);
@@ -143,17 +145,30 @@ void test_winograd(const char* isa, const char* name, bool (*fits)(const ConvSha
         s = with_bounds(s, range, bits);
         if (fits(s)) check_kernel(isa, kernel, s, seed % 2 == 0 ? Edge::end : Edge::begin, seed, seed % 3 == 0);
       }
+}
+
+// `few`: the kernel for four bits; `some`: for inputs of more, if the same does not take them.
+void test_winograd_choice(const char* isa, const char* few, const char* some) {
   const Range four{DType::u8, 0, 15};
   for (const ConvShape& s : {shape_of(56, 64, 64, 3, 1), shape_of(7, 512, 512, 3, 1)}) {
-    expect_chosen(isa, with_bounds(s, four, 4), name, true);
-    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 127}, 4), name, std::strcmp(isa, "avx2") != 0);
-    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 128}, 4), name, false);  // d1 + d2 is no byte
-    expect_chosen(isa, with_bounds(s, four, 7), name, false);                 // nor g0 + g1 + g2
+    expect_chosen(isa, with_bounds(s, four, 4), few, true);
+    for (const char* name : {few, some}) {
+      expect_chosen(isa, with_bounds(s, {DType::u8, 0, 128}, 4), name, false);  // d1 + d2 is no byte
+      expect_chosen(isa, with_bounds(s, four, 7), name, false);                 // nor g0 + g1 + g2
+    }
+    if (few == some) continue;
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 25}, 4), few, true);
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 26}, 4), some, true);  // ten times that is no byte
+    expect_chosen(isa, with_bounds(s, {DType::u8, 0, 127}, 4), some, true);
+    expect_chosen(isa, with_bounds(s, four, 5), some, true);  // g0 + 2 g1 + 4 g2 is no byte
   }
+  expect_chosen(isa, with_bounds(shape_of(6, 64, 64, 3, 1), four, 4), some, true);  // tiles of four save no products
   ConvShape strided = shape_of(14, 64, 64, 3, 1);
   strided.stride_w = 2, strided.out_w = 7;
-  expect_chosen(isa, with_bounds(strided, four, 4), name, false);
-  expect_chosen(isa, with_bounds(shape_of(14, 64, 64, 5, 1), four, 4), name, false);
+  for (const char* name : {few, some}) {
+    expect_chosen(isa, with_bounds(strided, four, 4), name, false);
+    expect_chosen(isa, with_bounds(shape_of(14, 64, 64, 5, 1), four, 4), name, false);
+  }
 }
 
 // A kernel for `columns` of weights with that stride, on maps of all widths.
@@ -224,7 +239,13 @@ void test_stem(const char* isa) {
   expect_chosen(isa, large, name, false);
 }
 
-bool fits_winograd(const ConvShape& s) { return winograd_fits(s); }
+// Both rows of VNNI.
+void test_winograd_vnni(const char* isa) {
+  const std::string two = std::string(isa) + "-winograd", four = two + "-four";
+  test_winograd(isa, two.c_str(), winograd_fits<TwoOutputs>);
+  test_winograd(isa, four.c_str(), winograd_fits<FourOutputs>);
+  test_winograd_choice(isa, four.c_str(), two.c_str());
+}
 
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
 bool always(const ConvShape&) { return true; }
@@ -262,13 +283,14 @@ void test_low_bit_kernels() {
     test_kernel("avx2", kAvx2Table, avx2_table_fits);
     test_kernel("avx2", kAvx2Pairs, avx2_pairs_fits);
     test_the_bound_of_tables("avx2");
-    test_winograd("avx2", "avx2-winograd", avx2_winograd_fits);
+    test_winograd("avx2", kAvx2Winograd.name, avx2_winograd_fits);
+    test_winograd_choice("avx2", kAvx2Winograd.name, kAvx2Winograd.name);
     test_stem("avx2");
     test_wide_winograd("avx2");
   }
   if (available("avx2vnni")) test_stem("avx2vnni");
-  if (available("avx2vnni")) test_winograd("avx2vnni", "avx2vnni-winograd", fits_winograd);
-  if (available("avx512vnni")) test_winograd("avx512vnni", "avx512vnni-winograd", fits_winograd);
+  for (const char* isa : {"avx2vnni", "avx512vnni"})
+    if (available(isa)) test_winograd_vnni(isa);
   for (const char* isa : {"avx2", "avx2vnni"})
     if (available(isa)) test_tables(isa);
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT

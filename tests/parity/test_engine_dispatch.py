@@ -271,13 +271,14 @@ def test_low_bits_have_their_own_kernels(isa: str) -> None:
         values = (p.Value("x", shape, "u8", 0, 2**a_bits - 1), p.Value("y", shape, "i32", *wide))
         plan = p.Plan(values, (conv("y", 0, 1, rng, channels=128, out=128, bits=w_bits),), 0, 1, 1.0, (0.0,))
         chosen[a_bits, w_bits] = EngineExecutor(plan, isa=isa).kernels["y"]
-    tables = {"avx2": "avx2-table", "avx2vnni": "avx2-table"}
-    pairs = {isa: "avx2-table-pairs" for isa in tables}
+    tables = {"avx2": "avx2-table"}
+    pairs = {name: "avx2-table-pairs" for name in ("avx2", "avx2vnni")}
     counts = {"avx512vnni": "avx512vpopcnt"} if counts_bits() else {}
-    few = f"{isa}-winograd" if isa in ("avx2", "avx2vnni", "avx512vnni") else isa
-    assert chosen[1, 1] == (pairs | counts).get(isa, few)
-    assert chosen[2, 2] == tables.get(isa, few)
-    assert chosen[4, 4] == few
+    vnni = {name: f"{name}-winograd-four" for name in ("avx2vnni", "avx512vnni")}
+    few = {"avx2": "avx2-winograd"} | vnni
+    assert chosen[1, 1] == (few | pairs | counts).get(isa, isa)
+    assert chosen[2, 2] == (few | tables | vnni).get(isa, isa)
+    assert chosen[4, 4] == few.get(isa, isa)
     assert chosen[8, 8] == {"avx2": "avx2-winograd-wide"}.get(isa, isa)
 
 
@@ -296,6 +297,7 @@ def test_limits_count_what_a_product_takes(isa: str, a_bits: int, w_bits: int) -
         "avx2-table": ("vpshufb + vpaddb", w_bits * ((a_bits + 1) // 2)),
         "avx2-table-pairs": ("3 vpshufb + 4 vpaddb + vpsrlw", w_bits),
         "avx2-winograd-wide": ("vpmaddwd + vpaddd", 6 * 4 / (3 * 14)),
+        f"{isa}-winograd-four": (work["peak"], 6 * 4 / (3 * 14)),
         "avx512vpopcnt": ("vpandd + vpopcntd + vpaddd", w_bits * a_bits),
     }
     kernel = executor.kernels["y"]

@@ -17,9 +17,10 @@ constexpr int kTiles = 5;    // of a block: with two vectors, ten sums and a few
 constexpr int64_t kLeastChunk = 8;
 
 using Block = Lanes8Block;
+using Form = TwoOutputs;
 
 template <int kP, int kV>
-using Sums = __m256i[kPositions][kP][kV];
+using Sums = __m256i[Form::kPositions][kP][kV];
 
 // Adds int16 sums to those of a position.
 template <int kP, int kV>
@@ -40,7 +41,7 @@ void multiply_all(const Block& b, Sums<kP, kV>& sums) {
   const __m256i* w = b.weights;
   const int64_t row_steps = b.lanes / kWinogradStep;
   Ahead ahead{reinterpret_cast<const char*>(b.ahead), 2};  // a line is two vectors
-  for (int64_t position = 0; position < kPositions; ++position) {
+  for (int64_t position = 0; position < Form::kPositions; ++position) {
     __m256i sum[kP][kV];
     clear(sum);
     int64_t left = b.chunk;  // steps until the int16 sums may be full
@@ -69,7 +70,7 @@ void convolve(const Block& b) {
   Sums<kP, kV> sums;
   std::memset(sums, 0, sizeof(sums));
   multiply_all<kP, kV>(b, sums);
-  store_tiles<kP, kV>(b, sums);
+  store_tiles<Form, kP, kV>(b, sums);
 }
 
 using BlockFn = void (*)(const Block&);
@@ -79,6 +80,7 @@ constexpr BlockFn kBlocks[kTiles] = {convolve<1, kV>, convolve<2, kV>, convolve<
 constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>};
 
 struct Avx2 {
+  using Form = bitstrata::Form;
   static constexpr int64_t kLanes = bitstrata::kLanes, kVectors = bitstrata::kVectors;
   using Registers = Lanes8;
   static int64_t tiles_of(int64_t) { return kTiles; }
@@ -88,10 +90,10 @@ struct Avx2 {
   }
   static constexpr auto pack_set = pack_winograd_set<Avx2>;
   static int64_t chunk(const ConvShape& s, const WinogradPacked<Avx2>& p, const int8_t* weights) {
-    Chunk chunk(WinogradOffsets(s).largest());
+    Chunk chunk(static_cast<int32_t>(WinogradOffsets<Form>::largest(s)));
     for (int64_t set = 0; set < p.sets; ++set) {
       const int64_t vectors = p.first_vector(set + 1) - p.first_vector(set);
-      for (int position = 0; position < kPositions; ++position, weights += p.steps * vectors * 32)
+      for (int position = 0; position < Form::kPositions; ++position, weights += p.steps * vectors * 32)
         chunk.add(weights, p.steps, vectors * 16);
     }
     return chunk.steps(p.steps);
@@ -107,7 +109,8 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
 }  // namespace
 
 bool avx2_winograd_fits(const ConvShape& s) {
-  return winograd_fits(s) && kLeastChunk * 2 * winograd_largest_weight(s) * WinogradOffsets(s).largest() <= INT16_MAX;
+  const int64_t step = 2 * winograd_largest_weight<Form>(s) * WinogradOffsets<Form>::largest(s);
+  return winograd_fits<Form>(s) && kLeastChunk * step <= INT16_MAX;
 }
 
 // With fewer channels, transforming inputs and sums takes what the products gain: from measurements on Zen 5.
@@ -115,11 +118,16 @@ bool avx2_winograd_pays(const ConvShape& s) {
   return avx2_winograd_fits(s) && s.out_w > 3 && s.in_c > 16 && s.out_c > 16;
 }
 
-extern const ConvKernel kAvx2Winograd = {"avx2-winograd", Conv::packed_bytes,
-                                         Conv::pack,      Conv::staged_row_bytes,
-                                         Conv::stage,     run,
-                                         nullptr,         nullptr,
-                                         nullptr,         nullptr,
-                                         winograd_passes};
+extern const ConvKernel kAvx2Winograd = {"avx2-winograd",
+                                         Conv::packed_bytes,
+                                         Conv::pack,
+                                         Conv::staged_row_bytes,
+                                         Conv::stage,
+                                         run,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         nullptr,
+                                         winograd_passes<Form>};
 
 }  // namespace bitstrata

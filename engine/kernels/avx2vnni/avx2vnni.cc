@@ -38,20 +38,26 @@ const Avx2VnniForm& form() {
 #endif
 }
 
+// Of the products that two outputs at a time take: more do not pay for what transforming four takes.
+constexpr double kMostOfTwo = 0.93;
+
 bool depthwise(const ConvShape& s) { return s.groups > 1 && s.group_in() == 1 && s.group_out() == 1; }
 
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (depthwise(s)) return &kAvx2Depthwise;
-  const bool winograd = avx2vnni_winograd_pays(s);
-  if (const ConvKernel* tables = avx2_table_choice(s, winograd ? 0.45 : 0.54, 9)) return tables;
-  if (winograd) return &form().winograd;
+  const bool two = avx2vnni_winograd_pays(s), four = avx2vnni_winograd_four_pays(s);
+  if (const ConvKernel* tables = avx2_table_choice(s, four ? 0.36 : two ? 0.45 : 0.54, 9)) return tables;
+  if (four) return &form().winograd_four;
+  if (two) return &form().winograd;
   if (s.in_c < 4 && avx2_stem_pays(s)) return &kAvx2Stem;  // which fills no channels up to four
   return form().direct_fits(s) ? &form().direct : &form().conv;
 }
 
 const ConvKernel* other_conv(const ConvShape& s) {
-  const ConvKernel* few = winograd_fits(s) ? &form().winograd : avx2_stem_fits(s) ? &kAvx2Stem : nullptr;
-  return few != nullptr && pick_conv(s) == few ? &form().conv : few;
+  const ConvKernel *picked = pick_conv(s), *two = winograd_fits<TwoOutputs>(s) ? &form().winograd : nullptr;
+  if (two != nullptr && picked == two) return winograd_fits<FourOutputs>(s) ? &form().winograd_four : &form().conv;
+  const ConvKernel* few = two != nullptr ? two : avx2_stem_fits(s) ? &kAvx2Stem : nullptr;
+  return few != nullptr && picked == few ? &form().conv : few;
 }
 
 const WeightGradKernel* pick_weight_grad(const ConvShape& s) {
@@ -96,7 +102,11 @@ Kernels kernels() {
 
 // With fewer channels, transforming inputs and sums takes what the products gain: from measurements on Zen 5.
 bool avx2vnni_winograd_pays(const ConvShape& s) {
-  return winograd_fits(s) && s.out_w > 3 && s.in_c > 16 && s.out_c > 16;
+  return winograd_fits<TwoOutputs>(s) && s.out_w > 3 && s.in_c > 16 && s.out_c > 16;
+}
+bool avx2vnni_winograd_four_pays(const ConvShape& s) {
+  return winograd_fits<FourOutputs>(s) && s.in_c > 16 && s.out_c > 16 &&
+         winograd_passes<FourOutputs>(s) < kMostOfTwo * winograd_passes<TwoOutputs>(s);
 }
 
 extern const Kernels kAvx2VnniKernels;

@@ -12,7 +12,8 @@ struct Avx2VnniForm {
   ConvKernel conv;    // any convolution: products of u8 and s8 in fours, summed in int32
   ConvKernel direct;  // the same where pixels can be read from the input itself
   bool (*direct_fits)(const ConvShape&);
-  ConvKernel winograd;  // only where avx2vnni_winograd_pays
+  ConvKernel winograd;       // only where avx2vnni_winograd_pays
+  ConvKernel winograd_four;  // only where avx2vnni_winograd_four_pays
   WeightGradKernel weight_grad;
   WeightGradKernel winograd_weight_grad;
   bool (*winograd_weight_grad_pays)(const ConvShape&);
@@ -20,8 +21,10 @@ struct Avx2VnniForm {
   Limits limits;
 };
 
-// Whether the Winograd kernel fits and is faster than the first.
+// Whether the Winograd kernel of two outputs fits and is faster than the first.
 bool avx2vnni_winograd_pays(const ConvShape&);
+// Whether that of four outputs fits and is faster still.
+bool avx2vnni_winograd_four_pays(const ConvShape&);
 
 extern const Avx2VnniForm kAvx2VnniVex;
 extern const Avx2VnniForm kAvx2VnniEvex;

@@ -144,17 +144,19 @@ void max_pool_vnni(const PoolShape& s, const void* x, void* out, int64_t row_beg
 const ConvKernel* pick_conv(const ConvShape& s) {
   if (s.groups > 1 && s.group_in() == 1 && s.group_out() == 1)
     return avx512vnni_depthwise_fits(s) ? &kAvx512VnniDepthwise : &kAvx2Depthwise;
-  const bool winograd = avx512vnni_winograd_pays(s);
+  const bool two = avx512vnni_winograd_pays(s), four = avx512vnni_winograd_four_pays(s);
 #ifdef BITSTRATA_HAVE_AVX512VPOPCNT
-  if (avx512vpopcnt_supported() && avx512vpopcnt_pays(s, winograd ? 0.72 : 1)) return &kAvx512VpopcntConv;
+  if (avx512vpopcnt_supported() && avx512vpopcnt_pays(s, four ? 0.58 : two ? 0.72 : 1)) return &kAvx512VpopcntConv;
 #endif
-  if (winograd) return &kAvx512VnniWinograd;
+  if (four) return &kAvx512VnniWinogradFour;
+  if (two) return &kAvx512VnniWinograd;
   return avx512vnni_direct_fits(s) ? &kAvx512VnniDirect : &kAvx512VnniConv;
 }
 
 const ConvKernel* other_conv(const ConvShape& s) {
   if (!avx512vnni_winograd_fits(s)) return nullptr;
-  return pick_conv(s) == &kAvx512VnniWinograd ? &kAvx512VnniConv : &kAvx512VnniWinograd;
+  if (pick_conv(s) != &kAvx512VnniWinograd) return &kAvx512VnniWinograd;
+  return avx512vnni_winograd_four_fits(s) ? &kAvx512VnniWinogradFour : &kAvx512VnniConv;
 }
 
 // The compiler's checks include that the operating system saves the registers.

@@ -1,4 +1,4 @@
-// Convolution by Winograd's F(2, 3) with AVX-512 VNNI.
+// Convolution by Winograd's F(2, 3) and F(4, 3) with AVX-512 VNNI.
 #include <immintrin.h>
 
 #include "../common/winograd_conv.h"
@@ -18,24 +18,20 @@ struct Zmm {
 template <typename Out>
 using Block = WinogradBlock<Zmm, Results<Out>>;
 
-// Sums of products of a block.
-template <int kP, int kV>
-struct Sums {
-  __m512i even(int i, int j, __m512i first) const { return halved(first, at[1][i][j], at[2][i][j], at[0][i][j]); }
-  __m512i odd(int i, int j, __m512i first) const {
-    return halved(_mm512_sub_epi32(first, at[2][i][j]), at[1][i][j], at[3][i][j], _mm512_setzero_si512());
-  }
-  static __m512i halved(__m512i a, __m512i b, __m512i c, __m512i d) {
-    return _mm512_srai_epi32(_mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d)), 1);
-  }
-  __m512i at[kPositions][kP][kV];
+struct Ops16 {
+  using Vector = __m512i;
+  static __m512i add(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+  static __m512i sub(__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); }
+  static __m512i mul(__m512i a, uint32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(static_cast<int>(b))); }
+  static __m512i left(__m512i a, unsigned places) { return _mm512_slli_epi32(a, places); }
+  static __m512i right(__m512i a, unsigned places) { return _mm512_srai_epi32(a, places); }
 };
 
-template <int kP, int kV, typename Out>
+template <typename Form, int kP, int kV, typename Out>
 void convolve(const Block<Out>& b) {
-  Sums<kP, kV> sums;
+  __m512i sums[Form::kPositions][kP][kV];
   const __m512i *w = b.weights, *ahead = b.ahead;
-  for (int64_t position = 0; position < kPositions; ++position) {
+  for (int64_t position = 0; position < Form::kPositions; ++position) {
     __m512i sum[kP][kV];
     each<kP>([&](auto i) { each<kV>([&](auto j) { sum[i][j] = _mm512_setzero_si512(); }); });
     for (int64_t row = 0; row < b.kernel_h; ++row) {
@@ -43,16 +39,21 @@ void convolve(const Block<Out>& b) {
       each<kP>([&](auto i) { __builtin_prefetch(b.window[i] + at + b.lanes); });  // of the next position
       multiply_run<kP, kV>(b.window, at, b.lanes, w, ahead, sum);
     }
-    each<kP>([&](auto i) { each<kV>([&](auto j) { sums.at[position][i][j] = sum[i][j]; }); });
+    each<kP>([&](auto i) { each<kV>([&](auto j) { sums[position][i][j] = sum[i][j]; }); });
   }
   const int64_t last = b.channels - (kV - 1) * kLanes;
   const __mmask16 mask = static_cast<__mmask16>((1u << last) - 1);
   each<kV>([&](auto j) {
-    const __m512i even = _mm512_loadu_si512(b.even + j * kLanes), odd = _mm512_loadu_si512(b.odd + j * kLanes);
+    __m512i correction[Form::kOutputs];
+    each<Form::kOutputs>([&](auto k) { correction[k] = _mm512_loadu_si512(b.correction + k * b.pitch + j * kLanes); });
     b.out.template vector<j == kV - 1>(j, mask, [&](const auto& store) {
       for (int i = 0; i < kP; ++i) {
-        store(b.pixel[i], sums.even(i, j, even));
-        if (b.whole[i]) store(b.pixel[i] + 1, sums.odd(i, j, odd));
+        __m512i m[Form::kPositions], y[Form::kOutputs];
+        each<Form::kPositions>([&](auto position) { m[position] = sums[position][i][j]; });
+        winograd_outputs(Ops16(), m, correction, y);
+        each<Form::kOutputs>([&](auto k) {
+          if (k < b.outputs[i]) store(b.pixel[i] + k, y[k]);
+        });
       }
     });
   });
@@ -60,17 +61,33 @@ void convolve(const Block<Out>& b) {
 
 template <typename Out>
 using BlockFn = void (*)(const Block<Out>&);
-template <int kV, typename Out>
-constexpr BlockFn<Out> kBlocks[kMostTiles] = {convolve<1, kV, Out>, convolve<2, kV, Out>, convolve<3, kV, Out>,
-                                              convolve<4, kV, Out>, convolve<5, kV, Out>, convolve<6, kV, Out>,
-                                              convolve<7, kV, Out>, convolve<8, kV, Out>};
-template <typename Out>
-constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<1, Out>, kBlocks<2, Out>, kBlocks<3, Out>, kBlocks<4, Out>};
+template <typename Form, int kV, typename Out>
+constexpr BlockFn<Out> kBlocks[kMostTiles] = {
+    convolve<Form, 1, kV, Out>, convolve<Form, 2, kV, Out>, convolve<Form, 3, kV, Out>, convolve<Form, 4, kV, Out>,
+    convolve<Form, 5, kV, Out>, convolve<Form, 6, kV, Out>, convolve<Form, 7, kV, Out>, convolve<Form, 8, kV, Out>};
+template <typename Form, typename Out>
+constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<Form, 1, Out>, kBlocks<Form, 2, Out>, kBlocks<Form, 3, Out>,
+                                                  kBlocks<Form, 4, Out>};
+
+// A position's weights from those of taps, in bytes.
+template <typename Form, int kPosition>
+BITSTRATA_INLINE __m512i of_position(const __m512i (&g)[kWinogradTaps]) {
+  __m512i sum = _mm512_setzero_si512();
+  each<kWinogradTaps>([&](auto k) {
+    constexpr int32_t kFactor = Form::kWeight[kPosition][k], kTimes = kFactor < 0 ? -kFactor : kFactor;
+    static_assert(kTimes == 0 || kTimes == 1 || kTimes == 2 || kTimes == 4);
+    __m512i x = g[k];
+    for (int32_t times = kTimes; times > 1; times /= 2) x = _mm512_add_epi8(x, x);
+    if constexpr (kTimes != 0) sum = kFactor < 0 ? _mm512_sub_epi8(sum, x) : _mm512_add_epi8(sum, x);
+  });
+  return sum;
+}
 
 // Codes are packed with position kx of a row in the place of tap kx, and then made what belongs there.
 template <typename Packed>
 void pack_set(const ConvShape& s, const Packed& p, const WeightCodes& codes, const uint8_t* factor, int64_t set,
-              uint8_t* weights, int32_t* even, int32_t* odd) {
+              uint8_t* weights, int32_t* correction, int64_t pitch) {
+  using Form = typename Packed::Form;
   const int64_t first = p.first_vector(set), vectors = p.first_vector(set + 1) - first;
   __m512i* at = reinterpret_cast<__m512i*>(weights);
   SetPacker(s, codes, factor, {0, first, vectors, p.row_steps, 1, s.kernel_h}, at).pack();
@@ -83,30 +100,32 @@ void pack_set(const ConvShape& s, const Packed& p, const WeightCodes& codes, con
     const __m512i low = _mm512_mullo_epi16(code, mul), high = _mm512_mullo_epi16(_mm512_srli_epi16(code, 8), mul);
     return _mm512_add_epi8(_mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, low, _mm512_slli_epi16(high, 8)), add);
   };
-  const int64_t of_position = p.steps * vectors;
+  const int64_t apart = p.steps * vectors;  // positions
   // Inputs that fill a step up are 0 without an offset: what weights they have matters not, but for the corrections.
   const int64_t real = s.in_c % kStep == 0 ? kStep : s.in_c % kStep;
   const __m512i last = _mm512_set1_epi32(static_cast<int32_t>(0x01010101u >> (8 * (kStep - real))));
+  const WinogradCorrections<Form> corrections(s);
   for (int64_t v = 0; v < vectors; ++v) {
-    __m512i sum[kPositions];
-    each<kPositions>([&](auto k) { sum[k] = _mm512_setzero_si512(); });
+    __m512i sum[Form::kPositions];
+    each<Form::kPositions>([&](auto k) { sum[k] = _mm512_setzero_si512(); });
     for (int64_t step = 0; step < p.steps; ++step) {
       __m512i* to = at + step * vectors + v;
-      const __m512i g0 = weight(to[0]), g1 = weight(to[of_position]), g2 = weight(to[2 * of_position]);
-      const __m512i both = _mm512_add_epi8(g0, g2);
-      const __m512i made[kPositions] = {_mm512_add_epi8(g0, g0), _mm512_add_epi8(both, g1), _mm512_sub_epi8(both, g1),
-                                        _mm512_sub_epi8(_mm512_setzero_si512(), _mm512_add_epi8(g2, g2))};
+      const __m512i g[kWinogradTaps] = {weight(to[0]), weight(to[apart]), weight(to[2 * apart])};
       const __m512i counted = step % p.row_steps == p.row_steps - 1 ? last : ones;
-      each<kPositions>([&](auto k) {
-        _mm512_store_si512(to + k * of_position, made[k]);
-        sum[k] = _mm512_dpbusd_epi32(sum[k], counted, made[k]);
+      each<Form::kPositions>([&](auto k) {
+        const __m512i made = of_position<Form, k>(g);
+        _mm512_store_si512(to + k * apart, made);
+        sum[k] = _mm512_dpbusd_epi32(sum[k], counted, made);
       });
     }
-    const WinogradOffsets offset(s);
-    const __m512i by = _mm512_set1_epi32(-offset.difference);
-    const __m512i m1 = _mm512_mullo_epi32(sum[1], _mm512_set1_epi32(-offset.sum)), m2 = _mm512_mullo_epi32(sum[2], by);
-    _mm512_storeu_si512(even + v * kLanes, _mm512_add_epi32(_mm512_add_epi32(m1, m2), _mm512_mullo_epi32(sum[0], by)));
-    _mm512_storeu_si512(odd + v * kLanes, _mm512_add_epi32(_mm512_sub_epi32(m1, m2), _mm512_mullo_epi32(sum[3], by)));
+    each<Form::kOutputs>([&](auto y) {
+      __m512i total = _mm512_setzero_si512();
+      each<Form::kPositions>([&](auto k) {
+        const __m512i by = _mm512_set1_epi32(corrections.factor[y][k]);
+        total = _mm512_add_epi32(total, _mm512_mullo_epi32(sum[k], by));
+      });
+      _mm512_storeu_si512(correction + y * pitch + v * kLanes, total);
+    });
   }
 }
 
@@ -117,49 +136,63 @@ struct OutOf<Results<Out>> {
   using Type = Out;
 };
 
+template <typename F>
 struct Vnni512 {
+  using Form = F;
   static constexpr int64_t kLanes = bitstrata::kLanes, kVectors = bitstrata::kVectors;
   using Registers = Zmm;
   // With the sums of its vectors, the weights and one broadcast in 32 registers.
   static int64_t tiles_of(int64_t vectors) { return vectors == kVectors ? 6 : kMostTiles; }
   template <typename R>
   static BlockFn<typename OutOf<R>::Type> block(int64_t vectors, int64_t tiles) {
-    return kBySet<typename OutOf<R>::Type>[vectors - 1][tiles - 1];
+    return kBySet<Form, typename OutOf<R>::Type>[vectors - 1][tiles - 1];
   }
   static constexpr auto pack_set = bitstrata::pack_set<WinogradPacked<Vnni512>>;
   static int64_t chunk(const ConvShape&, const WinogradPacked<Vnni512>&, const int8_t*) { return 0; }
 };
 
-using Conv = WinogradConv<Vnni512>;
+template <typename Form>
+using Conv = WinogradConv<Vnni512<Form>>;
 
+template <typename Form>
 void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
-  Conv::run_to<Results<int32_t>>(s, packed, staged, {out, s.out_c}, row_begin, row_end);
+  Conv<Form>::template run_to<Results<int32_t>>(s, packed, staged, {out, s.out_c}, row_begin, row_end);
 }
 
+template <typename Form>
 void run_codes(const ConvShape& s, const void* packed, const void* staged, const RequantArgs& requant, uint8_t* out,
                int64_t row_begin, int64_t row_end) {
-  Conv::run_to<Results<uint8_t>>(s, packed, staged, {out, s.out_c, &requant, 0}, row_begin, row_end);
+  Conv<Form>::template run_to<Results<uint8_t>>(s, packed, staged, {out, s.out_c, &requant, 0}, row_begin, row_end);
 }
+
+template <typename Form>
+constexpr ConvKernel kernel(const char* name) {
+  using Conv = bitstrata::Conv<Form>;
+  ConvKernel made{name, Conv::packed_bytes, Conv::pack, Conv::staged_row_bytes, Conv::stage, run<Form>};
+  made.pack_parts = Conv::pack_parts;
+  made.pack_part = Conv::pack_part;
+  made.run_codes = run_codes<Form>;
+  made.passes = winograd_passes<Form>;
+  return made;
+}
+
+constexpr double kMostOfTwo = 0.93;  // as of the 256-bit row
 
 }  // namespace
 
-bool avx512vnni_winograd_fits(const ConvShape& s) { return winograd_fits(s); }
+bool avx512vnni_winograd_fits(const ConvShape& s) { return winograd_fits<TwoOutputs>(s); }
+bool avx512vnni_winograd_four_fits(const ConvShape& s) { return winograd_fits<FourOutputs>(s); }
 
 // With fewer channels, transforming inputs and sums takes what the products gain: from measurements on Zen 5.
 bool avx512vnni_winograd_pays(const ConvShape& s) {
-  return winograd_fits(s) && s.out_w > 3 && s.in_c > 32 && s.out_c > 32;
+  return winograd_fits<TwoOutputs>(s) && s.out_w > 3 && s.in_c > 32 && s.out_c > 32;
+}
+bool avx512vnni_winograd_four_pays(const ConvShape& s) {
+  return winograd_fits<FourOutputs>(s) && s.in_c > 32 && s.out_c > 32 &&
+         winograd_passes<FourOutputs>(s) < kMostOfTwo * winograd_passes<TwoOutputs>(s);
 }
 
-extern const ConvKernel kAvx512VnniWinograd = {"avx512vnni-winograd",
-                                               Conv::packed_bytes,
-                                               Conv::pack,
-                                               Conv::staged_row_bytes,
-                                               Conv::stage,
-                                               run,
-                                               Conv::pack_parts,
-                                               Conv::pack_part,
-                                               nullptr,
-                                               run_codes,
-                                               winograd_passes};
+extern const ConvKernel kAvx512VnniWinograd = kernel<TwoOutputs>("avx512vnni-winograd");
+extern const ConvKernel kAvx512VnniWinogradFour = kernel<FourOutputs>("avx512vnni-winograd-four");
 
 }  // namespace bitstrata

@@ -1,15 +1,15 @@
-// Convolution by Winograd's F(2, 3), whatever the vectors that multiply; see winograd.h for what is computed, and
-// pointwise.h for the unnamed namespace.
+// Convolution by Winograd's minimal filtering, whatever the vectors that multiply; see winograd.h for what is computed,
+// and pointwise.h for the unnamed namespace.
 //
-// Tiles of two output pixels are convolved a group at a time with all weights in turn, so that their windows stay in
-// the cache; each set of vectors takes a group's tiles in blocks, whose sums stay in registers, position after
+// Tiles of neighbouring output pixels are convolved a group at a time with all weights in turn, so that their windows
+// stay in the cache; each set of vectors takes a group's tiles in blocks, whose sums stay in registers, position after
 // position.
 //
-// `Isa` has: kLanes, the output channels of a vector; kVectors, of a set, at most; Registers, whose Vector weights are
-// loaded in; tiles_of(vectors): of a block, at most; block<Results>(vectors, tiles): the function that computes one, of
-// WinogradBlock<Registers, Results>; pack_set(shape, packed, codes, factor, set, weights, even,
-// odd), which may be pack_winograd_set; chunk(shape, packed, weights): steps whose sums fit the kernel's 16 bits, in
-// any block, for kernels that sum so, else anything. Results has `from(pixel, channel)`.
+// `Isa` has: Form, one of winograd.h; kLanes, the output channels of a vector; kVectors, of a set, at most; Registers,
+// whose Vector weights are loaded in; tiles_of(vectors): of a block, at most; block<Results>(vectors, tiles): the
+// function that computes one, of WinogradBlock<Registers, Results>; pack_set(shape, packed, codes, factor, set,
+// weights, correction, pitch), which may be pack_winograd_set; chunk(shape, packed, weights): steps whose sums fit the
+// kernel's 16 bits, in any block, for kernels that sum so, else anything. Results has `from(pixel, channel)`.
 #pragma once
 
 #include "winograd.h"
@@ -17,10 +17,12 @@
 namespace bitstrata {
 namespace {
 
-// Sizes and positions of everything that is packed: int64 chunk; int32 correction[2][vectors * kLanes]; pad codes;
+// Sizes and positions of everything that is packed: int64 chunk; int32 correction[output][vectors * kLanes]; pad
+// codes;
 // weights [set][position][row of the kernel][step][vector of the set][lane][4]. Sets have nearly equal size.
 template <typename Isa>
 struct WinogradPacked {
+  using Form = typename Isa::Form;
   static constexpr int64_t kLanes = Isa::kLanes, kVectors = Isa::kVectors, kVectorBytes = kLanes * kWinogradStep;
 
   explicit WinogradPacked(const ConvShape& s)
@@ -29,13 +31,13 @@ struct WinogradPacked {
         sets((vectors + kVectors - 1) / kVectors),
         row_steps(rows.lanes / kWinogradStep),
         steps(s.kernel_h * row_steps),
-        padding_at(correction_at + 2 * vectors * kLanes * 4),
+        padding_at(correction_at + Form::kOutputs * vectors * kLanes * 4),
         weights_at(round_up(padding_at + rows.lanes, 64)),
         bytes(weights_at + vectors * of_vector()) {}
   int64_t first_vector(int64_t set) const { return set * vectors / sets; }
-  int64_t of_vector() const { return kPositions * steps * kVectorBytes; }  // bytes of weights
+  int64_t of_vector() const { return Form::kPositions * steps * kVectorBytes; }  // bytes of weights
 
-  WinogradRows rows;
+  WinogradRows<Form> rows;
   int64_t vectors, sets;     // of output channels
   int64_t row_steps, steps;  // of a row of a position's window, and of all
   static constexpr int64_t correction_at = 64;
@@ -45,16 +47,16 @@ struct WinogradPacked {
 // A set's weights and corrections, an output channel after the other.
 template <typename Isa>
 void pack_winograd_set(const ConvShape& s, const WinogradPacked<Isa>& p, const WeightCodes& codes,
-                       const uint8_t* factor, int64_t set, uint8_t* weights, int32_t* even, int32_t* odd) {
+                       const uint8_t* factor, int64_t set, uint8_t* weights, int32_t* correction, int64_t pitch) {
   const int64_t first = p.first_vector(set), vectors = p.first_vector(set + 1) - first;
   const int64_t begin = first * Isa::kLanes, left = s.out_c - begin, count = vectors * Isa::kLanes;
   if (left < count) std::memset(weights, 0, static_cast<size_t>(vectors * p.of_vector()));
-  const WinogradWeights from{s, codes, factor};
-  for (int64_t o = 0; o < count; ++o, ++even, ++odd) {
-    *even = *odd = 0;
+  const WinogradWeights<typename Isa::Form> from{s, codes, factor};
+  for (int64_t o = 0; o < count; ++o, ++correction) {
+    for (int y = 0; y < Isa::Form::kOutputs; ++y) correction[y * pitch] = 0;
     if (o >= left) continue;
     uint8_t* lane = weights + o * kWinogradStep;
-    from.channel(begin + o, even, odd, [&](int position, int64_t ky, int64_t i, const int8_t* four) {
+    from.channel(begin + o, correction, pitch, [&](int position, int64_t ky, int64_t i, const int8_t* four) {
       const int64_t step = position * p.steps + ky * p.row_steps + i / kWinogradStep;
       std::memcpy(lane + step * vectors * p.kVectorBytes, four, kWinogradStep);
     });
@@ -71,24 +73,47 @@ struct WinogradBlock {
   int64_t chunk;                 // steps whose sums fit
   const uint8_t* const* window;  // where each tile's window starts
   const int64_t* pixel;          // its first output
-  const bool* whole;             // whether it has a second
+  const int64_t* outputs;        // how many it has
   const Vector* weights;
   const Vector* ahead;        // weights that are used next
-  const int32_t *even, *odd;  // corrections of first and of second outputs
+  const int32_t* correction;  // of first outputs
+  int64_t pitch;              // from there to those of the next
   int64_t channels;           // that are real
   Results out;                // of pixel 0
 };
 
+// A tile's outputs from the sums of its positions and the corrections. Ops has Vector and, on its int32, add, sub, mul,
+// and left and right, which shift.
+template <typename Ops, typename V = typename Ops::Vector>
+BITSTRATA_INLINE void winograd_outputs(const Ops& o, const V (&m)[TwoOutputs::kPositions],
+                                       const V (&correction)[TwoOutputs::kOutputs], V (&y)[TwoOutputs::kOutputs]) {
+  y[0] = o.right(o.add(o.add(correction[0], m[0]), o.add(m[1], m[2])), 1);
+  y[1] = o.right(o.add(o.sub(correction[1], m[2]), o.add(m[1], m[3])), 1);
+}
+template <typename Ops, typename V = typename Ops::Vector>
+BITSTRATA_INLINE void winograd_outputs(const Ops& o, const V (&m)[FourOutputs::kPositions],
+                                       const V (&correction)[FourOutputs::kOutputs], V (&y)[FourOutputs::kOutputs]) {
+  const V ones = o.add(m[1], m[2]), one = o.sub(m[2], m[1]), twos = o.add(m[3], m[4]), two = o.sub(m[3], m[4]);
+  y[0] = o.add(twos, o.left(o.add(m[0], o.left(o.sub(m[0], ones), 1)), 1));
+  y[1] = o.add(two, o.left(one, 1));
+  y[2] = o.sub(twos, ones);
+  y[3] = o.add(one, o.left(o.add(two, o.add(m[5], o.left(m[5], 1))), 1));
+  each<FourOutputs::kOutputs>([&](auto k) {
+    y[k] = o.right(o.mul(o.add(y[k], correction[k]), FourOutputs::kInverse), FourOutputs::kShift[k]);
+  });
+}
+
 template <typename Isa>
 struct WinogradConv {
+  using Form = typename Isa::Form;
   using Packed = WinogradPacked<Isa>;
   using Registers = typename Isa::Registers;
   using Vector = typename Registers::Vector;
   static constexpr int64_t kLanes = Isa::kLanes;
-  static constexpr int64_t kGroup = 96;  // tiles
+  static constexpr int64_t kGroup = 192 / Form::kOutputs;  // tiles
 
   static int64_t packed_bytes(const ConvShape& s) { return Packed(s).bytes; }
-  static int64_t staged_row_bytes(const ConvShape& s) { return WinogradRows(s).bytes; }
+  static int64_t staged_row_bytes(const ConvShape& s) { return WinogradRows<Form>(s).bytes; }
 
   // Sets are parts.
   static int64_t pack_parts(const ConvShape& s) { return Packed(s).sets; }
@@ -102,9 +127,8 @@ struct WinogradConv {
       for (int64_t c = 0; c < s.in_c; ++c) base[p.padding_at + c] = static_cast<uint8_t>(pad[c]);
     }
     const int64_t first = p.first_vector(part);
-    int32_t* even = reinterpret_cast<int32_t*>(base + Packed::correction_at) + first * kLanes;
-    Isa::pack_set(s, p, codes, factor, part, base + p.weights_at + first * p.of_vector(), even,
-                  even + p.vectors * kLanes);
+    Isa::pack_set(s, p, codes, factor, part, base + p.weights_at + first * p.of_vector(),
+                  reinterpret_cast<int32_t*>(base + Packed::correction_at) + first * kLanes, p.vectors * kLanes);
   }
 
   static void pack(const ConvShape& s, const int8_t* codes, const int32_t* pad, void* packed) {
@@ -118,7 +142,8 @@ struct WinogradConv {
 
   static void stage(const ConvShape& s, const void* packed, const void* image, void* staged, int64_t row_begin,
                     int64_t row_end) {
-    winograd_stage(s, static_cast<const uint8_t*>(packed) + Packed(s).padding_at, image, staged, row_begin, row_end);
+    winograd_stage<Form>(s, static_cast<const uint8_t*>(packed) + Packed(s).padding_at, image, staged, row_begin,
+                         row_end);
   }
 
   // All tiles of a group, for one set of vectors: as few blocks as can be, of nearly equal size. The first blocks have
@@ -130,8 +155,8 @@ struct WinogradConv {
     for (int64_t left = blocks; left > 0; --left) {
       const int64_t count = (tiles + left - 1) / left;
       Isa::template block<Results>(vectors, count)(b);
-      b.ahead = --after > 0 ? b.ahead + kPositions * b.steps : own;
-      b.window += count, b.pixel += count, b.whole += count;
+      b.ahead = --after > 0 ? b.ahead + Form::kPositions * b.steps : own;
+      b.window += count, b.pixel += count, b.outputs += count;
       tiles -= count;
     }
   }
@@ -143,30 +168,28 @@ struct WinogradConv {
     const uint8_t* base = static_cast<const uint8_t*>(packed);
     const uint8_t* rows = static_cast<const uint8_t*>(staged);
     const int64_t chunk = *static_cast<const int64_t*>(packed);
-    const int32_t* even = reinterpret_cast<const int32_t*>(base + Packed::correction_at);
-    const int32_t* odd = even + p.vectors * kLanes;
+    const int32_t* correction = reinterpret_cast<const int32_t*>(base + Packed::correction_at);
     const Vector* weights = reinterpret_cast<const Vector*>(base + p.weights_at);
     const uint8_t* window[kGroup];
-    int64_t pixel[kGroup];
-    bool whole[kGroup];
+    int64_t pixel[kGroup], outputs[kGroup];
     const int64_t end = row_end * p.rows.tiles;
     int64_t tiles;
     for (int64_t begin = row_begin * p.rows.tiles; begin < end; begin += tiles) {
       tiles = least_of(kGroup, end - begin);
       int64_t y = begin / p.rows.tiles, t = begin % p.rows.tiles;
       for (int64_t i = 0; i < tiles; ++i) {
-        window[i] = rows + y * s.stride_h * p.rows.bytes + t * kPositions * p.rows.lanes;
-        pixel[i] = y * s.out_w + 2 * t;
-        whole[i] = 2 * t + 1 < s.out_w;
+        window[i] = rows + y * s.stride_h * p.rows.bytes + t * Form::kPositions * p.rows.lanes;
+        pixel[i] = y * s.out_w + Form::kOutputs * t;
+        outputs[i] = least_of(Form::kOutputs, s.out_w - Form::kOutputs * t);
         if (++t == p.rows.tiles) t = 0, ++y;
       }
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v, next = (set + 1) % p.sets;
-        const int64_t of_vector = kPositions * p.steps, left = s.out_c - v * kLanes;
+        const int64_t of_vector = Form::kPositions * p.steps, left = s.out_c - v * kLanes;
         convolve_group<Results>(
-            {s.kernel_h, s.dilation_h * p.rows.bytes, p.rows.lanes, p.steps, chunk, window, pixel, whole,
-             weights + v * of_vector, weights + p.first_vector(next) * of_vector, even + v * kLanes, odd + v * kLanes,
-             least_of(vectors * kLanes, left), out.from(0, v * kLanes)},
+            {s.kernel_h, s.dilation_h * p.rows.bytes, p.rows.lanes, p.steps, chunk, window, pixel, outputs,
+             weights + v * of_vector, weights + p.first_vector(next) * of_vector, correction + v * kLanes,
+             p.vectors * kLanes, least_of(vectors * kLanes, left), out.from(0, v * kLanes)},
             vectors, p.first_vector(next + 1) - p.first_vector(next), tiles);
       }
     }

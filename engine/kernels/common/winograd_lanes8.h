@@ -1,5 +1,5 @@
-// Winograd's F(2, 3) with eight output channels a vector: what becomes of the sums of products. See pointwise.h for the
-// unnamed namespace.
+// Winograd's minimal filtering with eight output channels a vector: what becomes of the sums of products. See
+// pointwise.h for the unnamed namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -24,23 +24,34 @@ struct Lanes8 {
 };
 using Lanes8Block = WinogradBlock<Lanes8, Sums32>;
 
-inline __m256i halved(__m256i a, __m256i b, __m256i c) {
-  return _mm256_srai_epi32(_mm256_add_epi32(_mm256_add_epi32(a, b), c), 1);
-}
+struct Ops8 {
+  using Vector = __m256i;
+  static __m256i add(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+  static __m256i sub(__m256i a, __m256i b) { return _mm256_sub_epi32(a, b); }
+  static __m256i mul(__m256i a, uint32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(static_cast<int>(b))); }
+  static __m256i left(__m256i a, int places) { return _mm256_slli_epi32(a, places); }
+  static __m256i right(__m256i a, int places) { return _mm256_srai_epi32(a, places); }
+};
 
 // Stores a block's outputs. sums: of each position, tile and vector.
-template <int kP, int kV>
-inline void store_tiles(const Lanes8Block& b, const __m256i (&sums)[kPositions][kP][kV]) {
+template <typename Form, int kP, int kV>
+inline void store_tiles(const Lanes8Block& b, const __m256i (&sums)[Form::kPositions][kP][kV]) {
   constexpr int kLanes = 8;
-  const auto load = [](const int32_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); };
   for (int j = 0; j < kV; ++j) {
-    const __m256i even = load(b.even + j * kLanes), odd = load(b.odd + j * kLanes);
+    __m256i correction[Form::kOutputs];
+    each<Form::kOutputs>([&](auto k) {
+      const int32_t* from = b.correction + k * b.pitch + j * kLanes;
+      correction[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    });
     const int64_t real = j == kV - 1 ? b.channels - j * kLanes : kLanes;
     for (int i = 0; i < kP; ++i) {
+      __m256i m[Form::kPositions], y[Form::kOutputs];
+      each<Form::kPositions>([&](auto position) { m[position] = sums[position][i][j]; });
+      winograd_outputs(Ops8(), m, correction, y);
       int32_t* to = b.out.to + b.pixel[i] * b.out.pitch + j * kLanes;
-      const __m256i m1 = sums[1][i][j], m2 = sums[2][i][j];
-      store_lanes(to, real, halved(_mm256_add_epi32(even, sums[0][i][j]), m1, m2));
-      if (b.whole[i]) store_lanes(to + b.out.pitch, real, halved(_mm256_sub_epi32(odd, m2), m1, sums[3][i][j]));
+      each<Form::kOutputs>([&](auto k) {
+        if (k < b.outputs[i]) store_lanes(to + k * b.out.pitch, real, y[k]);
+      });
     }
   }
 }
