@@ -272,7 +272,7 @@ def test_low_bits_have_their_own_kernels(isa: str) -> None:
         plan = p.Plan(values, (conv("y", 0, 1, rng, channels=128, out=128, bits=w_bits),), 0, 1, 1.0, (0.0,))
         chosen[a_bits, w_bits] = EngineExecutor(plan, isa=isa).kernels["y"]
     tables = {"avx2": "avx2-table"}
-    pairs = {name: "avx2-table-pairs" for name in ("avx2", "avx2vnni")}
+    pairs = dict.fromkeys(("avx2", "avx2vnni"), "avx2-table-pairs")
     counts = {"avx512vnni": "avx512vpopcnt"} if counts_bits() else {}
     vnni = {name: f"{name}-winograd-four" for name in ("avx2vnni", "avx512vnni")}
     few = {"avx2": "avx2-winograd"} | vnni

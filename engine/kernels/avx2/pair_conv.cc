@@ -9,7 +9,9 @@
 //   high: B_e + 16 A_o    B_o
 // B_o is there, A_o follows from it, B_e from A_o and A_e from B_e, each below 256. That takes no mask, and 8
 // instructions for what takes 12 without pairs.
+#include "../common/store_lanes.h"
 #include "avx2.h"
+#include "requant_eight.h"
 #include "table_form.h"
 
 namespace bitstrata {
@@ -184,19 +186,18 @@ struct Tile {
   int64_t pairs;
   const uint8_t* window[2 * kTile];  // where each pixel's window starts, of a pair the first one's
   uint32_t window_sum[2 * kTile];    // base * the sum of its moved codes
-  int32_t* out[2 * kTile];           // null where a row ends after the first of a pair
+  int64_t pixel[2 * kTile];          // of the outputs; -1 where a row ends after the first of a pair
 };
 
 // The pairs [begin, begin + tile.pairs), `row_pairs` of them a row.
 void find_pairs(const ConvShape& s, const Packed& p, const void* staged, int64_t group, int64_t begin,
-                int64_t row_pairs, int32_t* out, Tile& tile) {
+                int64_t row_pairs, Tile& tile) {
   for (int64_t i = 0; i < tile.pairs;) {
     const int64_t y = (begin + i) / row_pairs, x = (begin + i) % row_pairs * 2;
     const int64_t pairs = least(row_pairs - x / 2, tile.pairs - i), pixels = least(2 * pairs, s.out_w - x);
     find_windows(s, p.cells, static_cast<const uint8_t*>(staged), group, y * s.out_w + x, pixels,
                  static_cast<uint32_t>(p.form.base), tile.window + 2 * i, tile.window_sum + 2 * i);
-    int32_t* first = out + (y * s.out_w + x) * s.out_c;
-    for (int64_t j = 0; j < 2 * pairs; ++j) tile.out[2 * i + j] = j < pixels ? first + j * s.out_c : nullptr;
+    for (int64_t j = 0; j < 2 * pairs; ++j) tile.pixel[2 * i + j] = j < pixels ? y * s.out_w + x + j : -1;
     i += pairs;
   }
 }
@@ -209,7 +210,70 @@ struct Set {
   int64_t first, channels;  // of the channels, how many of them are real
 };
 
-void convolve_tile(const ConvShape& s, const Packed& p, const Tile& tile, const Set& set) {
+// Where sums go. for_eight calls body(put), and put(pixel, sums) stores those of eight channels, from `channel` on and
+// at least `left` of them real.
+struct ToSums {
+  template <typename Body>
+  void for_eight(int64_t channel, int64_t left, const Body& body) const {
+    int32_t* const to = out + channel;
+    const int64_t apart = pitch;
+    body([=](int64_t pixel, __m256i x) { store_lanes(to + pixel * apart, left, x); });
+  }
+  int32_t* out;
+  int64_t pitch;
+};
+
+// Codes in place of the sums, whatever their sign: only their lowest byte is left of them.
+template <typename Form>
+struct ToCodes {
+  template <typename Body>
+  void for_eight(int64_t channel, int64_t left, const Body& body) const {
+    uint8_t* const to = out + channel;
+    const RequantArgs* const requant = args;
+    const int64_t apart = pitch;
+    if (left >= 8) {
+      const Form constants(*requant, channel);
+      const __m256i byte = _mm256_set1_epi32(255);
+      return body(
+          [=](int64_t pixel, __m256i x) { store_eight(to + pixel * apart, _mm256_and_si256(constants(x), byte)); });
+    }
+    body([=](int64_t pixel, __m256i x) {
+      alignas(32) int32_t sums[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(sums), x);
+      for (int64_t i = 0; i < left; ++i)
+        to[pixel * apart + i] = static_cast<uint8_t>(requant_one(*requant, channel + i, sums[i]));
+    });
+  }
+  const RequantArgs* args;
+  uint8_t* out;
+  int64_t pitch;
+};
+
+// A tile's results from its sums: of each eight channels, so that what is theirs stays in registers.
+template <typename Results>
+void finish(const ConvShape& s, const Tile& tile, const Set& set, const Wide* wide, const Results& results) {
+  const __m256i mul = _mm256_set1_epi32(s.mul);
+  for (int64_t c = 0; c < set.channels; c += 8) {
+    const __m256i correction = load(set.correction + c);
+    // A vector's channels are in the order of its sums: those of even bytes, then those of odd ones.
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(wide + c / kLanes) + c % kLanes;
+    results.for_eight(set.first + c, set.channels - c, [&](const auto& put) {
+      const uint16_t* at = from;
+      for (int64_t pair = 0; pair < tile.pairs; ++pair, at += set.vectors * 2 * kLanes)
+        for (int64_t k = 0; k < 2; ++k) {
+          const int64_t pixel = tile.pixel[2 * pair + k];
+          if (pixel < 0) continue;
+          const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + k * kLanes));
+          const __m256i sums = _mm256_mullo_epi32(_mm256_cvtepu16_epi32(eight), mul);
+          const __m256i added = _mm256_set1_epi32(static_cast<int32_t>(tile.window_sum[2 * pair + k]));
+          put(pixel, _mm256_add_epi32(sums, _mm256_add_epi32(added, correction)));
+        }
+    });
+  }
+}
+
+template <typename Results>
+void convolve_tile(const ConvShape& s, const Packed& p, const Tile& tile, const Set& set, const Results& results) {
   Wide wide[kTile * kVectors];
   __m256i* sums = wide[0][0];
   const int64_t count = tile.pairs * set.vectors * 4;
@@ -231,13 +295,12 @@ void convolve_tile(const ConvShape& s, const Packed& p, const Tile& tile, const 
     }
     for (int64_t i = 0; plane > 0 && i < count; ++i) sums[i] = _mm256_add_epi16(sums[i], sums[i]);
   }
-  for (int64_t pixel = 0; pixel < 2 * tile.pairs; ++pixel)
-    for (int64_t j = 0; tile.out[pixel] != nullptr && j < set.vectors; ++j)
-      finish(wide[pixel / 2 * set.vectors + j][pixel % 2], s.mul, set.correction + j * kLanes, tile.window_sum[pixel],
-             set.channels - j * kLanes, tile.out[pixel] + set.first + j * kLanes);
+  finish(s, tile, set, wide, results);
 }
 
-void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+template <typename Results>
+void run_to(const ConvShape& s, const void* packed, const void* staged, const Results& results, int64_t row_begin,
+            int64_t row_end) {
   const Packed p(s, kVectors);
   const uint8_t* base = static_cast<const uint8_t*>(packed);
   const int32_t* correction = reinterpret_cast<const int32_t*>(base);
@@ -247,16 +310,29 @@ void run(const ConvShape& s, const void* packed, const void* staged, int32_t* ou
     const int64_t tiles = (end - begin + kTile - 1) / kTile;
     tile.pairs = (end - begin + tiles - 1) / tiles;
     for (int64_t group = 0; group < s.groups; ++group) {
-      find_pairs(s, p, staged, group, begin, row_pairs, out, tile);
+      find_pairs(s, p, staged, group, begin, row_pairs, tile);
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v;
         convolve_tile(s, p, tile,
                       {vectors, reinterpret_cast<const __m256i*>(base + p.weights_of(group, v)),
                        correction + (group * p.vectors + v) * kLanes, group * s.group_out() + v * kLanes,
-                       least(vectors * kLanes, s.group_out() - v * kLanes)});
+                       least(vectors * kLanes, s.group_out() - v * kLanes)},
+                      results);
       }
     }
   }
+}
+
+void run(const ConvShape& s, const void* packed, const void* staged, int32_t* out, int64_t row_begin, int64_t row_end) {
+  run_to(s, packed, staged, ToSums{out, s.out_c}, row_begin, row_end);
+}
+
+void run_codes(const ConvShape& s, const void* packed, const void* staged, const RequantArgs& requant, uint8_t* out,
+               int64_t row_begin, int64_t row_end) {
+  if (requant.form[0] == RequantForm::high)
+    run_to(s, packed, staged, ToCodes<EightHigh>{&requant, out, s.out_c}, row_begin, row_end);
+  else
+    run_to(s, packed, staged, ToCodes<EightLow>{&requant, out, s.out_c}, row_begin, row_end);
 }
 
 double passes(const ConvShape& s) { return CodePlanes(s).weight_bits; }
@@ -264,6 +340,7 @@ double passes(const ConvShape& s) { return CodePlanes(s).weight_bits; }
 constexpr ConvKernel kernel() {
   ConvKernel made{"avx2-table-pairs", packed_bytes<kVectors>, pack<kVectors>, staged_row_bytes<kVectors>, stage, run};
   made.peak = &kAvx2PairPeak;
+  made.run_codes = run_codes;
   made.passes = passes;
   return made;
 }

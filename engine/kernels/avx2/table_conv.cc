@@ -7,6 +7,7 @@
 // digit are taken in order of falling significance, the sums doubled in between.
 #include <immintrin.h>
 
+#include "../common/store_lanes.h"
 #include "avx2.h"
 #include "table_form.h"
 
@@ -131,6 +132,23 @@ inline void add_pair(const CellRuns& runs, int64_t chunk, const uint8_t* const* 
       }
     }
   if (left < chunk) widen<kP, kV>(sum, wide);
+}
+
+// The results of one pixel and vector from its sums, those of the even and of the odd bytes' channels; `channels` of
+// them are real.
+inline void finish(const __m256i (&wide)[2], int32_t factor, const int32_t* correction, uint32_t window_sum,
+                   int64_t channels, int32_t* to) {
+  const __m256i mul = _mm256_set1_epi32(factor), added = _mm256_set1_epi32(static_cast<int32_t>(window_sum));
+  const __m128i eights[4] = {_mm256_castsi256_si128(wide[0]), _mm256_extracti128_si256(wide[0], 1),
+                             _mm256_castsi256_si128(wide[1]), _mm256_extracti128_si256(wide[1], 1)};
+  each<4>([&](auto i) {
+    const int64_t left = channels - i * 8;
+    if (left <= 0) return;
+    const __m256i product = _mm256_mullo_epi32(_mm256_cvtepu16_epi32(eights[i]), mul);
+    const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction) + i);
+    const __m256i x = _mm256_add_epi32(product, _mm256_add_epi32(added, other));
+    store_lanes(to + i * 8, left, x);
+  });
 }
 
 template <int kP, int kV>

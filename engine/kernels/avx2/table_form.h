@@ -1,5 +1,5 @@
-// What the kernels by tables share: sets of output channels, weights by planes of one bit, the words that name tables,
-// and results. See pointwise.h for the unnamed namespace.
+// What the kernels by tables share: sets of output channels, weights by planes of one bit, and the words that name
+// tables. See pointwise.h for the unnamed namespace.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,6 @@
 
 #include "../common/cell_stage.h"
 #include "../common/code_planes.h"
-#include "../common/store_lanes.h"
 #include "../common/unroll.h"
 
 namespace bitstrata {
@@ -167,23 +166,6 @@ struct PackDigits {
   int64_t digits;
   __m256i lo;
 };
-
-// The results of one pixel and vector from its sums, those of the even and of the odd bytes' channels; `channels` of
-// them are real.
-inline void finish(const __m256i (&wide)[2], int32_t factor, const int32_t* correction, uint32_t window_sum,
-                   int64_t channels, int32_t* to) {
-  const __m256i mul = _mm256_set1_epi32(factor), added = _mm256_set1_epi32(static_cast<int32_t>(window_sum));
-  const __m128i eights[4] = {_mm256_castsi256_si128(wide[0]), _mm256_extracti128_si256(wide[0], 1),
-                             _mm256_castsi256_si128(wide[1]), _mm256_extracti128_si256(wide[1], 1)};
-  each<4>([&](auto i) {
-    const int64_t left = channels - i * 8;
-    if (left <= 0) return;
-    const __m256i product = _mm256_mullo_epi32(_mm256_cvtepu16_epi32(eights[i]), mul);
-    const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(correction) + i);
-    const __m256i x = _mm256_add_epi32(product, _mm256_add_epi32(added, other));
-    store_lanes(to + i * 8, left, x);
-  });
-}
 
 }  // namespace
 }  // namespace bitstrata

@@ -50,7 +50,7 @@ struct Align {
   uint32_t round, keep;
 };
 
-void add(const int32_t* a, const int32_t* b, int32_t* out, int64_t count, int shift_a, int shift_b) {
+inline void add(const int32_t* a, const int32_t* b, int32_t* out, int64_t count, int shift_a, int shift_b) {
   const Align align_a(shift_a), align_b(shift_b);
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(align_a(a[i]) + align_b(b[i]));
 }
