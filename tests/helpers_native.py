@@ -23,7 +23,8 @@ def find(tool: str) -> str | None:
 
 def run(*command: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and keep what it prints."""
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)  # type: ignore[call-overload,no-any-return]
+    # Kernels take minutes to build with sanitizers, several times that where other tests have the processor too.
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, **options)  # type: ignore[call-overload,no-any-return]
 
 
 def compiler_for(names: tuple[str | None, ...], flags: str, folder: Path, source: str) -> str | None:
