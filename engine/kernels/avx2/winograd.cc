@@ -70,7 +70,7 @@ void convolve(const Block& b) {
   Sums<kP, kV> sums;
   std::memset(sums, 0, sizeof(sums));
   multiply_all<kP, kV>(b, sums);
-  store_tiles<Form, kP, kV>(b, sums);
+  store_tiles<Form>(b, kP, kV, &sums[0][0][0]);
 }
 
 using BlockFn = void (*)(const Block&);

@@ -12,27 +12,36 @@
 namespace bitstrata {
 namespace {
 
-template <typename Form, int kP, int kV>
-void convolve_tiles(const Lanes8Block& b) {
-  __m256i sums[Form::kPositions][kP][kV];
+// The products of a block's positions, of both forms: sums [position][tile][vector].
+template <int kP, int kV>
+void multiply_positions(const WinogradProducts<Lanes8>& b, int64_t positions, __m256i* sums) {
   const __m256i* w = b.weights;
-  for (int64_t position = 0; position < Form::kPositions; ++position) {
+  for (int64_t position = 0; position < positions; ++position, sums += kP * kV) {
     __m256i sum[kP][kV];
     each<kP>([&](auto i) { each<kV>([&](auto j) { sum[i][j] = _mm256_setzero_si256(); }); });
     for (int64_t row = 0; row < b.kernel_h; ++row)
       multiply_run<kP, kV>(b.window, position * b.lanes + row * b.row_step, b.lanes, w, sum);
-    each<kP>([&](auto i) { each<kV>([&](auto j) { sums[position][i][j] = sum[i][j]; }); });
+    each<kP>([&](auto i) { each<kV>([&](auto j) { _mm256_store_si256(sums + i * kV + j, sum[i][j]); }); });
   }
-  store_tiles<Form, kP, kV>(b, sums);
 }
 
-using TileFn = void (*)(const Lanes8Block&);
-template <typename Form, int kV>
-constexpr TileFn kLanes8Blocks[kPixels] = {
-    convolve_tiles<Form, 1, kV>, convolve_tiles<Form, 2, kV>, convolve_tiles<Form, 3, kV>, convolve_tiles<Form, 4, kV>,
-    convolve_tiles<Form, 5, kV>, convolve_tiles<Form, 6, kV>, convolve_tiles<Form, 7, kV>, convolve_tiles<Form, 8, kV>};
+using MultiplyFn = void (*)(const WinogradProducts<Lanes8>&, int64_t, __m256i*);
+template <int kV>
+constexpr MultiplyFn kByTiles[kPixels] = {
+    multiply_positions<1, kV>, multiply_positions<2, kV>, multiply_positions<3, kV>, multiply_positions<4, kV>,
+    multiply_positions<5, kV>, multiply_positions<6, kV>, multiply_positions<7, kV>, multiply_positions<8, kV>};
+constexpr const MultiplyFn* kTilesBySet[kVectors] = {kByTiles<1>, kByTiles<2>};
+
 template <typename Form>
-constexpr const TileFn* kTilesBySet[kVectors] = {kLanes8Blocks<Form, 1>, kLanes8Blocks<Form, 2>};
+struct TilesOf {
+  int64_t vectors, tiles;
+
+  void operator()(const Lanes8Block& b) const {
+    __m256i sums[Form::kPositions * kPixels * kVectors];
+    kTilesBySet[vectors - 1][tiles - 1](b, Form::kPositions, sums);
+    store_tiles<Form>(b, tiles, vectors, sums);
+  }
+};
 
 template <typename F>
 struct Vnni256Tiles {
@@ -41,8 +50,8 @@ struct Vnni256Tiles {
   using Registers = Lanes8;
   static int64_t tiles_of(int64_t vectors) { return Vnni256Conv::pixels_of(vectors); }
   template <typename>
-  static TileFn block(int64_t vectors, int64_t tiles) {
-    return kTilesBySet<Form>[vectors - 1][tiles - 1];
+  static TilesOf<Form> block(int64_t vectors, int64_t tiles) {
+    return {vectors, tiles};
   }
   static constexpr auto pack_set = pack_winograd_set<Vnni256Tiles>;
   static int64_t chunk(const ConvShape&, const WinogradPacked<Vnni256Tiles>&, const int8_t*) { return 0; }

@@ -23,7 +23,8 @@ constexpr int kPixels = 8;  // of a block, at most: their window's addresses fil
 constexpr int kTile = 192;  // pixels convolved with all weights in turn, so that their windows stay in the L1 cache
 
 // Pixels of a block: with the sums of its vectors, the weights and one broadcast in 32 registers.
-constexpr int pixels_of(int vectors) { return vectors == kVectors ? 6 : kPixels; }
+constexpr int kMostSums = 24;
+constexpr int pixels_of(int vectors) { return vectors == kVectors ? kMostSums / kVectors : kPixels; }
 
 int64_t packed_bytes(const ConvShape& s) { return Packed(s, false).bytes; }
 int64_t staged_row_bytes(const ConvShape& s) { return Packed(s, false).stage.row_bytes; }
@@ -91,12 +92,10 @@ struct Block {
   Results<Out> out;
 };
 
-template <int kP, int kV, typename Out>
-void convolve(const Block<Out>& b) {
+template <int kP, int kV>
+void convolve(const Block<int32_t>& b) {
   __m512i sum[kP][kV];
   const bool whole = b.p.form.whole;
-  // Else the sums would wait for the memory they are written to.
-  each<kP>([&](auto i) { each<kV>([&](auto j) { __builtin_prefetch(b.out.at(i, j), 1); }); });
   each<kV>([&](auto j) {
     const __m512i first = whole ? _mm512_loadu_si512(b.correction + j * kLanes) : _mm512_setzero_si512();
     each<kP>([&](auto i) { sum[i][j] = first; });
@@ -120,24 +119,44 @@ void convolve(const Block<Out>& b) {
   });
 }
 
-template <typename Out>
-using BlockFn = void (*)(const Block<Out>&);
-template <int kV, typename Out>
-constexpr BlockFn<Out> kBlocks[kPixels] = {convolve<1, kV, Out>, convolve<2, kV, Out>, convolve<3, kV, Out>,
-                                           convolve<4, kV, Out>, convolve<5, kV, Out>, convolve<6, kV, Out>,
-                                           convolve<7, kV, Out>, convolve<8, kV, Out>};
-template <typename Out>
-constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<1, Out>, kBlocks<2, Out>, kBlocks<3, Out>, kBlocks<4, Out>};
+using BlockFn = void (*)(const Block<int32_t>&);
+template <int kV>
+constexpr BlockFn kBlocks[kPixels] = {convolve<1, kV>, convolve<2, kV>, convolve<3, kV>, convolve<4, kV>,
+                                      convolve<5, kV>, convolve<6, kV>, convolve<7, kV>, convolve<8, kV>};
+constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>, kBlocks<3>, kBlocks<4>};
+
+// `pixels` pixels by `vectors` vectors. Their results would else wait for the memory they are written to.
+void convolve_block(const Block<int32_t>& b, int64_t vectors, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(b.out.at(i, j), 1);
+  kBySet[vectors - 1][pixels - 1](b);
+}
+
+// Codes are made of sums that are in memory: blocks of all sizes for both results would take twice the code.
+void convolve_block(const Block<uint8_t>& b, int64_t vectors, int64_t pixels) {
+  alignas(64) int32_t sums[kMostSums * kLanes];
+  const int64_t pitch = vectors * kLanes;
+  for (int64_t i = 0; i < pixels; ++i) __builtin_prefetch(b.out.at(i, 0), 1);
+  kBySet[vectors - 1][pixels - 1](
+      {b.p, b.window, b.window_sum, b.weights, b.ahead, b.correction, pitch, {sums, pitch}});
+  const auto of = [&](int64_t j) {
+    return [&, j](const auto& store) {
+      for (int64_t i = 0; i < pixels; ++i) store(i, _mm512_load_si512(sums + i * pitch + j * kLanes));
+    };
+  };
+  for (int64_t j = 0; j + 1 < vectors; ++j) b.out.vector<false>(j, 0xFFFF, of(j));
+  const int64_t j = vectors - 1;
+  b.out.vector<true>(j, static_cast<__mmask16>((1u << (b.channels - j * kLanes)) - 1), of(j));
+}
 
 // All `pixels` of a tile, for one set of vectors: as few blocks as can be, of nearly equal size. The first blocks have
 // the weights after the set's own fetched, `after` vectors: they would else be waited for, where a set has many.
 template <typename Out>
 void convolve_tile(Block<Out> b, int64_t vectors, int64_t after, int64_t pixels) {
-  const BlockFn<Out>* by_pixels = kBySet<Out>[vectors - 1];
   const int64_t most = pixels_of(static_cast<int>(vectors)), blocks = (pixels + most - 1) / most;
   for (int64_t left = blocks; left > 0; --left) {
     const int64_t count = (pixels + left - 1) / left;
-    by_pixels[count - 1](b);
+    convolve_block(b, vectors, count);
     b.ahead = --after > 0 ? b.ahead + b.p.steps : b.weights;
     b.window += count, b.window_sum += count, b.out = b.out.from(count, 0);
     pixels -= count;

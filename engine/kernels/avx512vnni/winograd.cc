@@ -11,12 +11,11 @@ namespace bitstrata {
 namespace {
 
 constexpr int kMostTiles = 8;  // of a block, at most: their window's addresses fill the general registers
+constexpr int kMostSums = 24;  // of a block's position: with the weights and one broadcast in 32 registers
 
 struct Zmm {
   using Vector = __m512i;
 };
-template <typename Out>
-using Block = WinogradBlock<Zmm, Results<Out>>;
 
 struct Ops16 {
   using Vector = __m512i;
@@ -27,11 +26,12 @@ struct Ops16 {
   static __m512i right(__m512i a, unsigned places) { return _mm512_srai_epi32(a, places); }
 };
 
-template <typename Form, int kP, int kV, typename Out>
-void convolve(const Block<Out>& b) {
-  __m512i sums[Form::kPositions][kP][kV];
+// The products of a block's positions: sums [position][tile][vector]. What becomes of them is not part of it, so that
+// it is there once for both forms and all results.
+template <int kP, int kV>
+void multiply_positions(const WinogradProducts<Zmm>& b, int64_t positions, __m512i* sums) {
   const __m512i *w = b.weights, *ahead = b.ahead;
-  for (int64_t position = 0; position < Form::kPositions; ++position) {
+  for (int64_t position = 0; position < positions; ++position, sums += kP * kV) {
     __m512i sum[kP][kV];
     each<kP>([&](auto i) { each<kV>([&](auto j) { sum[i][j] = _mm512_setzero_si512(); }); });
     for (int64_t row = 0; row < b.kernel_h; ++row) {
@@ -39,35 +39,46 @@ void convolve(const Block<Out>& b) {
       each<kP>([&](auto i) { __builtin_prefetch(b.window[i] + at + b.lanes); });  // of the next position
       multiply_run<kP, kV>(b.window, at, b.lanes, w, ahead, sum);
     }
-    each<kP>([&](auto i) { each<kV>([&](auto j) { sums[position][i][j] = sum[i][j]; }); });
+    each<kP>([&](auto i) { each<kV>([&](auto j) { _mm512_store_si512(sums + i * kV + j, sum[i][j]); }); });
   }
-  const int64_t last = b.channels - (kV - 1) * kLanes;
-  const __mmask16 mask = static_cast<__mmask16>((1u << last) - 1);
-  each<kV>([&](auto j) {
+}
+
+using MultiplyFn = void (*)(const WinogradProducts<Zmm>&, int64_t, __m512i*);
+template <int kV>
+constexpr MultiplyFn kByTiles[kMostTiles] = {
+    multiply_positions<1, kV>, multiply_positions<2, kV>, multiply_positions<3, kV>, multiply_positions<4, kV>,
+    multiply_positions<5, kV>, multiply_positions<6, kV>, multiply_positions<7, kV>, multiply_positions<8, kV>};
+constexpr const MultiplyFn* kBySet[kVectors] = {kByTiles<1>, kByTiles<2>, kByTiles<3>, kByTiles<4>};
+
+template <typename Form, typename Results>
+struct BlockOf {
+  int64_t vectors, tiles;
+
+  void operator()(const WinogradBlock<Zmm, Results>& b) const {
+    alignas(64) __m512i sums[Form::kPositions * kMostSums];
+    kBySet[vectors - 1][tiles - 1](b, Form::kPositions, sums);
+    for (int64_t j = 0; j + 1 < vectors; ++j) finish<false>(b, j, sums);
+    finish<true>(b, vectors - 1, sums);
+  }
+
+ private:
+  template <bool kLast>
+  void finish(const WinogradBlock<Zmm, Results>& b, int64_t j, const __m512i* sums) const {
+    const __mmask16 mask = kLast ? static_cast<__mmask16>((1u << (b.channels - j * kLanes)) - 1) : 0xFFFF;
     __m512i correction[Form::kOutputs];
     each<Form::kOutputs>([&](auto k) { correction[k] = _mm512_loadu_si512(b.correction + k * b.pitch + j * kLanes); });
-    b.out.template vector<j == kV - 1>(j, mask, [&](const auto& store) {
-      for (int i = 0; i < kP; ++i) {
+    b.out.template vector<kLast>(j, mask, [&](const auto& store) {
+      for (int64_t i = 0; i < tiles; ++i) {
         __m512i m[Form::kPositions], y[Form::kOutputs];
-        each<Form::kPositions>([&](auto position) { m[position] = sums[position][i][j]; });
+        each<Form::kPositions>([&](auto position) { m[position] = sums[(position * tiles + i) * vectors + j]; });
         winograd_outputs(Ops16(), m, correction, y);
         each<Form::kOutputs>([&](auto k) {
           if (k < b.outputs[i]) store(b.pixel[i] + k, y[k]);
         });
       }
     });
-  });
-}
-
-template <typename Out>
-using BlockFn = void (*)(const Block<Out>&);
-template <typename Form, int kV, typename Out>
-constexpr BlockFn<Out> kBlocks[kMostTiles] = {
-    convolve<Form, 1, kV, Out>, convolve<Form, 2, kV, Out>, convolve<Form, 3, kV, Out>, convolve<Form, 4, kV, Out>,
-    convolve<Form, 5, kV, Out>, convolve<Form, 6, kV, Out>, convolve<Form, 7, kV, Out>, convolve<Form, 8, kV, Out>};
-template <typename Form, typename Out>
-constexpr const BlockFn<Out>* kBySet[kVectors] = {kBlocks<Form, 1, Out>, kBlocks<Form, 2, Out>, kBlocks<Form, 3, Out>,
-                                                  kBlocks<Form, 4, Out>};
+  }
+};
 
 // A position's weights from those of taps, in bytes.
 template <typename Form, int kPosition>
@@ -129,23 +140,15 @@ void pack_set(const ConvShape& s, const Packed& p, const WeightCodes& codes, con
   }
 }
 
-template <typename Results>
-struct OutOf;
-template <typename Out>
-struct OutOf<Results<Out>> {
-  using Type = Out;
-};
-
 template <typename F>
 struct Vnni512 {
   using Form = F;
   static constexpr int64_t kLanes = bitstrata::kLanes, kVectors = bitstrata::kVectors;
   using Registers = Zmm;
-  // With the sums of its vectors, the weights and one broadcast in 32 registers.
-  static int64_t tiles_of(int64_t vectors) { return vectors == kVectors ? 6 : kMostTiles; }
+  static int64_t tiles_of(int64_t vectors) { return vectors == kVectors ? kMostSums / kVectors : kMostTiles; }
   template <typename R>
-  static BlockFn<typename OutOf<R>::Type> block(int64_t vectors, int64_t tiles) {
-    return kBySet<Form, typename OutOf<R>::Type>[vectors - 1][tiles - 1];
+  static BlockOf<Form, R> block(int64_t vectors, int64_t tiles) {
+    return {vectors, tiles};
   }
   static constexpr auto pack_set = bitstrata::pack_set<WinogradPacked<Vnni512>>;
   static int64_t chunk(const ConvShape&, const WinogradPacked<Vnni512>&, const int8_t*) { return 0; }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "bitstrata/qat_kernels.h"
 #include "training_pool.h"
@@ -79,42 +80,85 @@ inline void qat_sums(const int32_t* x, int64_t count, int64_t channels, int16_t*
   }
 }
 
-// Calls store(element, code as a float).
-template <typename In, typename Store>
-inline void qat_each_code(const void* x, int64_t count, int64_t period, const QatLine& l, QatLevels levels,
-                          const Store& store) {
-  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const In* from = static_cast<const In*>(x) + at;
-    const float *scale = l.scale + c, *offset = l.offset + c;
-    const float lo = greater(levels.lo, l.floor), hi = levels.hi;
+constexpr int64_t kQatChunk = 256;
+
+// The elements of a tensor as floats, at most kQatChunk at a time, in memory of their own unless they are floats. What
+// computes with them is then there once for all types, which is a good deal less code and hardly slower.
+struct QatElements {
+  const void* x;
+  const float* (*read)(const void* x, int64_t at, int64_t n, float* buffer);
+};
+template <typename In>
+const float* qat_read(const void* x, int64_t at, int64_t n, float* buffer) {
+  const In* from = static_cast<const In*>(x) + at;
+  if constexpr (std::is_same_v<In, float>) {
+    return from;
+  } else {
     BITSTRATA_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j)
-      store(at + j, greater(lesser(round_even(to_float(from[j]) * scale[j] + offset[j]), hi), lo));
+    for (int64_t j = 0; j < n; ++j) buffer[j] = to_float(from[j]);
+    return buffer;
+  }
+}
+template <typename In>
+inline QatElements qat_elements(const void* x) {
+  return {x, qat_read<In>};
+}
+
+// Calls body(element, channel, how many, their values).
+template <typename Body>
+inline void qat_each_chunk(const QatElements& x, int64_t count, int64_t period, const Body& body) {
+  float buffer[kQatChunk];
+  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
+    for (int64_t i = 0; i < n; i += kQatChunk) {
+      const int64_t some = least(kQatChunk, n - i);
+      body(at + i, c + i, some, x.read(x.x, at + i, some, buffer));
+    }
   });
 }
 
+// Calls store(element, code as a float).
+template <typename Store>
+inline void qat_each_code(const QatElements& x, int64_t count, int64_t period, const QatLine& l, QatLevels levels,
+                          const Store& store) {
+  qat_each_chunk(x, count, period, [&](int64_t at, int64_t c, int64_t n, const float* from) {
+    const float *scale = l.scale + c, *offset = l.offset + c;
+    const float lo = greater(levels.lo, l.floor), hi = levels.hi;
+    const Store put = store;  // here, where writing bytes cannot change it
+    BITSTRATA_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) put(at + j, greater(lesser(round_even(from[j] * scale[j] + offset[j]), hi), lo));
+  });
+}
+
+inline void qat_codes_of(const QatElements& x, int64_t count, int64_t period, const QatLine& l, QatLevels levels,
+                         uint8_t* out) {
+  qat_each_code(x, count, period, l, levels,
+                [=](int64_t i, float code) { out[i] = static_cast<uint8_t>(static_cast<int32_t>(code)); });
+}
 template <typename In>
 void qat_codes(const void* x, int64_t count, int64_t period, const QatLine& l, QatLevels levels, uint8_t* out) {
-  qat_each_code<In>(x, count, period, l, levels,
-                    [=](int64_t i, float code) { out[i] = static_cast<uint8_t>(static_cast<int32_t>(code)); });
+  qat_codes_of(qat_elements<In>(x), count, period, l, levels, out);
 }
 
+template <typename Out>
+void qat_code_values_of(const QatElements& x, int64_t count, int64_t period, const QatLine& l, QatLevels levels,
+                        Out* out) {
+  qat_each_code(x, count, period, l, levels, [=](int64_t i, float code) { store_float(code, out + i); });
+}
 template <typename In, typename Out>
 void qat_code_values(const void* x, int64_t count, int64_t period, const QatLine& l, QatLevels levels, void* out) {
-  Out* to = static_cast<Out*>(out);
-  qat_each_code<In>(x, count, period, l, levels, [=](int64_t i, float code) { store_float(code, to + i); });
+  qat_code_values_of(qat_elements<In>(x), count, period, l, levels, static_cast<Out*>(out));
 }
 
-template <bool kAdds, typename In, typename Out>
-void qat_values_with(const void* x, int64_t count, int64_t period, const QatLine& l, const void* add, void* out) {
-  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    const In* from = static_cast<const In*>(x) + at;
+template <bool kAdds, typename Out>
+void qat_values_with(const QatElements& x, int64_t count, int64_t period, const QatLine& l, const void* add,
+                     void* out) {
+  qat_each_chunk(x, count, period, [&](int64_t at, int64_t c, int64_t n, const float* from) {
     const Out* other = static_cast<const Out*>(add) + (kAdds ? at : 0);
     Out* to = static_cast<Out*>(out) + at;
     const float *scale = l.scale + c, *offset = l.offset + c, floor = l.floor;
     BITSTRATA_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
-      float y = to_float(from[j]) * scale[j] + offset[j];
+      float y = from[j] * scale[j] + offset[j];
       if (kAdds) y = y + to_float(other[j]);
       store_float(y < floor ? floor : y, to + j);  // NaN stays
     }
@@ -123,26 +167,27 @@ void qat_values_with(const void* x, int64_t count, int64_t period, const QatLine
 
 template <typename In, typename Out>
 void qat_values(const void* x, int64_t count, int64_t period, const QatLine& l, const void* add, void* out) {
-  add == nullptr ? qat_values_with<false, In, Out>(x, count, period, l, add, out)
-                 : qat_values_with<true, In, Out>(x, count, period, l, add, out);
+  const QatElements elements = qat_elements<In>(x);
+  add == nullptr ? qat_values_with<false, Out>(elements, count, period, l, add, out)
+                 : qat_values_with<true, Out>(elements, count, period, l, add, out);
 }
 
-template <typename In, typename Out>
-void qat_max_pool(const void* x, const PoolMap& s, const QatLine& l, void* out, uint8_t* places) {
-  Out* to = static_cast<Out*>(out);
+template <typename Out>
+void qat_max_pool_of(const QatElements& x, const PoolMap& s, const QatLine& l, Out* to, uint8_t* places) {
+  static_assert(kPoolChannels <= kQatChunk);
   for (int64_t y = 0; y < s.out_h; ++y)
     for (int64_t i = 0; i < s.out_w; ++i, to += s.channels, places += s.channels)
       for (int64_t c = 0; c < s.channels; c += kPoolChannels) {
         const int64_t n = least(kPoolChannels, s.channels - c);
         const float *scale = l.scale + c, *offset = l.offset + c, floor = l.floor;
-        float best[kPoolChannels];
+        float best[kPoolChannels], buffer[kPoolChannels];
         int32_t place[kPoolChannels] = {};
         for (float& b : best) b = -std::numeric_limits<float>::infinity();
         each_position(s, y, i, [&](int64_t pixel, int32_t position) {
-          const In* from = static_cast<const In*>(x) + pixel * s.channels + c;
+          const float* from = x.read(x.x, pixel * s.channels + c, n, buffer);
           BITSTRATA_INDEPENDENT
           for (int64_t j = 0; j < n; ++j) {
-            const float value = greater(to_float(from[j]) * scale[j] + offset[j], floor);
+            const float value = greater(from[j] * scale[j] + offset[j], floor);
             place[j] = value > best[j] ? position : place[j];  // the first of equals
             best[j] = greater(value, best[j]);
           }
@@ -153,6 +198,10 @@ void qat_max_pool(const void* x, const PoolMap& s, const QatLine& l, void* out, 
           places[c + j] = static_cast<uint8_t>(place[j]);
         }
       }
+}
+template <typename In, typename Out>
+void qat_max_pool(const void* x, const PoolMap& s, const QatLine& l, void* out, uint8_t* places) {
+  qat_max_pool_of(qat_elements<In>(x), s, l, static_cast<Out*>(out), places);
 }
 
 }  // namespace

@@ -35,29 +35,28 @@ inline QatPassed qat_passed(float x, float scale, float offset, float g, float a
   return out;
 }
 
-// Calls take(element, channel, x, what passed); no two calls of the same stretch depend on one another.
-template <bool kQuantized, bool kAdds, typename In, typename Real, typename Take>
-inline void qat_stretch(const void* x, int64_t at, int64_t c, int64_t n, const QatPass& pass, const QatGradient& g,
-                        const Take& take) {
-  const In* from = static_cast<const In*>(x) + at;
+// Calls take(element, channel, x, what passed) for values of x; no two calls depend on one another.
+template <bool kQuantized, bool kAdds, typename Real, typename Take>
+inline void qat_chunk(const float* x, int64_t at, int64_t c, int64_t n, const QatPass& pass, const QatGradient& g,
+                      const Take& take) {
   const Real* gradient = static_cast<const Real*>(g.g) + at;
   const Real* other = static_cast<const Real*>(g.add) + (kAdds ? at : 0);
   const float *scale = pass.line.scale + c, *offset = pass.line.offset + c;
   const QatPass p = pass;
   BITSTRATA_INDEPENDENT
   for (int64_t j = 0; j < n; ++j) {
-    const float value = to_float(from[j]);
+    const float value = x[j];
     take(at + j, c + j, value,
          qat_passed<kQuantized, kAdds>(value, scale[j], offset[j], to_float(gradient[j]),
                                        kAdds ? to_float(other[j]) : 0.0f, p));
   }
 }
 
-template <bool kQuantized, bool kAdds, typename In, typename Real>
-void qat_gradient_sums_with(const void* x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
+template <bool kQuantized, bool kAdds, typename Real>
+void qat_gradient_sums_with(const QatElements& x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
                             const QatSums& s) {
-  constexpr int64_t kColumns = 256;
-  float sum[kColumns], moment[kColumns], step[kColumns];
+  constexpr int64_t kColumns = kQatChunk;
+  float sum[kColumns], moment[kColumns], step[kColumns], buffer[kColumns];
   for (int64_t c = 0; c < period; c += kColumns) {
     const int64_t n = least(kColumns, period - c);
     const float* center = s.center + c;
@@ -66,13 +65,14 @@ void qat_gradient_sums_with(const void* x, int64_t count, int64_t period, const 
       for (int64_t j = 0; j < n; ++j) sum[j] = moment[j] = step[j] = 0;
       for (int64_t at = first; at < last; at += period) {
         const int64_t inside = least(n, last - at - c);
-        qat_stretch<kQuantized, kAdds, In, Real>(x, at + c, c, inside, p, g,
-                                                 [&](int64_t, int64_t channel, float value, QatPassed passed) {
-                                                   const int64_t j = channel - c;
-                                                   sum[j] += passed.gradient;
-                                                   moment[j] += passed.gradient * (value - center[j]);
-                                                   if (kQuantized) step[j] += passed.step;
-                                                 });
+        const float* values = x.read(x.x, at + c, inside, buffer);
+        qat_chunk<kQuantized, kAdds, Real>(values, at + c, c, inside, p, g,
+                                           [&](int64_t, int64_t channel, float value, QatPassed passed) {
+                                             const int64_t j = channel - c;
+                                             sum[j] += passed.gradient;
+                                             moment[j] += passed.gradient * (value - center[j]);
+                                             if (kQuantized) step[j] += passed.step;
+                                           });
       }
       for (int64_t j = 0; j < n; ++j) {
         s.sum[c + j] += sum[j];
@@ -83,35 +83,37 @@ void qat_gradient_sums_with(const void* x, int64_t count, int64_t period, const 
   }
 }
 
-template <bool kQuantized, bool kAdds, typename In, typename Real>
-void qat_gradient_with(const void* x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
+template <bool kQuantized, bool kAdds, typename Real>
+void qat_gradient_with(const QatElements& x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
                        const QatBackward& b, Real* out) {
   const QatBackward by = b;
-  each_stretch(0, count, period, [&](int64_t at, int64_t c, int64_t n) {
-    qat_stretch<kQuantized, kAdds, In, Real>(
-        x, at, c, n, p, g, [=](int64_t i, int64_t channel, float value, QatPassed passed) {
+  qat_each_chunk(x, count, period, [&](int64_t at, int64_t c, int64_t n, const float* values) {
+    qat_chunk<kQuantized, kAdds, Real>(
+        values, at, c, n, p, g, [=](int64_t i, int64_t channel, float value, QatPassed passed) {
           const float linear = (value - by.center[channel]) * by.slope[channel] + by.constant[channel];
           store_float(passed.gradient * by.factor[channel] + linear, out + i);
         });
   });
 }
 
-template <bool kQuantized, bool kAdds, typename In, typename Real>
-void qat_pass_with(const void* x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g, double* total,
-                   Real* out) {
-  constexpr int64_t kColumns = 256;
-  float step[kColumns];
+template <bool kQuantized, bool kAdds, typename Real>
+void qat_pass_with(const QatElements& x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
+                   double* total, Real* out) {
+  constexpr int64_t kColumns = kQatChunk;
+  float step[kColumns], buffer[kColumns];
   for (int64_t c = 0; c < period; c += kColumns) {
     const int64_t n = least(kColumns, period - c);
     for (int64_t first = 0; first < count; first += kQatRows * period) {
       const int64_t last = least(count, first + kQatRows * period);
       for (int64_t j = 0; j < n; ++j) step[j] = 0;
-      for (int64_t at = first; at < last; at += period)
-        qat_stretch<kQuantized, kAdds, In, Real>(x, at + c, c, least(n, last - at - c), p, g,
-                                                 [&](int64_t i, int64_t channel, float, QatPassed passed) {
-                                                   if (kQuantized) step[channel - c] += passed.step;
-                                                   store_float(passed.gradient, out + i);
-                                                 });
+      for (int64_t at = first; at < last; at += period) {
+        const int64_t inside = least(n, last - at - c);
+        qat_chunk<kQuantized, kAdds, Real>(x.read(x.x, at + c, inside, buffer), at + c, c, inside, p, g,
+                                           [&](int64_t i, int64_t channel, float, QatPassed passed) {
+                                             if (kQuantized) step[channel - c] += passed.step;
+                                             store_float(passed.gradient, out + i);
+                                           });
+      }
       for (int64_t j = 0; j < n; ++j) total[c + j] += step[j];
     }
   }
@@ -131,24 +133,27 @@ inline void qat_choose(const QatPass& p, const QatGradient& g, const Run& run) {
 template <typename In, typename Real>
 void qat_gradient_sums(const void* x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
                        const QatSums& s) {
+  const QatElements elements = qat_elements<In>(x);
   qat_choose(p, g, [&](auto quantized, auto adds) {
-    qat_gradient_sums_with<quantized.value, adds.value, In, Real>(x, count, period, p, g, s);
+    qat_gradient_sums_with<quantized.value, adds.value, Real>(elements, count, period, p, g, s);
   });
 }
 
 template <typename In, typename Real>
 void qat_gradient(const void* x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g,
                   const QatBackward& b, void* out) {
+  const QatElements elements = qat_elements<In>(x);
   qat_choose(p, g, [&](auto quantized, auto adds) {
-    qat_gradient_with<quantized.value, adds.value, In>(x, count, period, p, g, b, static_cast<Real*>(out));
+    qat_gradient_with<quantized.value, adds.value>(elements, count, period, p, g, b, static_cast<Real*>(out));
   });
 }
 
 template <typename In, typename Real>
 void qat_pass(const void* x, int64_t count, int64_t period, const QatPass& p, const QatGradient& g, double* step,
               void* out) {
+  const QatElements elements = qat_elements<In>(x);
   qat_choose(p, g, [&](auto quantized, auto adds) {
-    qat_pass_with<quantized.value, adds.value, In>(x, count, period, p, g, step, static_cast<Real*>(out));
+    qat_pass_with<quantized.value, adds.value>(elements, count, period, p, g, step, static_cast<Real*>(out));
   });
 }
 

@@ -6,8 +6,8 @@
 // position.
 //
 // `Isa` has: Form, one of winograd.h; kLanes, the output channels of a vector; kVectors, of a set, at most; Registers,
-// whose Vector weights are loaded in; tiles_of(vectors): of a block, at most; block<Results>(vectors, tiles): the
-// function that computes one, of WinogradBlock<Registers, Results>; pack_set(shape, packed, codes, factor, set,
+// whose Vector weights are loaded in; tiles_of(vectors): of a block, at most; block<Results>(vectors, tiles):
+// what computes one, of WinogradBlock<Registers, Results>; pack_set(shape, packed, codes, factor, set,
 // weights, correction, pitch), which may be pack_winograd_set; chunk(shape, packed, weights): steps whose sums fit the
 // kernel's 16 bits, in any block, for kernels that sum so, else anything. Results has `from(pixel, channel)`.
 #pragma once
@@ -63,19 +63,22 @@ void pack_winograd_set(const ConvShape& s, const WinogradPacked<Isa>& p, const W
   }
 }
 
-// What the blocks of a group of tiles need.
-template <typename Registers, typename Results>
-struct WinogradBlock {
+// What the products of the blocks of a group of tiles need, and what their outputs need too.
+template <typename Registers>
+struct WinogradProducts {
   using Vector = typename Registers::Vector;
   int64_t kernel_h;
   int64_t row_step;              // from row to row of the kernel, in bytes
   int64_t lanes, steps;          // of a staged position; of its window
   int64_t chunk;                 // steps whose sums fit
   const uint8_t* const* window;  // where each tile's window starts
-  const int64_t* pixel;          // its first output
-  const int64_t* outputs;        // how many it has
   const Vector* weights;
-  const Vector* ahead;        // weights that are used next
+  const Vector* ahead;  // weights that are used next
+};
+template <typename Registers, typename Results>
+struct WinogradBlock : WinogradProducts<Registers> {
+  const int64_t* pixel;       // each tile's first output
+  const int64_t* outputs;     // how many it has
   const int32_t* correction;  // of first outputs
   int64_t pitch;              // from there to those of the next
   int64_t channels;           // that are real
@@ -186,11 +189,15 @@ struct WinogradConv {
       for (int64_t set = 0; set < p.sets; ++set) {
         const int64_t v = p.first_vector(set), vectors = p.first_vector(set + 1) - v, next = (set + 1) % p.sets;
         const int64_t of_vector = Form::kPositions * p.steps, left = s.out_c - v * kLanes;
-        convolve_group<Results>(
-            {s.kernel_h, s.dilation_h * p.rows.bytes, p.rows.lanes, p.steps, chunk, window, pixel, outputs,
-             weights + v * of_vector, weights + p.first_vector(next) * of_vector, correction + v * kLanes,
-             p.vectors * kLanes, least_of(vectors * kLanes, left), out.from(0, v * kLanes)},
-            vectors, p.first_vector(next + 1) - p.first_vector(next), tiles);
+        convolve_group<Results>({{s.kernel_h, s.dilation_h * p.rows.bytes, p.rows.lanes, p.steps, chunk, window,
+                                  weights + v * of_vector, weights + p.first_vector(next) * of_vector},
+                                 pixel,
+                                 outputs,
+                                 correction + v * kLanes,
+                                 p.vectors * kLanes,
+                                 least_of(vectors * kLanes, left),
+                                 out.from(0, v * kLanes)},
+                                vectors, p.first_vector(next + 1) - p.first_vector(next), tiles);
       }
     }
   }

@@ -33,20 +33,20 @@ struct Ops8 {
   static __m256i right(__m256i a, int places) { return _mm256_srai_epi32(a, places); }
 };
 
-// Stores a block's outputs. sums: of each position, tile and vector.
-template <typename Form, int kP, int kV>
-inline void store_tiles(const Lanes8Block& b, const __m256i (&sums)[Form::kPositions][kP][kV]) {
+// Stores the outputs of a block of `tiles` by `vectors`. sums: [position][tile][vector]. It is not made for each size.
+template <typename Form>
+void store_tiles(const Lanes8Block& b, int64_t tiles, int64_t vectors, const __m256i* sums) {
   constexpr int kLanes = 8;
-  for (int j = 0; j < kV; ++j) {
+  for (int64_t j = 0; j < vectors; ++j) {
     __m256i correction[Form::kOutputs];
     each<Form::kOutputs>([&](auto k) {
       const int32_t* from = b.correction + k * b.pitch + j * kLanes;
       correction[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     });
-    const int64_t real = j == kV - 1 ? b.channels - j * kLanes : kLanes;
-    for (int i = 0; i < kP; ++i) {
+    const int64_t real = j == vectors - 1 ? b.channels - j * kLanes : kLanes;
+    for (int64_t i = 0; i < tiles; ++i) {
       __m256i m[Form::kPositions], y[Form::kOutputs];
-      each<Form::kPositions>([&](auto position) { m[position] = sums[position][i][j]; });
+      each<Form::kPositions>([&](auto position) { m[position] = sums[(position * tiles + i) * vectors + j]; });
       winograd_outputs(Ops8(), m, correction, y);
       int32_t* to = b.out.to + b.pixel[i] * b.out.pitch + j * kLanes;
       each<Form::kOutputs>([&](auto k) {
