@@ -32,12 +32,20 @@ const Value& Graph::value(int index) const {
 
 const char* Graph::kernel(int index) const {
   value(index);
-  return index == 0 ? "" : ops_[static_cast<size_t>(index - 1)]->kernel();
+  return index == 0 ? "" : ops_[place(index)]->kernel();
 }
 
 std::vector<std::string> Graph::conv_kernels(int index) const {
   value(index);
-  return index == 0 ? std::vector<std::string>() : ops_[static_cast<size_t>(index - 1)]->kernels(kernels_);
+  return index == 0 ? std::vector<std::string>() : ops_[place(index)]->kernels(kernels_);
+}
+
+// Of the operation that computes the value.
+size_t Graph::place(int value) const {
+  size_t i = static_cast<size_t>(value) - 1;
+  if (ops_[i]->output != value)  // they are in another order than they were added in
+    for (i = 0; ops_[i]->output != value;) ++i;
+  return i;
 }
 
 void Graph::tile_bytes(int64_t bytes) {
@@ -55,13 +63,13 @@ Operand Graph::operand(const std::string& name, int index) const {
 OpWork Graph::work(int index) const {
   value(index);
   if (index == 0) throw std::invalid_argument("value 0 is the input, which no operation computes");
-  const size_t i = static_cast<size_t>(index - 1);
+  const size_t i = place(index);
   const Op& op = *ops_[i];
   OpWork work{};
   work.operations = op.operations();
   work.peak = op.peak();
   work.passes = op.passes();
-  work.output_bytes = values_[i + 1].bytes();
+  work.output_bytes = values_[static_cast<size_t>(index)].bytes();
   work.weight_bytes = op.constant_bytes();
   work.scratch_bytes = op.scratch_bytes(1);
   for (int x : op.inputs) work.input_bytes += values_[static_cast<size_t>(x)].bytes();

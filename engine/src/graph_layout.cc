@@ -19,6 +19,7 @@ constexpr int64_t kLeastTile = 64;  // pixels, over which a convolution's weight
 void Graph::finish(int output) {
   if (output_ >= 0) fail("graph", "it is finished already");
   value(output);
+  bring_readers_forward();
   form_groups(output);
   lay_out_arena(output, 1);
   chunk_ = std::clamp(kChunkBytes / std::max<int64_t>(arena_bytes_, 1), int64_t{1}, kMaxChunk);
@@ -27,10 +28,32 @@ void Graph::finish(int output) {
   output_ = output;
 }
 
+// What computes pixels from the same pixels of a sum of branches, or of what was made of one, comes right behind it, so
+// that it runs in its tiles and the sum need not be read again: what a shortcut does with it waits else until the other
+// branch is done. Not what makes something larger, nor rescaling, whose result is no smaller and read soon after.
+void Graph::bring_readers_forward() {
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    const Op& from = *ops_[i];
+    if (from.items_of_pixel() == 0 || from.inputs.size() != 2) continue;
+    std::vector<int> made{from.output};  // in the group that `from` belongs to
+    size_t next = i + 1;
+    for (size_t j = next; j < ops_.size(); ++j) {
+      const Op& op = *ops_[j];
+      if (op.items_of_pixel() == 0 || op.inputs.size() != 1 || op.part().kind == Part::rescale) continue;
+      if (std::find(made.begin(), made.end(), op.inputs[0]) == made.end()) continue;
+      const Value &x = values_[static_cast<size_t>(op.inputs[0])], &y = values_[static_cast<size_t>(op.output)];
+      if (y.bytes() > x.bytes()) continue;
+      std::rotate(ops_.begin() + static_cast<std::ptrdiff_t>(next), ops_.begin() + static_cast<std::ptrdiff_t>(j),
+                  ops_.begin() + static_cast<std::ptrdiff_t>(j) + 1);
+      made.push_back(ops_[next++]->output);
+    }
+  }
+}
+
 void Graph::form_groups(int output) {
   for (size_t i = 0; i < ops_.size(); ++i) {
     const Op& op = *ops_[i];
-    const int64_t pixels = values_[i + 1].shape.pixels();
+    const int64_t pixels = values_[static_cast<size_t>(op.output)].shape.pixels();
     if (op.items_of_pixel() > 0 && !groups_.empty() && groups_.back().unit > 0 && groups_.back().pixels == pixels)
       groups_.back().end = i + 1;
     else
@@ -45,16 +68,17 @@ void Graph::find_locals(int output, Group* group) {
   if (group->unit == 0) return;
   int64_t pixel_bytes = 1;
   for (size_t i = group->first; i < group->end; ++i) {
-    const int v = static_cast<int>(i) + 1;
+    const int v = ops_[i]->output;
     const auto reads = [&](const auto& op) {
       return std::find(op->inputs.begin(), op->inputs.end(), v) != op->inputs.end();
     };
     const auto end = ops_.begin() + static_cast<std::ptrdiff_t>(group->end);
     if (v == output || std::any_of(end, ops_.end(), reads)) continue;
-    int last = v - 1;
+    size_t last = i;
     for (size_t j = i + 1; j < group->end; ++j)
-      if (reads(ops_[j])) last = static_cast<int>(j);
-    group->locals.push_back({v, values_[i + 1].bytes() / group->pixels, last, 0});
+      if (reads(ops_[j])) last = j;
+    const int64_t bytes = values_[static_cast<size_t>(v)].bytes() / group->pixels;
+    group->locals.push_back({v, bytes, static_cast<int>(i), static_cast<int>(last), 0});
     pixel_bytes += group->locals.back().pixel_bytes;
   }
   const int64_t wanted = std::max(tile_bytes_ / pixel_bytes, kLeastTile);
@@ -64,7 +88,7 @@ void Graph::find_locals(int output, Group* group) {
 void Graph::lay_out_locals(int64_t images, Group* group) {
   group->tile = std::min(group->most, group->pixels * images);
   std::vector<Lifetime> buffers;
-  for (const Group::Local& l : group->locals) buffers.push_back({l.pixel_bytes * group->tile, l.value - 1, l.last});
+  for (const Group::Local& l : group->locals) buffers.push_back({l.pixel_bytes * group->tile, l.first, l.last});
   const Layout layout = lay_out(buffers);
   for (size_t i = 0; i < buffers.size(); ++i) group->locals[i].at = layout.offset[i];
   group->at = align_up(layout.bytes);

@@ -22,8 +22,8 @@ struct Graph::Group {
   struct Local {
     int value;
     int64_t pixel_bytes;
-    int last;    // operation that reads it
-    int64_t at;  // in the thread's buffer
+    int first, last;  // operation that makes it, last one that reads it
+    int64_t at;       // in the thread's buffer
   };
   size_t first, end;          // operations
   int64_t pixels;             // of an image

@@ -149,9 +149,8 @@ void Graph::run_chunk(const Call& call, int64_t begin, int64_t images, int threa
     const Frame frame{worker.values, worker.arena + offsets_[values_.size() + group.first], images};
     const int untiled = group.unit > 0 ? op.phases() - 1 : op.phases();
     for (int phase = 0; phase < untiled; ++phase)
-      divide(op.items(phase, images), [&](int t, int64_t from, int64_t to) {
-        run_op(call.profile, t, group.first, op, phase, frame, from, to);
-      });
+      divide(op.items(phase, images),
+             [&](int t, int64_t from, int64_t to) { run_op(call.profile, t, op, phase, frame, from, to); });
     if (defers) continue;  // the next group computes its sums
     if (group.unit > 0)
       divide(group.pixels * images / group.unit, [&](int t, int64_t from, int64_t to) {
@@ -177,15 +176,16 @@ void Graph::run_tiles(const Group& group, const Call& call, int64_t images, uint
       const Frame frame{worker.values, arena + offsets_[values_.size() + i], images};
       const int64_t each = op.items_of_pixel();
       if (call.fused && group.fused && i == group.first) {
-        run_timed(call.profile, thread, i, [&] { op.run_fused(frame, from / group.unit, to / group.unit); });
+        run_timed(call.profile, thread, profile_index(op),
+                  [&] { op.run_fused(frame, from / group.unit, to / group.unit); });
         ++i;
       } else if (call.fused && group.taken != group.end && i == group.first) {
         run_streamed(group, call, arena, images, thread, from / group.unit, to / group.unit);
         run_taken(group, call, frame, thread, from, to);
       } else if (each > 0) {
-        run_op(call.profile, thread, i, op, op.phases() - 1, frame, from * each, to * each);
+        run_op(call.profile, thread, op, op.phases() - 1, frame, from * each, to * each);
       } else {
-        run_op(call.profile, thread, i, op, op.phases() - 1, frame, from / group.unit, to / group.unit);
+        run_op(call.profile, thread, op, op.phases() - 1, frame, from / group.unit, to / group.unit);
       }
     }
   }
@@ -212,8 +212,8 @@ void Graph::run_streamed(const Group& group, const Call& call, uint8_t* arena, i
     worker.values[sums.output] = worker.values[ops_[group.taken]->output] =
         reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(window) - static_cast<uintptr_t>(rows.begin * bytes));
     if (rows.begin + kept < rows.end)
-      run_op(call.profile, thread, maker, sums, sums.phases() - 1, frame, items(rows.begin + kept), items(rows.end));
-    run_op(call.profile, thread, group.first, pooling, 0, frame, item, item + 1);
+      run_op(call.profile, thread, sums, sums.phases() - 1, frame, items(rows.begin + kept), items(rows.end));
+    run_op(call.profile, thread, pooling, 0, frame, item, item + 1);
     held = rows;
   }
 }
@@ -225,7 +225,7 @@ void Graph::run_taken(const Group& group, const Call& call, const Frame& frame, 
   uint8_t *&x = frame.values[op.inputs[0]], *&y = frame.values[op.output];
   uint8_t *const before_x = x, *const before_y = y;
   x = y = frame.values[ops_[group.first]->output];
-  run_op(call.profile, thread, group.taken, op, 0, frame, begin, end);
+  run_op(call.profile, thread, op, 0, frame, begin, end);
   x = before_x, y = before_y;
 }
 

@@ -29,10 +29,13 @@ void run_timed(Profile* profile, int thread, size_t index, const Work& work) {
   profile->add(thread, index, ticks() - start);
 }
 
-// Runs a part of operation number `index` on a thread; profile: null if nobody asks for times.
-inline void run_op(Profile* profile, int thread, size_t index, const Op& op, int phase, const Frame& frame,
-                   int64_t begin, int64_t end) {
-  run_timed(profile, thread, index, [&] { op.run(phase, frame, begin, end); });
+// What counts the operation's time: in the order in which operations were added, whatever order they run in.
+inline size_t profile_index(const Op& op) { return static_cast<size_t>(op.output) - 1; }
+
+// Runs a part of an operation on a thread; profile: null if nobody asks for times.
+inline void run_op(Profile* profile, int thread, const Op& op, int phase, const Frame& frame, int64_t begin,
+                   int64_t end) {
+  run_timed(profile, thread, profile_index(op), [&] { op.run(phase, frame, begin, end); });
 }
 
 }  // namespace bitstrata

@@ -152,6 +152,49 @@ def test_threads_share_the_tiles_of_one_image(isa: str, threads: int) -> None:
             np.testing.assert_array_equal(value, expected[name], name)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_shortcut_does_with_a_sum_runs_in_its_tiles(isa: str, threads: int) -> None:
+    """Readers of a sum are listed behind the other branch; they run with the sum, which no memory is kept for then."""
+    rng = np.random.default_rng(0)
+    wide, top, shape = (-(2**31), 2**31 - 1), 2**31 - 1, (29, 31, C)
+    codes = [p.Value(name, shape, "u8", 0, 3) for name in ("x", "a", "late", "end")]
+    sums = [p.Value(name, shape, "i32", *wide) for name in ("p", "q", "u", "v", "sum", "branch", "clipped", "again")]
+    values = (*codes, *sums)
+    ops = (
+        conv("p", 0, 4, rng),
+        requant("u", 4, 6, 4, top),
+        conv("q", 0, 5, rng),
+        requant("v", 5, 7, 2, top),
+        p.Add("sum", (6, 7), 8, 0, 0),
+        requant("a", 8, 1, 5, 3),
+        conv("branch", 1, 9, rng),
+        p.Clip("clipped", (8,), 10, -300, 300),
+        requant("late", 10, 2, 4, 3),
+        p.Add("again", (9, 10), 11, 0, 0),
+        requant("end", 11, 3, 5, 3),
+    )
+    plan = p.Plan(values, ops, 0, 3, 1.0, (0.0,))
+    x = rng.integers(0, 4, (2, *shape)).astype(np.uint8)
+    expected = ReferenceExecutor(plan).run_all(x)
+    assert all(value.std() > 0 for value in expected.values())
+    engine = EngineExecutor(plan, isa=isa, threads=threads)
+    work = {op.name: engine.work(op.output) for op in ops}
+    for name in ("sum", "a", "clipped", "late"):
+        assert work[name]["group"] == work["sum"]["group"], name
+    assert work["sum"]["output_in_tile"]
+    assert not work["clipped"]["output_in_tile"]  # the other sum reads it
+    assert work["branch"]["group"] == work["again"]["group"] > work["sum"]["group"]
+    for _ in range(5):
+        np.testing.assert_array_equal(engine.run(x), expected["end"])
+        for name, value in engine.run_all(x).items():
+            np.testing.assert_array_equal(value, expected[name], name)
+    times = np.array([row[1] for row in engine.time_ops(x, 9)])
+    assert times.shape == (9, len(ops))
+    names = [op.name for op in ops]
+    assert times.min(0)[names.index("branch")] > times.min(0)[names.index("late")]  # times are in the plan's order
+
+
 def test_memory_is_reused() -> None:
     plan = residual_plan()
     total = sum(int(np.prod(v.shape)) * (4 if v.dtype == "i32" else 1) for v in plan.values[1:-1])

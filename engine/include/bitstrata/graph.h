@@ -156,6 +156,8 @@ class Graph {
 
   Operand operand(const std::string& name, int index) const;
   int append(const std::string& name, Made made);
+  size_t place(int value) const;
+  void bring_readers_forward();
   void form_groups(int output);
   void find_locals(int output, Group* group);
   void find_fusions(int output);
@@ -185,9 +187,9 @@ class Graph {
   const std::shared_ptr<Resources> resources_;
   int output_ = -1;
   int64_t tile_bytes_;
-  std::vector<Value> values_;  // 0 is the input; operation i makes value i + 1
-  std::vector<std::unique_ptr<Op>> ops_;
-  int64_t chunk_ = 1;  // images that pass through the graph together
+  std::vector<Value> values_;             // 0 is the input
+  std::vector<std::unique_ptr<Op>> ops_;  // in the order they run in, which `finish` decides; until then i makes i + 1
+  int64_t chunk_ = 1;                     // images that pass through the graph together
   int64_t arena_bytes_ = 0;
   int64_t local_bytes_ = 0;       // of a thread: the largest group's tile
   std::vector<Group> groups_;     // of successive operations, run tile by tile
