@@ -92,10 +92,12 @@ struct Block {
   Results<Out> out;
 };
 
-template <int kP, int kV>
-void convolve(const Block<int32_t>& b) {
+template <int kP, int kV, typename Out>
+void convolve(const Block<Out>& b) {
   __m512i sum[kP][kV];
   const bool whole = b.p.form.whole;
+  // Else the sums would wait for the memory they are written to.
+  each<kP>([&](auto i) { each<kV>([&](auto j) { __builtin_prefetch(b.out.at(i, j), 1); }); });
   each<kV>([&](auto j) {
     const __m512i first = whole ? _mm512_loadu_si512(b.correction + j * kLanes) : _mm512_setzero_si512();
     each<kP>([&](auto i) { sum[i][j] = first; });
@@ -119,25 +121,31 @@ void convolve(const Block<int32_t>& b) {
   });
 }
 
-using BlockFn = void (*)(const Block<int32_t>&);
+template <typename Out>
+using BlockFn = void (*)(const Block<Out>&);
 template <int kV>
-constexpr BlockFn kBlocks[kPixels] = {convolve<1, kV>, convolve<2, kV>, convolve<3, kV>, convolve<4, kV>,
-                                      convolve<5, kV>, convolve<6, kV>, convolve<7, kV>, convolve<8, kV>};
-constexpr const BlockFn* kBySet[kVectors] = {kBlocks<1>, kBlocks<2>, kBlocks<3>, kBlocks<4>};
+constexpr BlockFn<int32_t> kOfSums[kPixels] = {
+    convolve<1, kV, int32_t>, convolve<2, kV, int32_t>, convolve<3, kV, int32_t>, convolve<4, kV, int32_t>,
+    convolve<5, kV, int32_t>, convolve<6, kV, int32_t>, convolve<7, kV, int32_t>, convolve<8, kV, int32_t>};
+constexpr const BlockFn<int32_t>* kSumsBySet[kVectors] = {kOfSums<1>, kOfSums<2>, kOfSums<3>, kOfSums<4>};
 
-// `pixels` pixels by `vectors` vectors. Their results would else wait for the memory they are written to.
+// Codes are made of sums in registers in blocks of the two largest sizes, of which there are most.
+template <int kV>
+constexpr BlockFn<uint8_t> kOfCodes[2] = {convolve<pixels_of(kV), kV, uint8_t>,
+                                          convolve<pixels_of(kV) - 1, kV, uint8_t>};
+constexpr const BlockFn<uint8_t>* kCodesBySet[kVectors] = {kOfCodes<1>, kOfCodes<2>, kOfCodes<3>, kOfCodes<4>};
+
 void convolve_block(const Block<int32_t>& b, int64_t vectors, int64_t pixels) {
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(b.out.at(i, j), 1);
-  kBySet[vectors - 1][pixels - 1](b);
+  kSumsBySet[vectors - 1][pixels - 1](b);
 }
 
-// Codes are made of sums that are in memory: blocks of all sizes for both results would take twice the code.
+// In others of sums in memory, which takes longer, but the code for all sizes would be as large again as that for sums.
 void convolve_block(const Block<uint8_t>& b, int64_t vectors, int64_t pixels) {
+  const int64_t fewer = pixels_of(static_cast<int>(vectors)) - pixels;
+  if (fewer < 2) return kCodesBySet[vectors - 1][fewer](b);
   alignas(64) int32_t sums[kMostSums * kLanes];
   const int64_t pitch = vectors * kLanes;
-  for (int64_t i = 0; i < pixels; ++i) __builtin_prefetch(b.out.at(i, 0), 1);
-  kBySet[vectors - 1][pixels - 1](
+  kSumsBySet[vectors - 1][pixels - 1](
       {b.p, b.window, b.window_sum, b.weights, b.ahead, b.correction, pitch, {sums, pitch}});
   const auto of = [&](int64_t j) {
     return [&, j](const auto& store) {
