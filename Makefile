@@ -11,10 +11,10 @@ SETUP := pyproject.toml constraints.txt $(NATIVE)
 INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test native lint format venv bench soak wheel clean
+.PHONY: help demo test native lint format venv bench soak wheel wheel-aarch64 clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 demo: $(VENV)/.train  ## train on real digits at 1, 2, 3, 4 bits at once, pack, run the artifact in integers
 	$(BIN)/bitstrata demo
@@ -47,6 +47,9 @@ soak: $(VENV)/.test  ## the long forms of the tests
 
 wheel:  ## a manylinux wheel for x86-64 in build/dist, tried in an empty environment
 	.ci/wheel $(PYTHON) build/dist
+
+wheel-aarch64:  ## the same for 64-bit ARM, cross-compiled and tried under qemu (Debian packages: see .ci/wheel)
+	.ci/wheel $(PYTHON) build/dist aarch64
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build
