@@ -89,6 +89,13 @@ def pixels(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, 9, 8, 3)).astype(np.uint8)
 
 
+def assert_runs_equal(engine: EngineExecutor, x: np.ndarray, expected: dict[str, np.ndarray], output: str) -> None:
+    for _ in range(5):
+        np.testing.assert_array_equal(engine.run(x), expected[output])
+        for name, value in engine.run_all(x).items():
+            np.testing.assert_array_equal(value, expected[name], name)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 65])
@@ -146,10 +153,7 @@ def test_threads_share_the_tiles_of_one_image(isa: str, threads: int) -> None:
     expected = ReferenceExecutor(plan).run_all(x)
     assert all(value.std() > 0 for value in expected.values())
     engine = EngineExecutor(plan, isa=isa, threads=threads)
-    for _ in range(5):
-        np.testing.assert_array_equal(engine.run(x), expected["d"])
-        for name, value in engine.run_all(x).items():
-            np.testing.assert_array_equal(value, expected[name], name)
+    assert_runs_equal(engine, x, expected, "d")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -185,10 +189,7 @@ def test_what_a_shortcut_does_with_a_sum_runs_in_its_tiles(isa: str, threads: in
     assert work["sum"]["output_in_tile"]
     assert not work["clipped"]["output_in_tile"]  # the other sum reads it
     assert work["branch"]["group"] == work["again"]["group"] > work["sum"]["group"]
-    for _ in range(5):
-        np.testing.assert_array_equal(engine.run(x), expected["end"])
-        for name, value in engine.run_all(x).items():
-            np.testing.assert_array_equal(value, expected[name], name)
+    assert_runs_equal(engine, x, expected, "end")
     times = np.array([row[1] for row in engine.time_ops(x, 9)])
     assert times.shape == (9, len(ops))
     names = [op.name for op in ops]
