@@ -42,9 +42,8 @@ std::vector<std::string> Graph::conv_kernels(int index) const {
 
 // Of the operation that computes the value.
 size_t Graph::place(int value) const {
-  size_t i = static_cast<size_t>(value) - 1;
-  if (ops_[i]->output != value)  // they are in another order than they were added in
-    for (i = 0; ops_[i]->output != value;) ++i;
+  size_t i = 0;
+  while (ops_[i]->output != value) ++i;  // they are in another order than they were added in
   return i;
 }
 

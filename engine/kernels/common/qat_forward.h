@@ -174,7 +174,6 @@ void qat_values(const void* x, int64_t count, int64_t period, const QatLine& l, 
 
 template <typename Out>
 void qat_max_pool_of(const QatElements& x, const PoolMap& s, const QatLine& l, Out* to, uint8_t* places) {
-  static_assert(kPoolChannels <= kQatChunk);
   for (int64_t y = 0; y < s.out_h; ++y)
     for (int64_t i = 0; i < s.out_w; ++i, to += s.channels, places += s.channels)
       for (int64_t c = 0; c < s.channels; c += kPoolChannels) {
