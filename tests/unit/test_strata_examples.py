@@ -83,6 +83,23 @@ def test_the_step_of_every_width_changes_as_if_it_were_alone(source):
         assert changes[0] == pytest.approx(changes[1], rel=1e-9)
 
 
+def test_clipped_weights_change_the_range_alike_at_four_bits_and_more():
+    """They add 2^(b-1) steps each, of a step that is 2^(1-b) of the range: the factor takes 4^(b-4) out of that."""
+    w, changes = torch.tensor([-3.0, 2.5, 0.0, 4.0], dtype=torch.float64), []
+    sensitivity = torch.tensor([0.3, -0.7, 0.0, 0.2], dtype=torch.float64)
+    for bits in range(1, 9):
+        quantizer = build("nested", "weight", {"scales": "tied"}, bits={bits: bits}).double()
+        with torch.no_grad():
+            quantizer.step.fill_(2.0 * 2.0 ** (1 - bits))  # clips at 2
+        (quantizer(w) * sensitivity).sum().backward()
+        changes.append((quantizer.step.grad / quantizer.step.detach()).item())
+    top = (-0.3 - 0.7 + 0.2) * (
+        1 - 2.0 ** -torch.arange(1, 9, dtype=torch.float64)
+    )  # the outermost level, of the range
+    lsq = [4.0 ** (b - 1) / 2 * (4 * max(2 ** (b - 1) - 1, 1)) ** -0.5 for b in range(1, 5)]
+    assert changes == pytest.approx([t * (lsq[min(b, 4) - 1]) for b, t in enumerate(top.tolist(), 1)], rel=1e-12)
+
+
 @pytest.mark.parametrize("source", range(1, 9))
 def test_the_levels_are_uniqs(source):
     """UniQ, eq. 3, in its own form: (round(clamp(w/D + (2^b-1)/2, 0, 2^b-1)) - (2^b-1)/2) D."""

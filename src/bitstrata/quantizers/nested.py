@@ -14,18 +14,22 @@ from .base import Grid, WeightQuantizer
 from .initial import SMALLEST, deviation
 from .registry import register
 
+BALANCED = 4  # bits up to which LSQ's factor fits a grid that clips: see NestedSymmetric
+
 
 @register("nested", "weight", "nested symmetric grid: UniQ's grid whose upper bit-planes are UniQ's grid again")
 class NestedSymmetric(WeightQuantizer):
     """value_b = r_b D 2^(n-b) (c_b + 1/2), c_n = clamp(floor(w/D), -2^(n-1), 2^(n-1)-1), c_b = c_n >> (n-b).
 
-    Gradients (G = dL/dvalue, u = w/D, g_b = 1/sqrt(n_w max(2^(b-1)-1, 1)), n_w = weights a step):
-        |u| < 2^(n-1):  dw = r_b G,  dD = 4^(b-n) g_b r_b G (2^(n-b)(c_b + 1/2) - u)
-        else:           dw = 0,      dD = 4^(b-n) g_b r_b G 2^(n-b)(c_b + 1/2)
+    Gradients (G = dL/dvalue, u = w/D, m = min(b, 4), g_m = 1/sqrt(n_w max(2^(m-1)-1, 1)), n_w = weights a step):
+        |u| < 2^(n-1):  dw = r_b G,  dD = 4^(m-n) g_m r_b G (2^(n-b)(c_b + 1/2) - u)
+        else:           dw = 0,      dD = 4^(m-n) g_m r_b G 2^(n-b)(c_b + 1/2)
         dr_b = g_n G D 2^(n-b)(c_b + 1/2)
-    g_b is LSQ's factor for a grid of b bits. Of the narrow width's step S_b = 2^(n-b) D a gradient is 2^(n-b) times as
-    large with respect to D, and D is 2^(n-b) times as small: without the factor 4^(b-n) a step of 1 to 8 bits changes
-    by a tenth in every iteration, and soon explodes.
+    g_m is LSQ's factor for a grid of m bits. Of the narrow width's step S_b = 2^(n-b) D a gradient is 2^(n-b) times as
+    large with respect to D, and D is 2^(n-b) times as small, hence 4^(b-n). Beyond 4 bits LSQ's factor does not fit a
+    grid that clips: a clipped weight adds 2^(b-1) to the gradient of a step that is 2^(1-b) of the range, so the
+    range's relative change grows as 4^b, which LSQ's square root does not hold. Widths of more than 4 bits change the
+    range as 4 bits do. Without these factors a step of 1 to 8 bits changes by a tenth in every iteration, and explodes.
     Levels: 2^b, symmetric, without zero. Source: UniQ (Pham et al., eqs. 3-6) arranged as vertical layers (Wu et al.).
 
     Args:
@@ -71,9 +75,10 @@ class NestedSymmetric(WeightQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // self.step.numel()
-        factor, own = ((count * max(2 ** (bits - 1) - 1, 1)) ** -0.5 for bits in (self.source_bits, self.width))
-        own *= 4.0 ** (self.width - self.source_bits)
-        step = self.step if self.width == self.source_bits else grad_scale(self.step, own / factor)
+        width = min(self.width, BALANCED)
+        factor, own = ((count * max(2 ** (bits - 1) - 1, 1)) ** -0.5 for bits in (self.source_bits, width))
+        own *= 4.0 ** (width - self.source_bits)
+        step = self.step if own == factor else grad_scale(self.step, own / factor)
         return nested_fake_quantize(
             x,
             self._broadcast(step, x),
