@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 
 MB = 2**20
 STEPS = 3  # in a process that measures memory
+PROCESSES = 3  # that measure the same: peaks of torch's steps differ by a tenth
 KEEP_FREED = "let glibc keep freed memory, for all contestants; the processes that measure memory do not"
 _CLEAR = Path("/proc/self/clear_refs")  # of Linux: written to, it makes the peak the present
 
@@ -27,17 +29,22 @@ def rise(work: Callable[[], object], steps: int = STEPS) -> float:
     return (_peak() - before) / MB
 
 
-def in_own_process(script: str, options: Mapping[str, object], what: str) -> float:
+def in_own_processes(script: str, options: Mapping[str, object], what: str, *, quick: bool) -> float:
     """The number that `script` prints last when it runs with these options in a process of its own.
 
+    The median of PROCESSES, of one if `quick`.
+
     Raises:
-        SystemExit: the process failed; `what` names what was measured.
+        SystemExit: a process failed; `what` names what was measured.
     """
     command = [sys.executable, script, *(str(part) for option in options.items() for part in option)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(f"{what}: the process that measures memory failed")
-    return float(result.stdout.split()[-1])
+    found = []
+    for _ in range(1 if quick else PROCESSES):
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if result.returncode:
+            raise SystemExit(f"{what}: the process that measures memory failed")
+        found.append(float(result.stdout.split()[-1]))
+    return statistics.median(found)
 
 
 def _resident() -> int:

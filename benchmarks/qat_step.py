@@ -12,9 +12,9 @@ of it, on integer kernels. The yardstick is `torch-bf16-full`: the float network
 The case resnet20-joint is a joint step at 1, 2, 3 and 4 bits (`joint`), and one that trains the narrowest, the widest
 and one other (`sandwich`), against float steps.
 
-Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
-rises above the resident set just before the first step; in 2^20 bytes. With --keep-freed glibc keeps what a step
-frees, as in `bitstrata train`. See benchmarks/README.md for how rows are read.
+Memory: each contestant runs a few steps in processes of its own, the median of three counts. `ours_mb`, `peer_mb`: how
+far its peak resident set rises above the resident set just before the first step; in 2^20 bytes. With --keep-freed
+glibc keeps what a step frees, as in `bitstrata train`. See benchmarks/README.md for how rows are read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from _common import (
     step,
     usable_cores,
 )
-from _memory import KEEP_FREED, in_own_process, rise
+from _memory import KEEP_FREED, in_own_processes, rise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -250,7 +250,7 @@ class Measured:
             "--recipe": self.arguments.recipe,
             "--memory-of": who,
         }
-        return in_own_process(__file__, options, f"{self.case.name}, {who}")
+        return in_own_processes(__file__, options, f"{self.case.name}, {who}", quick=self.arguments.quick)
 
     def rows(self) -> Iterator[Row]:
         """Each of ours against each peer."""

@@ -8,11 +8,12 @@ activations channels last. Ours: the network after `integer_` with one width for
 first and the last layer have eight), and `fuse` where the network is convolutional; in `vit-recompute` the forward
 pass is under `recompute_outputs`. Peers: the float network in float32, or under bfloat16 autocast.
 
-Memory: each contestant runs a few steps in a process of its own. `ours_mb`, `peer_mb`: how far its peak resident set
-rises above the resident set just before the first step, when model, batch and optimizer exist; in 2^20 bytes. What the
-libraries need only once is touched before, by a step on a batch of two. Steps are timed as they follow each other in
-training: in each turn two that are counted, after one that is not. With --keep-freed glibc keeps what a step frees, as
-in `bitstrata train`: torch's own steps gain most by it. See benchmarks/README.md for how rows are read.
+Memory: each contestant runs a few steps in processes of its own, the median of three counts. `ours_mb`, `peer_mb`: how
+far its peak resident set rises above the resident set just before the first step, when model, batch and optimizer are
+there; in 2^20 bytes. What the libraries need only once is touched before, by a step on a batch of two. Steps are timed
+as they follow each other in training: in each turn two that are counted, after one that is not. With --keep-freed glibc
+keeps what a step frees, as in `bitstrata train`: torch's own steps gain most by it. See benchmarks/README.md for how
+rows are read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
-from _memory import KEEP_FREED, in_own_process, rise
+from _memory import KEEP_FREED, in_own_processes, rise
 from torch import Tensor, nn
 
 import bitstrata as bs
@@ -152,7 +153,8 @@ def _measured(case: Case, threads: int, arguments: argparse.Namespace, profiles:
         for who in everybody[: len(case.bits)]:
             profiles.append(Profile.of(f"{title}, {who}", contestants[who], 2 if arguments.quick else 10))
     del contestants
-    peaks = {who: _in_own_process(case, who, threads) for who in everybody} if arguments.memory else {}
+    quick = arguments.quick
+    peaks = {who: _peak(case, who, threads, quick=quick) for who in everybody} if arguments.memory else {}
     for bits in case.bits:
         for peer in PEERS:
             memory = _memory_columns(peaks, f"ours-{bits}", peer)
@@ -170,10 +172,10 @@ def _memory_columns(peaks: Mapping[str, float], ours: str, peer: str) -> dict[st
     return {"ours_mb": peaks[ours], "peer_mb": peaks[peer], "memory_ratio": peaks[ours] / peaks[peer]}
 
 
-def _in_own_process(case: Case, who: str, threads: int) -> float:
-    """`_rise` in a process of its own."""
+def _peak(case: Case, who: str, threads: int, *, quick: bool) -> float:
+    """`_rise` in processes of its own."""
     options = {"--cases": case.name, "--batch": case.batch, "--threads": threads, "--memory-of": who}
-    return in_own_process(__file__, options, f"{case.title}, {who}")
+    return in_own_processes(__file__, options, f"{case.title}, {who}", quick=quick)
 
 
 def _rise(case: Case, who: str, threads: int) -> float:

@@ -106,6 +106,38 @@ void max_pool_gradient(In<float, 4> gradient, In<uint8_t, 4> places, const PoolW
                                out.data());
 }
 
+// Checks the arguments of both directions.
+template <typename Codes, typename Maxima, typename Signs>
+bitstrata::PoolMap maxima_map(const Codes& codes, In<uint8_t, 4> places, const PoolWindow& window, const Maxima& maxima,
+                              const Signs& signs) {
+  const bitstrata::PoolMap s = pool_map(window, places);
+  check_same_shape("maxima", maxima, places);
+  if (codes.shape(0) != places.shape(0) || static_cast<int64_t>(codes.shape(1)) != s.in_h ||
+      static_cast<int64_t>(codes.shape(2)) != s.in_w || codes.shape(3) != places.shape(3))
+    fail("codes must be of the pooling's input");
+  if (signs.shape(0) != codes.shape(0) || static_cast<int64_t>(signs.shape(1)) != s.sign_bytes())
+    fail("signs must have a byte for four codes of an image");
+  return s;
+}
+
+void keep_maxima(In<int8_t, 4> codes, In<uint8_t, 4> places, const PoolWindow& window, Out<int8_t, 4> maxima,
+                 Out<uint8_t, 2> signs, const std::string& isa, int threads) {
+  const bitstrata::PoolMap s = maxima_map(codes, places, window, maxima, signs);
+  const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  bitstrata::keep_maxima(kernels, threads, static_cast<int64_t>(codes.shape(0)), s, codes.data(), places.data(),
+                         maxima.data(), signs.data());
+}
+
+void put_maxima(In<int8_t, 4> maxima, In<uint8_t, 2> signs, In<uint8_t, 4> places, const PoolWindow& window,
+                Out<int8_t, 4> codes, const std::string& isa, int threads) {
+  const bitstrata::PoolMap s = maxima_map(codes, places, window, maxima, signs);
+  const bitstrata::Kernels& kernels = bitstrata::select_kernels(isa);
+  nb::gil_scoped_release unlocked;
+  bitstrata::put_maxima(kernels, threads, static_cast<int64_t>(codes.shape(0)), s, maxima.data(), signs.data(),
+                        places.data(), codes.data());
+}
+
 float join(Matrix x, Vector scale, std::optional<In<float, 2>> add, std::optional<Out<uint8_t, 1>> bits,
            Out<float, 2> out, const std::string& isa, int threads) {
   const Rows rows = rows_of(isa, threads, x);
@@ -148,6 +180,10 @@ void bind_training(nb::module_& m) {
   m.def("code_sums", &code_sums, "codes"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("max_pool_gradient", &max_pool_gradient, "gradient"_a.noconvert(), "places"_a.noconvert(), "window"_a,
         "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("keep_maxima", &keep_maxima, "codes"_a.noconvert(), "places"_a.noconvert(), "window"_a, "maxima"_a.noconvert(),
+        "signs"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("put_maxima", &put_maxima, "maxima"_a.noconvert(), "signs"_a.noconvert(), "places"_a.noconvert(), "window"_a,
+        "codes"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("pack_codes", &pack_codes, "codes"_a.noconvert(), "width"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("unpack_codes", &unpack_codes, "packed"_a.noconvert(), "width"_a, "signed"_a, "out"_a.noconvert(), "isa"_a,
         "threads"_a);

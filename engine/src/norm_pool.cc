@@ -31,4 +31,22 @@ void max_pool_gradient(const Kernels& kernels, int threads, int64_t images, cons
   });
 }
 
+void keep_maxima(const Kernels& kernels, int threads, int64_t images, const PoolMap& s, const int8_t* codes,
+                 const uint8_t* places, int8_t* maxima, uint8_t* signs) {
+  parallel_for(threads, images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.training->keep_maxima(codes + i * s.in_size(), places + i * s.out_size(), s, maxima + i * s.out_size(),
+                                    signs + i * s.sign_bytes());
+  });
+}
+
+void put_maxima(const Kernels& kernels, int threads, int64_t images, const PoolMap& s, const int8_t* maxima,
+                const uint8_t* signs, const uint8_t* places, int8_t* codes) {
+  parallel_for(threads, images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels.training->put_maxima(maxima + i * s.out_size(), signs + i * s.sign_bytes(), places + i * s.out_size(), s,
+                                   codes + i * s.in_size());
+  });
+}
+
 }  // namespace bitstrata

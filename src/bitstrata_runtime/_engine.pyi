@@ -183,6 +183,16 @@ def channel_ranges(x: Array, isa: str, threads: int) -> NDArray[np.float32]:
 def max_pool_gradient(gradient: Array, places: Array, window: PoolWindow, out: Array, isa: str, threads: int) -> None:
     """The gradient of what `Norm.max_pool` pooled, to `out`; all NHWC."""
 
+def keep_maxima(
+    codes: Array, places: Array, window: PoolWindow, maxima: Array, signs: Array, isa: str, threads: int
+) -> None:
+    """`maxima`: codes at the places of a pooling's maxima; `signs`: of all, (images, bytes), four a byte."""
+
+def put_maxima(
+    maxima: Array, signs: Array, places: Array, window: PoolWindow, codes: Array, isa: str, threads: int
+) -> None:
+    """`codes` that are `maxima` at the places of a pooling's maxima, and elsewhere signs."""
+
 def code_sums(codes: Array, isa: str, threads: int) -> NDArray[np.int64]:
     """Each channel's sum of int8 codes (rows, channels)."""
 

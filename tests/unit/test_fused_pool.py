@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 import bitstrata as bs
 import bitstrata_runtime as bs_runtime
 from bitstrata.fused.units import MaxPool
+from bitstrata.integer.pool import ALIGNMENT
+from bitstrata_runtime import _engine
 
 
 class Network(nn.Module):
@@ -93,6 +96,48 @@ def test_equal_on_every_instruction_set(isa, monkeypatch):
     bs.fuse(model)(x).square().sum().backward()
     for own, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_codes_that_only_a_pooling_reads_are_kept_as_maxima_and_signs(also):
+    """In an L1 normalization: an L2 one has codes in its gradient. What something else reads too is kept whole."""
+    x, kept = torch.randn(3, 3, 12, 10), {}
+    for norm in ("l1_quantized", "l2_quantized"):
+        torch.manual_seed(4)
+        model = bs.integer_(Network(nn.MaxPool2d(2), True, also), x, norm=norm).train()
+        twin = copy.deepcopy(model)
+        fused = bs.fuse(model)
+        loss = fused(x).square().sum()
+        kept[norm] = fused._pool.lent
+        loss.backward()
+        assert fused._pool.lent == 0
+        twin(x).square().sum().backward()
+        for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(own.grad, other.grad)
+    whole, quarter = (-(-3 * positions * 12 // ALIGNMENT) * ALIGNMENT for positions in (120, 30))
+    assert kept["l2_quantized"] - kept["l1_quantized"] == (0 if also else whole - 2 * quarter)
+
+
+@pytest.mark.parametrize("isa", bs_runtime.available_isas())
+@pytest.mark.parametrize("channels", [1, 12, 64, 70])
+def test_maxima_and_signs_are_those_of_numpy(isa, channels):
+    rng = np.random.default_rng(channels)
+    window = ((7, 5), (3, 2), (2, 1), (1, 0))
+    codes = rng.integers(-3, 4, (2, 7, 5, channels)).astype(np.int8)
+    places = np.empty((2, 4, 4, channels), np.uint8)
+    maxima, signs = np.empty(places.shape, np.int8), np.empty((2, (7 * 5 * channels + 3) // 4), np.uint8)
+    expected, back = np.empty_like(maxima), np.sign(codes)
+    for at in np.ndindex(places.shape):
+        image, y, x, c = at
+        inside = [p for p in range(6) if 0 <= 2 * y - 1 + p // 2 < 7 and 0 <= x + p % 2 < 5]
+        place = int(rng.choice(inside))
+        places[at], pixel = place, (image, 2 * y - 1 + place // 2, x + place % 2, c)
+        expected[at] = back[pixel] = codes[pixel]
+    _engine.keep_maxima(codes, places, window, maxima, signs, isa, 2)
+    np.testing.assert_array_equal(maxima, expected)
+    found = np.full_like(codes, 99)
+    _engine.put_maxima(maxima, signs, places, window, found, isa, 2)
+    np.testing.assert_array_equal(found, back)
 
 
 def test_windows_that_do_not_fit():

@@ -56,6 +56,12 @@ std::vector<int64_t> code_sums(const Rows&, const int8_t* codes);
 
 void max_pool_gradient(const Kernels&, int threads, int64_t images, const PoolMap&, const float* gradient,
                        const uint8_t* places, float* out);
+// What the backward pass of an L1 normalization needs of codes that a maximum pooling alone reads, and codes that have
+// this in common with them; see Training::keep_maxima.
+void keep_maxima(const Kernels&, int threads, int64_t images, const PoolMap&, const int8_t* codes,
+                 const uint8_t* places, int8_t* maxima, uint8_t* signs);
+void put_maxima(const Kernels&, int threads, int64_t images, const PoolMap&, const int8_t* maxima, const uint8_t* signs,
+                const uint8_t* places, int8_t* codes);
 
 // Codes as one stream of bits and back; see Training::pack.
 void pack_codes(const Kernels&, int threads, const uint8_t* codes, int64_t count, int width, uint8_t* out);

@@ -82,6 +82,7 @@ struct PoolMap {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   int64_t in_size() const { return in_h * in_w * channels; }
   int64_t out_size() const { return out_h * out_w * channels; }
+  int64_t sign_bytes() const { return (in_size() + 3) / 4; }
 };
 
 struct Training {
@@ -126,6 +127,10 @@ struct Training {
   void (*max_pool)(const int8_t* h, const PoolMap&, const AffineArgs&, float* out, uint8_t* places, float* most);
   // The gradient of the pooled map's input: sums over windows in the order of their pixels.
   void (*max_pool_gradient)(const float* g, const uint8_t* places, const PoolMap&, float* out);
+  // h at the maxima, and all its signs, sign_bytes of them: 1 of a positive code, 2 of a negative one, four a byte. And
+  // back: h at the maxima, elsewhere its signs.
+  void (*keep_maxima)(const int8_t* h, const uint8_t* places, const PoolMap&, int8_t* maxima, uint8_t* signs);
+  void (*put_maxima)(const int8_t* maxima, const uint8_t* signs, const uint8_t* places, const PoolMap&, int8_t* h);
 
   // g = x * scale[c] (+ add) where `bits` is 1, else 0; scale, add, bits null for none; most = max |g|. out may be the
   // memory of x or of add.

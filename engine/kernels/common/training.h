@@ -31,6 +31,8 @@ constexpr Training kTraining = {
     norm_to_f32,
     max_pool,
     max_pool_gradient,
+    keep_maxima,
+    put_maxima,
     join<int32_t>,
     join<float>,
     gradient_range<int32_t>,

@@ -62,5 +62,55 @@ inline void max_pool_gradient(const float* g, const uint8_t* places, const PoolM
       });
 }
 
+// Calls body(index of an input pixel's first channel, of the output pixel's, position in the window).
+template <typename Body>
+inline void each_window(const PoolMap& s, const Body& body) {
+  for (int64_t y = 0; y < s.out_h; ++y)
+    for (int64_t x = 0; x < s.out_w; ++x)
+      each_position(s, y, x, [&](int64_t pixel, int32_t position) {
+        body(pixel * s.channels, (y * s.out_w + x) * s.channels, static_cast<uint8_t>(position));
+      });
+}
+
+// Code i + k * sign_bytes has bits 2k and 2k + 1 of byte i, so that neighbours stay neighbours.
+inline void keep_maxima(const int8_t* h, const uint8_t* places, const PoolMap& s, int8_t* maxima, uint8_t* signs) {
+  each_window(s, [=](int64_t in, int64_t out, uint8_t position) {
+    BITSTRATA_INDEPENDENT
+    for (int64_t c = 0; c < s.channels; ++c) {
+      const int8_t here = h[in + c], before = maxima[out + c];  // read whichever is kept: vectors can
+      maxima[out + c] = places[out + c] == position ? here : before;
+    }
+  });
+  const auto sign = [](int8_t v) { return static_cast<uint8_t>((v > 0) + 2 * (v < 0)); };
+  const int64_t bytes = s.sign_bytes();
+  for (int64_t k = 0; k < 4; ++k) {
+    const int8_t* from = h + k * bytes;
+    const int64_t count = least(bytes, s.in_size() - k * bytes);
+    const auto factor = static_cast<uint8_t>(1 << 2 * k);
+    BITSTRATA_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i)
+      signs[i] = static_cast<uint8_t>((k == 0 ? 0 : signs[i]) + sign(from[i]) * factor);
+  }
+}
+
+inline void put_maxima(const int8_t* maxima, const uint8_t* signs, const uint8_t* places, const PoolMap& s, int8_t* h) {
+  const int64_t bytes = s.sign_bytes();
+  for (int64_t k = 0; k < 4; ++k) {
+    int8_t* to = h + k * bytes;
+    const int64_t count = least(bytes, s.in_size() - k * bytes);
+    const auto above = static_cast<uint8_t>(1 << 2 * k), below = static_cast<uint8_t>(2 << 2 * k);
+    BITSTRATA_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = static_cast<int8_t>(((signs[i] & above) != 0) - ((signs[i] & below) != 0));
+  }
+  each_window(s, [=](int64_t in, int64_t out, uint8_t position) {
+    BITSTRATA_INDEPENDENT
+    for (int64_t c = 0; c < s.channels; ++c) {
+      const int8_t maximum = maxima[out + c], before = h[in + c];
+      h[in + c] = places[out + c] == position ? maximum : before;
+    }
+  });
+}
+
 }  // namespace
 }  // namespace bitstrata

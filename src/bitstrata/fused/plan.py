@@ -264,6 +264,8 @@ class Planner:
         assert isinstance(source, fx.Node)
         self._done.update(n for n in (conv, norm, last) if n is not None)
         self.fused.append(str(conv.target))
+        result, rectified = last or norm, last is not None
+        pooled = self._only(result, lambda user: self._max_pool(user) is not None) is not None
         self.units.append(
-            ConvNorm((source.name,), (last or norm).name, layer, normalization, str(norm.target), last is not None)
+            ConvNorm((source.name,), result.name, layer, normalization, str(norm.target), rectified, pooled)
         )

@@ -147,6 +147,7 @@ class ConvNorm(Unit):
     norm: QuantizedL1BatchNorm
     name: str  # of the normalization
     rectified: bool
+    pooled: bool  # a fused maximum pooling alone reads the result
 
     def __post_init__(self) -> None:
         self._made: tuple[Any, _Operation | None] = (None, None)
@@ -190,7 +191,8 @@ class ConvNorm(Unit):
         if made is None:
             raise NotFiniteError(f"{layer.state.name}: its {'weight' if lost == 'weight' else 'result'} is not finite")
         step.statistics.append((self.norm, made))
-        value = Normed(made, normed, self.rectified, shape, pool)
+        signs_suffice = self.pooled and not self.norm.l2
+        value = Normed(made, normed, self.rectified, shape, pool, signs_suffice=signs_suffice)
         step.env[self.result] = value
         step.tape.append(lambda s: self._backward(s, x, source, value))
 
@@ -202,6 +204,7 @@ class ConvNorm(Unit):
         layer, norm, pool = self.conv, self.norm, step.pool
         single, pooled, total, known = value.gradient.single(), None, None, None
         if isinstance(single, Pooled):
+            value.wake(single.places, single.window)
             real, scale, pooled = single.rows, None, (single.places, single.window)
         elif single is not None:
             real, scale = single
@@ -345,6 +348,8 @@ class MaxPool(Unit):
         value = Real(rows, shape, pool, escaped=False, rectified=normed.rectified, ranges=ranges)
         step.env[self.result] = value
         _engine.pack_codes(places.reshape(-1), bits, packed, FASTEST, step.threads)
+        if normed.signs_suffice:
+            normed.rest(places, window)
         pool.give(places)
         step.tape.append(lambda s: self._backward(s, normed, value, _Places(packed, bits, window)))
 

@@ -226,12 +226,54 @@ class Normed(Value):
     """The result of a normalization, made of its input's codes whenever somebody asks for it.
 
     norm: the engine's. normed: int8 of this shape, the normalized codes, taken from the pool. rectified: max(0, .) of
-    the result.
+    the result. signs_suffice: a maximum pooling alone reads the result, and the normalization is L1: the backward pass
+    needs the codes of maxima; elsewhere the gradient that arrives is 0, and what the normalization makes of it depends
+    on the code's sign.
     """
 
-    def __init__(self, norm: Any, normed: NDArray[np.int8], rectified: bool, shape: Shape, pool: Pool) -> None:
+    def __init__(
+        self,
+        norm: Any,
+        normed: NDArray[np.int8],
+        rectified: bool,
+        shape: Shape,
+        pool: Pool,
+        *,
+        signs_suffice: bool = False,
+    ) -> None:
         super().__init__(shape, pool)
         self.norm, self.normed, self.rectified = norm, normed, rectified
+        self.signs_suffice = signs_suffice
+        self._rested: tuple[NDArray[np.int8], NDArray[np.uint8]] | None = None  # maxima, signs
+
+    def rest(self, places: NDArray[np.uint8], window: Any) -> None:
+        """Keep the codes where a maximum pooling found maxima, and of all codes the signs, four a byte."""
+        samples, height, width, channels = self.shape
+
+        def room() -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+            signs = (samples, (height * width * channels + 3) // 4)
+            return self.pool.take(places.shape, np.int8), self.pool.take(signs, np.uint8)
+
+        found = room()
+        _engine.keep_maxima(self.normed, places, window, *found, FASTEST, torch.get_num_threads())
+        self.pool.give(self.normed)
+        self._rested = room()  # in the place of the codes: behind them they would cut the memory in two
+        for kept, part in zip(self._rested, found, strict=True):
+            np.copyto(kept, part)
+            self.pool.give(part)
+
+    def wake(self, places: NDArray[np.uint8], window: Any) -> None:
+        """Codes again, if they are at rest: at the places what they were, elsewhere their signs."""
+        if self._rested is not None:
+            self.normed = self.pool.take(self.shape, np.int8)
+            _engine.put_maxima(*self._rested, places, window, self.normed, FASTEST, torch.get_num_threads())
+            self._give_rested()
+
+    def _give_rested(self) -> bool:
+        rested, self._rested = self._rested, None
+        for part in rested or ():
+            self.pool.give(part)
+        return rested is not None
 
     def never_negative(self) -> bool:
         return self.rectified or bool(self.real().min() >= 0)
@@ -259,7 +301,8 @@ class Normed(Value):
 
     def release(self) -> None:
         super().release()
-        self.pool.give(self.normed)
+        if not self._give_rested():
+            self.pool.give(self.normed)
 
 
 class Plain(Flow):

@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 class Pool:
-    """Memory in segments, out of which blocks are cut where they leave the least; free neighbours become one again.
+    """Memory in segments, out of which blocks are cut where they fit first; free neighbours become one again.
 
     So what a step no longer needs serves blocks of every size, as the activations of small maps do for the gradients
     of large ones. A block that is not given back returns with its last reference.
@@ -100,11 +100,7 @@ class Pool:
             self._segments.clear()
             self._free.clear()
             self._grow(total)
-        at, least = -1, 0
-        for i, (_, start, end) in enumerate(self._free):
-            room = end - start
-            if room >= size and (at < 0 or room < least):
-                at, least = i, room
+        at = next((i for i, (_, start, end) in enumerate(self._free) if end - start >= size), -1)
         if at < 0:
             self._grow(max(size, self.nbytes, SMALLEST))
             at = len(self._free) - 1
