@@ -20,6 +20,9 @@ Two forms of every shape of a layer normalization, whose names end in -ln and -l
 last dimension, from float32 to float32 and back, rounded as above, against torch's `LayerNorm` of float32, or of
 bfloat16 with float32 parameters.
 
+NETWORK, NETWORK-l2, NETWORK-fused, where all shapes of a network were timed: the sums of their times, each counted as
+often as the network has normalizations of that shape.
+
 Where the C library is glibc it keeps freed memory, for torch as for us: times of the largest shapes would vary by
 three. See benchmarks/README.md for how rows are read.
 """
@@ -28,14 +31,28 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import Effort, Row, Setting, clock, effort, finish, interleave, names, numbers, parser, step, usable_cores
+from _common import (
+    Effort,
+    Row,
+    Setting,
+    Times,
+    clock,
+    effort,
+    finish,
+    interleave,
+    names,
+    numbers,
+    parser,
+    step,
+    usable_cores,
+)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -59,12 +76,18 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A tensor (batch, channels, size, size)."""
+    """A tensor (batch, channels, size, size), and how many of them the network normalizes in one step."""
 
-    name: str
+    network: str
     batch: int
     channels: int
     size: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """As rows name it."""
+        return f"{self.network}-{self.channels}x{self.size}x{self.size}"
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -91,14 +114,14 @@ class LayerCase:
 CASES: dict[str, Case | LayerCase] = {
     case.name: case
     for case in (
-        Case("resnet18-64x112x112", 8, 64, 112),
-        Case("resnet18-64x56x56", 8, 64, 56),
-        Case("resnet18-128x28x28", 8, 128, 28),
-        Case("resnet18-256x14x14", 8, 256, 14),
-        Case("resnet18-512x7x7", 8, 512, 7),
-        Case("resnet20-16x32x32", 128, 16, 32),
-        Case("resnet20-32x16x16", 128, 32, 16),
-        Case("resnet20-64x8x8", 128, 64, 8),
+        Case("resnet18", 8, 64, 112, 1),
+        Case("resnet18", 8, 64, 56, 4),
+        Case("resnet18", 8, 128, 28, 5),
+        Case("resnet18", 8, 256, 14, 5),
+        Case("resnet18", 8, 512, 7, 5),
+        Case("resnet20", 128, 16, 32, 7),
+        Case("resnet20", 128, 32, 16, 7),
+        Case("resnet20", 128, 64, 8, 7),
         LayerCase("vit-64x65x192-ln", 64, 65, 192),
         LayerCase("vit-8x197x768-ln", 8, 197, 768),
         LayerCase("text-32x128x512-ln", 32, 128, 512),
@@ -142,7 +165,34 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 measured = _measured if isinstance(case, Case) else _measured_layer
                 rows += measured(case, threads, arguments)
+    rows += _totals(rows)
     finish(arguments, rows, (), engine_isas=list(runtime.available_isas()), groups=GROUPS)
+
+
+def _totals(rows: Sequence[Row]) -> list[Row]:
+    """The rows of whole networks, of which every shape is among `rows`."""
+    totals = []
+    for network in dict.fromkeys(case.network for case in CASES.values() if isinstance(case, Case)):
+        counts = {
+            case.name: case.count for case in CASES.values() if isinstance(case, Case) and case.network == network
+        }
+        groups: dict[tuple[Any, ...], list[tuple[int, Row]]] = {}
+        for row in rows:
+            shape = next((name for name in counts if row.case in {name, f"{name}-l2", f"{name}-fused"}), None)
+            if shape is not None:
+                key = row.case.removeprefix(shape), row.threads, row.isa, row.bits, row.peer
+                groups.setdefault(key, []).append((counts[shape], row))
+        for (form, threads, isa, bits, peer), members in groups.items():
+            if len(members) == len(counts):
+                times = {who: _total(members, who) for who in ("ours", "peer")}
+                row = Row.of(Setting(f"{network}{form}", threads, isa, bits), times, "ours", "peer")
+                totals.append(replace(row, peer=peer))
+    return totals
+
+
+def _total(members: Sequence[tuple[int, Row]], who: str) -> Times:
+    columns = (f"{who}_ms", f"{who}_ms_min", f"{who}_ms_max")
+    return Times(*(sum(count * getattr(row, column) for count, row in members) for column in columns))
 
 
 def _measured(case: Case, threads: int, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -285,7 +335,7 @@ def _fused(x: Sums, gradient: Sums, bits: int) -> Work:
 
 def _verify(case: Case, widths: tuple[int, ...]) -> None:
     """SystemExit unless both of our forms give what the definitions do, on two samples of the case."""
-    few = Case(case.name, 2, case.channels, case.size)
+    few = replace(case, batch=2)
     x, gradient = Sums.random(few.rows, 0), Sums.random(few.rows, 1)
     real = x.real(few)
     for l2 in (False, True):
@@ -310,7 +360,7 @@ def _verify(case: Case, widths: tuple[int, ...]) -> None:
 
 def _verify_layer(case: LayerCase) -> None:
     """SystemExit unless both of our forms give what the definition does, result and gradients."""
-    few = LayerCase(case.name, 2, case.tokens, case.width)
+    few = replace(case, batch=2)
     rows, gradient = (few.random(seed).view(-1, case.width) for seed in range(2))
     for l2 in (False, True):
         norm = _layer_norm(case.width, l2=l2)
