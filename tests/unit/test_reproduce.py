@@ -358,6 +358,20 @@ def test_costs_are_measured(root: Path) -> None:
     assert len({cost.float_key for cost in costs}) == 1
 
 
+def test_float_networks_cost_what_their_form_does(root: Path) -> None:
+    rows = {
+        "layer batch": 'quantize = false\nrecipe = { name = "lsq", norm = "layer_batch" }',
+        "unquantized": 'quantize = false\nrecipe = { name = "lsq" }',
+        "scratch": 'start = "scratch"\nrecipe = { name = "lsq" }',
+    }
+    for name, text in rows.items():
+        (root / "paper" / "table1" / f"{name}.toml").write_text(f'row = "{name}"\n{text}\n')
+    costs = {cost.row: cost for cost in estimate(load_table(root, "paper", "table1", "smoke"), None)}
+    assert costs["layer batch"].float_key != costs["unquantized"].float_key == costs["LSQ; 4 bits"].float_key
+    assert costs["layer batch"].seconds == costs["unquantized"].seconds == costs["scratch"].float_seconds == 0
+    assert min(costs[row].float_seconds for row in ("layer batch", "unquantized", "LSQ; 4 bits")) > 0
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

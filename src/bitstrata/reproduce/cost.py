@@ -11,7 +11,7 @@ from typing import Any
 from ..data import Loader
 from ..train import TrainConfig, Trainer
 from .config import Row, Table, digest, recipe_of, training
-from .execute import Run, prepared, torch_threads
+from .execute import Run, prepared, torch_threads, untrained
 
 STEPS = 4  # timed, after one that warms up
 
@@ -20,7 +20,7 @@ STEPS = 4  # timed, after one that warms up
 class Cost:
     """Processor seconds of a row's runs (all seeds): its own training, and the float networks that it needs.
 
-    float_key: rows of one float_key share their float networks, so these count once.
+    float_key: rows of one float_key share their float networks, so these count once; empty where there is none.
     """
 
     row: str
@@ -45,12 +45,14 @@ def _row(row: Row, root: Path | None, folder: Path) -> Cost:
     data = run.dataset("train")
     recipe = None if config["recipe"]["name"] == "float" else recipe_of(config)
     full = TrainConfig(**{**config["float"], "distill": None})
-    model = run.network(data)
-    trained = config["start"] != "checkpoint"
-    float_s = _step_seconds(run, model, full, data) * full.epochs * (len(data) // full.batch_size) if trained else 0.0
-    key = digest({k: config[k] for k in ("data", "model", "float")} | {"form": str(recipe and recipe.transform)})
+    quantizes = recipe is not None and config["quantize"]
+    float_s, key = 0.0, ""
+    if config["start"] == "float" or not quantizes:  # others train no float network
+        model = untrained(run, data, recipe)
+        key = digest({k: config[k] for k in ("data", "model", "float")} | {"form": str(model)})
+        float_s = _step_seconds(run, model, full, data) * full.epochs * (len(data) // full.batch_size)
     seconds = 0.0
-    if recipe is not None and config["quantize"]:
+    if recipe is not None and quantizes:
         short = Run({**config, "float": {**config["float"], "epochs": 1}}, root, folder)
         settings = training(recipe, config["train"])
         quantized = run.network(data)

@@ -200,18 +200,23 @@ def fit(run: Run, model: nn.Module, settings: TrainConfig, train: Dataset) -> No
         Trainer(model, TrainConfig(**of_stage), loader, None, run.folder, name=name, reporter=quiet).fit()
 
 
+def untrained(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
+    """The float network in the recipe's float form, as its training begins."""
+    model = run.network(train)
+    if recipe is not None:
+        float_form_(model, recipe, Loader(train, 2, train=False).batch(0, 0)[0])
+    return model
+
+
 def float_network(run: Run, train: Dataset, recipe: Recipe | None) -> nn.Module:
     """The float network that the run starts from, in the recipe's float form, trained once for all that share it.
 
     Runs share it when data, network, training and float form are the same.
     """
     config = run.config
-    model = run.network(train)
-    plain = str(model)
-    if recipe is not None:
-        float_form_(model, recipe, Loader(train, 2, train=False).batch(0, 0)[0])
+    model = untrained(run, train, recipe)
     if config["start"] == "checkpoint":
-        if str(model) != plain:
+        if str(model) != str(run.network(train)):
             raise MissingDataError("reproduce: the recipe starts from a float network of its own form, no checkpoint's")
         load_checkpoint_(model, run)
         return model
