@@ -363,12 +363,14 @@ def test_float_networks_cost_what_their_form_does(root: Path) -> None:
         "layer batch": 'quantize = false\nrecipe = { name = "lsq", norm = "layer_batch" }',
         "unquantized": 'quantize = false\nrecipe = { name = "lsq" }',
         "scratch": 'start = "scratch"\nrecipe = { name = "lsq" }',
+        "checkpoint": f'start = "checkpoint"\ncheckpoint = {{ file = "x", sha256 = "{"0" * 64}" }}',
     }
-    for name, text in rows.items():
+    for name, text in rows.items():  # a row's recipe is the float one by default
         (root / "paper" / "table1" / f"{name}.toml").write_text(f'row = "{name}"\n{text}\n')
     costs = {cost.row: cost for cost in estimate(load_table(root, "paper", "table1", "smoke"), None)}
     assert costs["layer batch"].float_key != costs["unquantized"].float_key == costs["LSQ; 4 bits"].float_key
     assert costs["layer batch"].seconds == costs["unquantized"].seconds == costs["scratch"].float_seconds == 0
+    assert costs["checkpoint"].float_seconds == 0
     assert min(costs[row].float_seconds for row in ("layer batch", "unquantized", "LSQ; 4 bits")) > 0
 
 

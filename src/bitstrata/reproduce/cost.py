@@ -47,7 +47,7 @@ def _row(row: Row, root: Path | None, folder: Path) -> Cost:
     full = TrainConfig(**{**config["float"], "distill": None})
     quantizes = recipe is not None and config["quantize"]
     float_s, key = 0.0, ""
-    if config["start"] == "float" or not quantizes:  # others train no float network
+    if config["start"] == "float" or (config["start"] == "scratch" and not quantizes):  # others train no float network
         model = untrained(run, data, recipe)
         key = digest({k: config[k] for k in ("data", "model", "float")} | {"form": str(model)})
         float_s = _step_seconds(run, model, full, data) * full.epochs * (len(data) // full.batch_size)
